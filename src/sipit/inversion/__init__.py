@@ -1,0 +1,22 @@
+"""From an observation to a prompt, with evidence; and back, to check the evidence."""
+
+from sipit.inversion.certificate import CertificateCheck, check_certificate, write_certificate
+from sipit.inversion.invert import invert
+from sipit.inversion.proposals import POLICIES, Policy
+from sipit.inversion.result import Candidate, Inversion, Miss, PositionEvidence, Verdict
+from sipit.inversion.search import Progress
+
+__all__ = [
+    "POLICIES",
+    "Candidate",
+    "CertificateCheck",
+    "Inversion",
+    "Miss",
+    "Policy",
+    "PositionEvidence",
+    "Progress",
+    "Verdict",
+    "check_certificate",
+    "invert",
+    "write_certificate",
+]

@@ -1,0 +1,183 @@
+"""The certificate: the record of an inversion, and its replay by one ordinary forward pass.
+
+The replay trusts nothing of the search: it imports no proposal, runs its own forward pass on the
+claimed tokens and measures its own tolerance.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import torch
+
+from sipit.errors import CertificateError, OptionError, ShapeError
+from sipit.inversion.result import Inversion, Verdict
+from sipit.inversion.tolerance import tolerance_for
+from sipit.models import LanguageModel
+from sipit.observations import Observation
+from sipit.storage import read_json, write_json
+
+_FORMAT = "sipit.certificate"
+_VERSION = 1
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "format": str,
+    "version": int,
+    "digest": str,
+    "model": str,
+    "fingerprint": str,
+    "layer": int,
+    "site": str,
+    "verdict": str,
+    "text": (str, type(None)),
+    "input_ids": list,
+    "seq_len": int,
+    "noise": (int, float),
+    "observation": str,
+    "positions": list,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CertificateCheck:
+    """Whether a certificate holds for an observation and a model."""
+
+    holds: bool
+    reasons: tuple[str, ...]  # why not; empty if it holds
+    verdict: Verdict  # the claim that was checked
+    largest_distance: float | None  # over the positions; None if the replay could not run
+    tolerance: float | None  # at that position
+    block_tokens: int  # cost of the replay
+
+
+def write_certificate(found: Inversion, path: Path | str) -> None:
+    """Write the record of an inversion as a certificate, whole or not at all.
+
+    Raises:
+        StorageError: the path cannot be written.
+    """
+    record = {"format": _FORMAT, "version": _VERSION, **found.record()}
+    write_json(path, {**record, "digest": _digest(record)})
+
+
+def read_certificate(path: Path | str) -> dict[str, Any]:
+    """Read a certificate and check its keys and types.
+
+    Raises:
+        StorageError: the file cannot be read.
+        CertificateError: it is not a certificate.
+    """
+    try:
+        record = read_json(path)
+    except ValueError as error:
+        raise CertificateError(
+            f"{path} is not JSON ({error}); write one with 'sipit invert --json'"
+        ) from error
+    if not isinstance(record, dict) or record.get("format") != _FORMAT:
+        raise CertificateError(f"{path} is not a certificate; write one with 'sipit invert --json'")
+    for key, kinds in _TYPES.items():
+        if not isinstance(record.get(key, ...), kinds):
+            raise CertificateError(
+                f"{path}: key {key!r} is missing or of the wrong type; write it again with 'sipit invert --json'"
+            )
+    if record["version"] != _VERSION:
+        raise CertificateError(
+            f"{path} has version {record['version']}, this sipit reads {_VERSION}; use the sipit that wrote it"
+        )
+    if record["verdict"] not in get_args(Verdict) or not all(
+        isinstance(i, int) and not isinstance(i, bool) for i in record["input_ids"]
+    ):
+        raise CertificateError(
+            f"{path}: verdict or input_ids are not what a certificate holds; write it again with 'sipit invert --json'"
+        )
+    return record
+
+
+def check_certificate(
+    certificate: dict[str, Any] | Path | str, seen: Observation, lm: LanguageModel
+) -> CertificateCheck:
+    """Replay a certificate: do the claimed tokens, run through this model, give the observed states?
+
+    Costs one ordinary forward pass of the claimed tokens. Holds for the verdicts "recovered" and
+    "ambiguous"; a record of an unmatched search claims no prompt and never holds.
+
+    Raises:
+        CertificateError, StorageError: the certificate cannot be read.
+    """
+    record = certificate if isinstance(certificate, dict) else read_certificate(certificate)
+    reasons = _mismatches(record, seen, lm)
+    distance = tolerance = None
+    block_tokens = 0
+    if not reasons:
+        ids = torch.tensor(record["input_ids"], dtype=torch.long)
+        limits = tolerance_for(lm, seen)
+        states = lm.cut(seen.layer, seen.site).ordinary(ids)  # (T, D)
+        block_tokens = len(ids) * seen.layer
+        observed = seen.states.to(states.device)
+        wide = torch.promote_types(states.dtype, observed.dtype)
+        wide = torch.promote_types(wide, torch.float32)
+        distances = (states.to(wide) - observed.to(wide)).norm(dim=1).double().cpu()  # (T,)
+        allowed = limits.total.cpu() + float(record["noise"])
+        worst = int((distances - allowed).argmax())
+        distance, tolerance = float(distances[worst]), float(allowed[worst])
+        if distance > tolerance:
+            reasons.append(
+                f"position {worst}: the claimed token {record['input_ids'][worst]} is {distance:.3g} from the "
+                f"observed state, tolerance {tolerance:.2g}"
+            )
+        if record["text"] != lm.decode(record["input_ids"]):
+            reasons.append("the text is not what the claimed tokens decode to")
+    return CertificateCheck(
+        holds=not reasons,
+        reasons=tuple(reasons),
+        verdict=cast(Verdict, record["verdict"]),
+        largest_distance=distance,
+        tolerance=tolerance,
+        block_tokens=block_tokens,
+    )
+
+
+def _mismatches(record: dict[str, Any], seen: Observation, lm: LanguageModel) -> list[str]:
+    """Return what forbids the replay, before any state is computed."""
+    reasons = []
+    body = {key: value for key, value in record.items() if key != "digest"}
+    if record["digest"] != _digest(body):
+        reasons.append("the certificate was edited: its digest does not match its content")
+    if record["fingerprint"] != lm.fingerprint:
+        reasons.append(
+            f"the certificate is about the model {record['model']!r} with fingerprint {record['fingerprint'][:19]}…, "
+            f"this is {lm.name!r} with {lm.fingerprint[:19]}…"
+        )
+    if seen.fingerprint is not None and seen.fingerprint != lm.fingerprint:
+        reasons.append(f"the observation carries the fingerprint of another model, {seen.model!r}")
+    if (record["layer"], record["site"]) != (seen.layer, seen.site):
+        reasons.append(
+            f"the certificate is about layer {record['layer']}, site {record['site']!r}, the observation about "
+            f"layer {seen.layer}, site {seen.site!r}"
+        )
+    if record["observation"] != seen.digest():
+        reasons.append("the observation is not the one the certificate is about: its digest differs")
+    if record["verdict"] == "unmatched":
+        reasons.append("the certificate records an unmatched search, which claims no prompt")
+    elif not len(record["input_ids"]) == len(record["positions"]) == seen.seq_len:
+        reasons.append(
+            f"the certificate names {len(record['input_ids'])} tokens, the observation has {seen.seq_len} positions"
+        )
+    if not all(0 <= i < lm.vocab_size for i in record["input_ids"]):
+        reasons.append(f"a claimed token id is outside the vocabulary (0 to {lm.vocab_size - 1})")
+    try:
+        lm.checked_layer(seen.layer, seen.site)
+        if seen.d_model != lm.width(seen.site):
+            raise ShapeError(f"the observed states are {seen.d_model} wide, the model's {lm.width(seen.site)}")
+    except (OptionError, ShapeError) as error:
+        reasons.append(str(error))
+    return reasons
+
+
+def _digest(record: dict[str, Any]) -> str:
+    """Return the SHA-256 of a record in canonical JSON. It detects edits by accident, not forgery."""
+    text = json.dumps(record, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"

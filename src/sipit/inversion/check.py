@@ -1,0 +1,81 @@
+"""The packed check: candidates through the model, distances to the observed states. It alone decides.
+
+Knows no proposals. Shapes: T observed positions, Q packed tokens, D = d_model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sipit.inversion.result import Meter
+from sipit.inversion.tolerance import Tolerance
+from sipit.models import LanguageModel
+from sipit.observations import Observation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """The outcome of one packed pass."""
+
+    token_ids: Tensor  # (Q,)
+    states: Tensor  # (Q, D)
+    distances: Tensor  # (Q,) L2 to the observed state at each token's position
+    fits: Tensor  # (Q,) bool: within the tolerance there
+    is_near: Tensor  # (Q,) bool: within the tolerance plus the declared noise
+
+
+class PackedCheck:
+    """Checks candidates behind one accepted prefix, which grows as tokens are accepted."""
+
+    def __init__(
+        self, lm: LanguageModel, seen: Observation, tolerance: Tolerance, meter: Meter, *, noise: float
+    ) -> None:
+        self.cut = lm.cut(seen.layer, seen.site)
+        self.cache = self.cut.new_cache()
+        device = self.cut.device
+        wide = torch.float64 if torch.float64 in (lm.dtype, seen.states.dtype) else torch.float32
+        self.observed = seen.states.to(device, wide)  # (T, D)
+        self._tolerance = tolerance
+        self._floor = tolerance.noise.to(device)  # (T,)
+        self._limit = tolerance.total.to(device)  # (T,)
+        self._noise = noise
+        self._meter = meter
+
+    @property
+    def position(self) -> int:
+        """The first position not yet accepted."""
+        return self.cache.length
+
+    def limit(self, position: int) -> float:
+        """Largest distance that arithmetic alone explains at a position."""
+        return float(self._limit[position])
+
+    def candidates(self, token_ids: Tensor) -> Checked:
+        """Check tokens for the next position, each on its own behind the prefix. (Q,)."""
+        return self.tree(token_ids, torch.full_like(token_ids, self.position), None)
+
+    def tree(self, token_ids: Tensor, positions: Tensor, sees: Tensor | None) -> Checked:
+        """Check tokens at several positions in one pass; token i attends to packed token j where sees[i, j]."""
+        states = self.cut.packed(self.cache, token_ids, positions, sees).to(self.observed.dtype)
+        self._meter.spend(len(token_ids), self.cut.layer)
+        self._meter.n_checked += len(token_ids)
+        rows = positions.to(states.device)
+        observed = self.observed[rows]  # (Q, D)
+        distances = (states - observed).norm(dim=1)  # (Q,)
+        excess = self._tolerance.excess(states, observed, rows)  # (Q,)
+        limit = self._limit[rows]
+        return Checked(
+            token_ids=token_ids,
+            states=states,
+            distances=distances,
+            fits=(excess <= self._floor[rows]) & (distances <= limit),
+            is_near=(excess <= self._floor[rows] + self._noise) & (distances <= limit + self._noise),
+        )
+
+    def accept(self, columns: Sequence[int]) -> None:
+        """Append tokens of the last pass to the prefix, without computing them again."""
+        self.cache.keep(columns)

@@ -1,0 +1,72 @@
+"""Candidates by the model's own next-token probabilities.
+
+The probabilities at position t depend on the tokens before it alone. Where the states after `layer`
+blocks were observed, the blocks above can be run on the observed states themselves: one pass gives
+the probabilities at every position, before any token is known, for the price of those blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sipit.inversion.proposals.proposal import Ordered, Scene
+from sipit.inversion.result import Meter
+from sipit.models import LanguageModel
+
+_OPENERS = ("The end.\n\n", "It was the end of the story.", "    return x\n", "x = 1\n\n")
+
+
+class Likely(Ordered):
+    """The whole vocabulary by falling next-token probability. Source of the idea: arXiv 2505.18332."""
+
+    def __init__(self, scene: Scene) -> None:
+        super().__init__(scene)
+        self._finals: Tensor | None = None  # (T, D)
+        self._cache = None if scene.seen.layer else scene.lm.cut(scene.lm.n_layers, "final").new_cache()
+
+    def logits(self) -> Tensor:
+        """Return the next-token logits at this position. (V,)."""
+        scene = self.scene
+        if scene.position == 0:
+            return opening_logits(scene.lm, scene.meter)
+        if self._cache is not None:
+            return self._after_prefix()
+        if self._finals is None:
+            seen = scene.seen
+            self._finals, n_blocks = scene.lm.final_states(seen.states, seen.layer, seen.site)
+            scene.meter.spend(seen.seq_len, n_blocks)
+        return scene.lm.next_token_logits(self._finals[scene.position - 1 : scene.position])[0]
+
+    def order(self) -> Tensor:
+        return self.logits().argsort(descending=True, stable=True)
+
+    def _after_prefix(self) -> Tensor:
+        """Return the logits behind the accepted prefix, by the full model. (V,)."""
+        scene, cache = self.scene, self._cache
+        assert cache is not None
+        full = scene.lm.cut(scene.lm.n_layers, "final")
+        cache.truncate(min(cache.length, scene.position - 1))
+        new = torch.tensor(scene.prefix[cache.length :])
+        places = torch.arange(cache.length, scene.position)
+        states = full.packed(cache, new, places, torch.ones(len(new), len(new), dtype=torch.bool).tril())
+        cache.keep(range(len(new)))
+        scene.meter.spend(len(new), full.layer)
+        return scene.lm.next_token_logits(states[-1:])[0]
+
+
+def opening_logits(lm: LanguageModel, meter: Meter) -> Tensor:
+    """Return log-probabilities for the first token of a prompt, up to a constant. (V,).
+
+    The mean of the model's predictions after a few texts that have come to an end; flat without a
+    tokenizer. A weak order: what stands first in a prompt depends on nothing the model has seen.
+    """
+    if lm.tokenizer is None:
+        return torch.zeros(lm.vocab_size)
+    full = lm.cut(lm.n_layers, "final")
+    logs = []
+    for text in _OPENERS:
+        ids = lm.encode(text)
+        meter.spend(len(ids), full.layer)
+        logs.append(lm.next_token_logits(full.ordinary(ids)[-1:])[0].log_softmax(dim=0))
+    return torch.stack(logs).logsumexp(dim=0)

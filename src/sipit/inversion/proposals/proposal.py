@@ -1,0 +1,87 @@
+"""What a proposal is given, and what it must answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sipit.inversion.check import Checked, PackedCheck
+from sipit.inversion.result import Meter
+from sipit.models import LanguageModel
+from sipit.observations import Observation
+
+
+@dataclass(kw_only=True)
+class Scene:
+    """All that a proposal may look at: the model, the observed states, the accepted prefix."""
+
+    lm: LanguageModel
+    seen: Observation
+    check: PackedCheck  # for its prefix cache and observed states; proposals accept nothing
+    meter: Meter
+    generator: torch.Generator
+    prefix: list[int] = field(default_factory=list)  # accepted token ids
+
+    @property
+    def position(self) -> int:
+        """The position to propose for."""
+        return len(self.prefix)
+
+    @property
+    def target(self) -> Tensor:
+        """The observed state at this position. (D,)."""
+        return self.check.observed[self.position]
+
+
+class Proposal(Protocol):
+    """An order of the vocabulary at a position, which may learn from what was checked there."""
+
+    batch_limit: int | None
+    """Most candidates worth checking before it is asked again; None: no limit of its own."""
+
+    def begin(self) -> None:
+        """Start a new position; `scene.position` says which."""
+
+    def next(self, n: int, untried: Tensor) -> Tensor:
+        """Return up to n tokens to try, best first; none only when no untried token is left.
+
+        Args:
+            untried: (V,) bool
+        """
+
+    def learn(self, checked: Checked) -> None:
+        """Take note of candidates that were checked at this position."""
+
+
+class Ordered:
+    """A proposal that is one fixed order of the vocabulary, made when a position begins."""
+
+    batch_limit: int | None = None
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene = scene
+        self._order = torch.empty(0, dtype=torch.long)  # (V,)
+        self._next = 0
+
+    def order(self) -> Tensor:
+        """Return the whole vocabulary in the order to try at this position. (V,)."""
+        raise NotImplementedError
+
+    def begin(self) -> None:
+        self._order = self.order().cpu()
+        self._next = 0
+
+    def next(self, n: int, untried: Tensor) -> Tensor:
+        while self._next < len(self._order):
+            part = self._order[self._next : self._next + n]
+            self._next += len(part)
+            part = part[untried[part]]
+            if len(part):
+                return part
+        return self._order[:0]
+
+    def learn(self, checked: Checked) -> None:
+        """Nothing to learn: the order is fixed."""

@@ -1,0 +1,119 @@
+"""What an inversion found: verdict, tokens, evidence for each position, cost."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Verdict = Literal["recovered", "ambiguous", "unmatched"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One token tried at a position."""
+
+    token_id: int
+    token: str | None  # its text alone; None without a tokenizer
+    distance: float  # L2 to the observed state
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionEvidence:
+    """Why a token was accepted at one position."""
+
+    token_id: int
+    token: str | None
+    distance: float  # L2 from its state to the observed one
+    tolerance: float  # largest distance that arithmetic alone explains here
+    runner_up: float | None  # distance of the best other token checked; None where only one was
+    n_checked: int  # tokens checked at this position
+    rivals: tuple[Candidate, ...] = ()  # other tokens that fit as well; not empty means ambiguous
+
+    @property
+    def margin(self) -> float | None:
+        """How much nearer the accepted token is than the runner-up."""
+        return None if self.runner_up is None else self.runner_up - self.distance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Miss:
+    """The position at which no token fits: the search ends there."""
+
+    position: int
+    token_id: int  # the nearest token of the whole vocabulary
+    token: str | None
+    distance: float
+    tolerance: float
+    n_checked: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inversion:
+    """The result of inverting one observation."""
+
+    model: str
+    fingerprint: str  # of the model the search ran on
+    layer: int
+    site: str
+    policy: str
+    verdict: Verdict
+    text: str | None  # of the tokens below; None without a tokenizer
+    input_ids: tuple[int, ...]  # the recovered prompt, or its prefix where the verdict is "unmatched"
+    seq_len: int  # positions observed
+    tolerance: float  # the largest over the positions
+    noise: float  # declared by the caller; L2, 0 where none was
+    seconds: float
+    block_tokens: int  # tokens × blocks evaluated by the search
+    prefill_ratio: float  # block_tokens / (seq_len × layer)
+    calibration_block_tokens: int  # spent on measuring the tolerance, once per model, layer and site
+    n_checked: int
+    observation: str  # SHA-256 of the observed values
+    dtype: str  # of the observed values
+    model_dtype: str
+    positions: tuple[PositionEvidence, ...]
+    miss: Miss | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Return the JSON record; its keys equal the field names."""
+        return asdict(self)
+
+    def summary(self) -> str:
+        """Return the verdict and its evidence in a sentence or two."""
+        if self.miss is not None:
+            miss = self.miss
+            return (
+                f"unmatched: position {miss.position}: best of {miss.n_checked} candidates is "
+                f"{miss.distance:.3g} away, tolerance {miss.tolerance:.2g}. Wrong model, layer or site? "
+                'See "sipit invert --help".'
+            )
+        worst = max(self.positions, key=lambda p: p.distance / p.tolerance if p.tolerance else 0.0)
+        text = (
+            f"{self.verdict}: {len(self.input_ids)} of {self.seq_len} tokens; largest distance "
+            f"{worst.distance:.2g} (tolerance {worst.tolerance:.2g})"
+        )
+        margins = [p.runner_up for p in self.positions if p.runner_up is not None]
+        if margins:
+            text += f", nearest other token checked {min(margins):.3g} away"
+        shared = [i for i, p in enumerate(self.positions) if p.rivals]
+        if shared:
+            first = self.positions[shared[0]]
+            names = ", ".join(f"{r.token!r} ({r.token_id})" for r in first.rivals[:4])
+            text += (
+                f"; {len(shared)} positions fit more than one token, first at {shared[0]}: "
+                f"{first.token!r} ({first.token_id}) or {names}"
+            )
+        elif self.verdict == "ambiguous":
+            text += "; accepted within the declared noise only, as the nearest token checked"
+        return text
+
+
+@dataclass
+class Meter:
+    """Counts the work of a search in the unit that is the same on every machine."""
+
+    block_tokens: int = 0
+    n_checked: int = 0
+
+    def spend(self, n_tokens: int, n_blocks: int, *, passes: int = 1) -> None:
+        """Add n_tokens through n_blocks; a backward pass counts as two passes more."""
+        self.block_tokens += n_tokens * n_blocks * passes

@@ -1,0 +1,157 @@
+"""How far a right candidate may lie from the observed state: measured, never typed in.
+
+A right token's state differs from the observed one by (a) the order of floating-point sums, which
+depends on the shapes the kernels see, and (b) the rounding to the dtype the states were stored in.
+(a) is measured on this model, layer, site, dtype and device: the same prompts go through the
+ordinary forward pass and through packed passes. (b) is bounded exactly from the stored values.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sipit.errors import ModelError
+from sipit.models import LanguageModel, TruncatedModel
+from sipit.observations import Observation, Site
+
+SAFETY = 8.0  # the tolerance is this many times the largest noise seen in calibration
+_LENGTHS = (96, 24)  # tokens of the calibration prompts
+_FIRSTS = 6  # prompts of other first tokens: the first position has its own, extreme, norm
+_DECOYS = 15  # wrong tokens packed beside each right one
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseFloor:
+    """Largest distance between packed and ordinary states seen in calibration, over the state's norm."""
+
+    first: float  # at position 0
+    rest: float  # at later positions
+    gap: float  # smallest distance of a wrong token seen, over the state's norm
+    block_tokens: int  # what measuring it cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """What counts as equal to one observation's states, position by position."""
+
+    noise: Tensor  # (T,) float64: explained by the order of sums
+    half_ulp: Tensor | None  # (T, D): half a unit in the last place of each stored value; None: not rounded
+    total: Tensor  # (T,) float64: noise plus the norm of half_ulp
+
+    def excess(self, states: Tensor, observed: Tensor, rows: Tensor) -> Tensor:
+        """Return how far states lie from all values that would be stored as the observed ones.
+
+        (N, D), (N, D), (N,) → (N,). Rounding a massive coordinate widens the plain distance by much;
+        this leaves the other coordinates their full say.
+        """
+        gap = (states - observed).abs_()
+        if self.half_ulp is not None:
+            gap = (gap - self.half_ulp[rows].to(gap)).clamp_(min=0)
+        return gap.norm(dim=1)
+
+
+_measured: weakref.WeakKeyDictionary[LanguageModel, dict[tuple[int, Site], NoiseFloor]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def tolerance_for(lm: LanguageModel, seen: Observation) -> Tolerance:
+    """Return the tolerance at each position of an observation."""
+    floor = noise_floor(lm, seen.layer, seen.site)
+    norms = seen.states.double().norm(dim=1)  # (T,)
+    ratios = torch.full_like(norms, floor.rest)
+    ratios[0] = floor.first
+    noise = SAFETY * ratios * norms
+    if torch.finfo(seen.states.dtype).eps <= torch.finfo(lm.dtype).eps:
+        return Tolerance(noise=noise, half_ulp=None, total=noise)
+    half = half_ulp(seen.states)  # (T, D)
+    return Tolerance(noise=noise, half_ulp=half, total=noise + half.double().norm(dim=1))
+
+
+def half_ulp(values: Tensor) -> Tensor:
+    """Return half a unit in the last place of each value: the largest error of rounding to its dtype.
+
+    Any shape; float32 out. Exact for normal and subnormal numbers.
+    """
+    info = torch.finfo(values.dtype)
+    _, exponent = torch.frexp(values.abs().double().clamp_(min=info.tiny))  # |x| = m 2^e, m in [0.5, 1)
+    return torch.ldexp(torch.full_like(exponent, info.eps / 4, dtype=torch.float64), exponent).float()
+
+
+def noise_floor(lm: LanguageModel, layer: int, site: Site) -> NoiseFloor:
+    """Return the measured noise of the packed check against the ordinary forward pass, once per cut.
+
+    Raises:
+        ModelError: packed states of right tokens are not far nearer than those of wrong ones, so
+            the packed check does not compute this model.
+    """
+    known = _measured.setdefault(lm, {})
+    if (layer, site) not in known:
+        known[(layer, site)] = _measure(lm, lm.cut(layer, site))
+    return known[(layer, site)]
+
+
+def _measure(lm: LanguageModel, cut: TruncatedModel) -> NoiseFloor:
+    generator = torch.Generator().manual_seed(0)
+    firsts, rests, gaps, spent = [0.0], [0.0], [], 0
+    prompts = [_prompt(lm, length, generator) for length in _LENGTHS]
+    prompts += [_prompt(lm, 4, generator) for _ in range(_FIRSTS)]
+    for ids in prompts:
+        expected = cut.ordinary(ids).double()  # (T, D)
+        norms = expected.norm(dim=1)  # (T,)
+        right, wrong, n_packed = _packed_distances(cut, ids, expected)
+        firsts.append(float(right[0] / norms[0]))
+        rests += (right[1:] / norms[1:]).tolist()
+        gaps += (wrong / norms)[wrong.isfinite()].tolist()
+        spent += (len(ids) + n_packed) * cut.layer
+    unit = torch.finfo(lm.dtype).eps  # one rounding of the norm: less cannot be told from zero
+    floor = NoiseFloor(
+        first=max(*firsts, unit), rest=max(*rests, unit), gap=min(gaps), block_tokens=spent
+    )
+    typical_gap = sorted(gaps)[len(gaps) // 2]
+    typical_noise = sorted(rests)[len(rests) // 2]
+    if typical_noise > typical_gap / 4:
+        raise ModelError(
+            f"model {lm.name!r}: packed and ordinary states after {cut.layer} blocks differ by "
+            f"{typical_noise:.2g} of their norm, wrong tokens by {typical_gap:.2g}; the packed check does not "
+            "reproduce this model, or its dtype is too coarse (try dtype float32)"
+        )
+    return floor
+
+
+def _prompt(lm: LanguageModel, length: int, generator: torch.Generator) -> Tensor:
+    """Return ids drawn from the vocabulary, with runs of one token, which have unusual norms. (T,)."""
+    ids = torch.randint(lm.vocab_size, (length,), generator=generator)
+    ids[length // 2 : length // 2 + length // 8] = ids[length // 2]
+    return ids
+
+
+def _packed_distances(
+    cut: TruncatedModel, ids: Tensor, expected: Tensor
+) -> tuple[Tensor, Tensor, int]:
+    """Return the distances of right tokens and of the nearest wrong ones, by packed passes. (T,), (T,)."""
+    cache = cut.new_cache()
+    right, wrong, n_packed = [], [], 0
+    length = len(ids)
+    start = 0
+    while start < length:
+        # by turns: one position with decoys beside it, then a guessed chain of eight
+        chain = ids[start : start + (1 if start % 9 == 0 else 8)]
+        decoys = (ids[start] + torch.arange(1, _DECOYS + 1)) % (int(ids.max()) + 1)
+        decoys = decoys[decoys != ids[start]]
+        tokens = torch.cat([chain, decoys])  # (Q,)
+        places = torch.cat([torch.arange(start, start + len(chain)), torch.full((len(decoys),), start)])
+        sees = torch.eye(len(tokens), dtype=torch.bool)
+        sees[: len(chain), : len(chain)] = torch.ones(len(chain), len(chain), dtype=torch.bool).tril()
+        states = cut.packed(cache, tokens, places, sees).double()  # (Q, D)
+        distances = (states - expected[places.to(states.device)]).norm(dim=1)
+        right += distances[: len(chain)].tolist()
+        wrong += [float(distances[len(chain) :].min())] + [float("inf")] * (len(chain) - 1)
+        cache.keep(range(len(chain)))
+        start += len(chain)
+        n_packed += len(tokens)
+    return torch.tensor(right).to(expected), torch.tensor(wrong).to(expected), n_packed

@@ -1,0 +1,7 @@
+"""A causal language model as this project sees it."""
+
+from sipit.models.language_model import LanguageModel
+from sipit.models.loading import load
+from sipit.models.truncated import PrefixCache, TruncatedModel
+
+__all__ = ["LanguageModel", "PrefixCache", "TruncatedModel", "load"]

@@ -1,0 +1,272 @@
+"""A causal language model as this project sees it: text ↔ tokens, tokens → states at a layer and site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sipit.errors import InputError, ModelError, OptionError
+from sipit.models.embeddings import EmbeddingRows
+from sipit.models.families import family_of, module_at
+from sipit.models.fingerprint import fingerprint
+from sipit.models.truncated import TruncatedModel, UpperModel
+from sipit.observations import SITES, Observation, Site, dtype_named
+
+Prompt = str | Sequence[int] | Tensor | Sequence[Mapping[str, str]]
+
+_PROBE_TOKENS = 12  # length of the prompt a cut is checked on
+
+
+class LanguageModel:
+    """A causal LM with its tokenizer, ready to be cut after any block.
+
+    Args:
+        model: a transformers causal LM in eval mode; never modified.
+        tokenizer: its tokenizer, or None where only token ids are used.
+        name: what to call it in records.
+
+    Raises:
+        ModelError: its layout is unknown, it is in training mode, or a cut through the layout's
+            attribute names does not reproduce `output_hidden_states`.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any = None, *, name: str = "unnamed") -> None:
+        if model.training:
+            raise ModelError(f"model {name!r} is in training mode, so its states are random; call .eval() on it first")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.family = family_of(model)
+        self._trunk = module_at(model, self.family.trunk)
+        self.n_layers = len(cast(nn.ModuleList, getattr(self._trunk, self.family.blocks)))
+        embedding = cast(nn.Embedding, cast(Any, model).get_input_embeddings())
+        self.vocab_size = int(embedding.weight.shape[0])
+        self.embeddings = EmbeddingRows(embedding, self.vocab_size)
+        self._cuts: dict[tuple[int, bool], TruncatedModel] = {}
+        self._uppers: dict[int, UpperModel] = {}
+        self._probe_ids = torch.arange(_PROBE_TOKENS) * 7919 % self.vocab_size
+        self._probe_states = self._reference_states()
+        self.d_model = int(self._probe_states[0].shape[-1])
+        self._final_width = int(self._probe_states[-1].shape[-1])
+        for layer in {0, 1, self.n_layers // 2, self.n_layers - 1}:
+            self.cut(layer)
+        self.cut(self.n_layers, "final")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights, and of the states the model computes."""
+        return next(self._trunk.parameters()).dtype
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Sites this version can capture and invert."""
+        return ("block", "final")
+
+    def width(self, site: Site) -> int:
+        """Width of a state at a site: d_model, but for models that project after the last block."""
+        return self._final_width if site == "final" else self.d_model
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the config and every weight as loaded."""
+        return fingerprint(self.model)
+
+    def encode(self, text: str, *, chat: bool = False) -> Tensor:
+        """Return the token ids of `text` as the tokenizer makes them, BOS included where it adds one. (T,).
+
+        Args:
+            text: any string; nothing is trimmed or normalised beyond what the tokenizer itself does.
+            chat: wrap it as one user message in the tokenizer's chat template, reply begun.
+
+        Raises:
+            ModelError: there is no tokenizer, or no chat template.
+            InputError: the text gives no tokens.
+        """
+        if chat:
+            return self.encode_chat([{"role": "user", "content": text}])
+        ids = self._require_tokenizer()(text)["input_ids"]
+        return self._checked_ids(torch.tensor(ids, dtype=torch.long))
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> Tensor:
+        """Return the token ids of a conversation under the tokenizer's chat template. (T,)."""
+        tokenizer = self._require_tokenizer()
+        if not getattr(tokenizer, "chat_template", None):
+            raise ModelError(f"the tokenizer of {self.name!r} has no chat template; pass plain text")
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes its own
+        return self._checked_ids(torch.tensor(ids, dtype=torch.long))
+
+    def decode(self, input_ids: Sequence[int] | Tensor) -> str | None:
+        """Return the text of some tokens, special ones kept, nothing cleaned up; None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        ids = [int(i) for i in input_ids]
+        text: str = self.tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def capture(
+        self,
+        text: Prompt | None = None,
+        *,
+        input_ids: Sequence[int] | Tensor | None = None,
+        layer: int | None = None,
+        site: Site = "block",
+        dtype: str | torch.dtype | None = None,
+        chat: bool = False,
+    ) -> Observation:
+        """Return the states of one prompt after `layer` blocks, by one ordinary forward pass.
+
+        Args:
+            text: a string, a list of chat messages, or token ids.
+            input_ids: token ids, instead of `text`. (T,)
+            layer: number of blocks run, 0 .. n_layers; may be left out with site "final".
+            site: "block" (residual stream) or "final" (after the final norm).
+            dtype: dtype to store the states in; default: the model's own.
+            chat: wrap a string in the tokenizer's chat template.
+
+        Raises:
+            OptionError: layer or site out of range, or both or neither of text and input_ids.
+            InputError: an empty prompt, or an id outside the vocabulary.
+        """
+        if (text is None) == (input_ids is None):
+            raise OptionError("capture needs one prompt: pass either text or input_ids")
+        ids = self._prompt_ids(cast(Prompt, text if input_ids is None else input_ids), chat)
+        layer = self.checked_layer(layer, site)
+        states = self.cut(layer, site).ordinary(ids)  # (T, D)
+        stored = states if dtype is None else states.to(dtype_named(dtype))
+        return Observation(
+            states=stored, layer=layer, site=site, model=self.name, fingerprint=self.fingerprint
+        )
+
+    def checked_layer(self, layer: int | None, site: Site) -> int:
+        """Return the layer that `layer` and `site` mean.
+
+        Raises:
+            OptionError: the layer is out of range, or the model lacks the site.
+        """
+        if site not in self.sites:
+            known = ", ".join(self.sites)
+            end = "is not supported yet" if site in SITES else "is unknown"
+            raise OptionError(f"site {site!r} {end}; model {self.name!r} offers {known}")
+        if layer is None and site == "final":
+            return self.n_layers
+        if layer is None:
+            raise OptionError(f"site {site!r} needs a layer: pass 0 to {self.n_layers}")
+        if site == "final" and layer != self.n_layers:
+            raise OptionError(
+                f"site 'final' lies after all blocks, so its layer is {self.n_layers}, not {layer}; "
+                "leave the layer out, or pass site 'block'"
+            )
+        if not 0 <= layer <= self.n_layers:
+            raise OptionError(
+                f"layer {layer} is out of range; model {self.name!r} has layers 0 to {self.n_layers}"
+            )
+        return layer
+
+    def cut(self, layer: int, site: Site = "block") -> TruncatedModel:
+        """Return the model cut after `layer` blocks, checked once against `output_hidden_states`."""
+        key = (layer, site == "final")
+        if key not in self._cuts:
+            cut = TruncatedModel(self._trunk, self.family, layer=layer, is_final=key[1])
+            self._check_cut(cut)
+            self._cuts[key] = cut
+        return self._cuts[key]
+
+    @torch.no_grad()
+    def final_states(self, seen: Tensor, layer: int, site: Site) -> tuple[Tensor, int]:
+        """Return the states after the final norm that observed states lead to, and the blocks that took.
+
+        (T, D) → (T, D), number of blocks run on each of the T tokens. The blocks above `layer` see
+        only what was observed, so the next-token probabilities that follow need no recovered token.
+        """
+        seen = seen.to(self.device, self.dtype)
+        if site == "final":
+            return seen, 0
+        if layer == 0:  # an embedding is not a state of the running text; there is no entry block
+            raise OptionError("layer 0 has no block to enter after; recover the prefix first")
+        if layer not in self._uppers:
+            self._uppers[layer] = UpperModel(self._trunk, self.family, layer=layer)
+        upper = self._uppers[layer]
+        return upper.final_states(seen), upper.n_blocks
+
+    @torch.no_grad()
+    def next_token_logits(self, final_states: Tensor) -> Tensor:
+        """Return the language-model head's logits, in float32. (N, D) → (N, vocab_size)."""
+        logits: Tensor = cast(Any, self.model).get_output_embeddings()(final_states).float()
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        if cap:
+            logits = torch.tanh(logits / cap) * cap
+        return logits[:, : self.vocab_size]
+
+    def _prompt_ids(self, prompt: Prompt, chat: bool) -> Tensor:
+        if isinstance(prompt, str):
+            return self.encode(prompt, chat=chat)
+        if isinstance(prompt, Tensor):
+            return self._checked_ids(prompt)
+        items = list(prompt)
+        if items and isinstance(items[0], Mapping):
+            return self.encode_chat(cast(list[Mapping[str, str]], items))
+        return self._checked_ids(torch.tensor(cast(list[int], items), dtype=torch.long))
+
+    def _checked_ids(self, ids: Tensor) -> Tensor:
+        if ids.ndim == 2 and ids.shape[0] == 1:
+            ids = ids[0]
+        if ids.ndim != 1 or ids.is_floating_point():
+            raise InputError(f"token ids must be a row of whole numbers, got shape {tuple(ids.shape)}")
+        if ids.numel() == 0:
+            raise InputError("the prompt is empty: it gives no tokens; pass at least one character")
+        outside = ((ids < 0) | (ids >= self.vocab_size)).nonzero()
+        if outside.numel():
+            where = int(outside[0, 0])
+            raise InputError(
+                f"token id {int(ids[where])} at position {where} is outside the vocabulary of "
+                f"{self.name!r} (0 to {self.vocab_size - 1})"
+            )
+        return ids.long()
+
+    def _require_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise ModelError(f"model {self.name!r} has no tokenizer; pass input_ids instead of text")
+        return self.tokenizer
+
+    @torch.no_grad()
+    def _reference_states(self) -> tuple[Tensor, ...]:
+        """Return what the model itself calls its hidden states, on the probe prompt: n_layers + 1 of (T, D)."""
+        output = cast(Any, self.model)(
+            input_ids=self._probe_ids.to(self.device)[None], output_hidden_states=True, use_cache=False
+        )
+        states = tuple(h[0] for h in output.hidden_states)
+        if len(states) != self.n_layers + 1:
+            raise ModelError(
+                f"model {self.name!r} returns {len(states)} hidden states for {self.n_layers} blocks, "
+                f"expected {self.n_layers + 1}; its layout is not supported"
+            )
+        return states
+
+    @torch.no_grad()
+    def _check_cut(self, cut: TruncatedModel) -> None:
+        """Refuse a cut that does not reproduce the model's own hidden states."""
+        got = cut.ordinary(self._probe_ids)  # (T, D)
+        if cut.layer == self.n_layers and not cut.is_final:  # not among them: run the final modules on it
+            for name in self.family.final:
+                module = getattr(self._trunk, name)
+                got = got if module is None else module(got)
+        expected = self._probe_states[cut.layer]
+        unit = torch.finfo(self.dtype).eps * float(expected.float().abs().max())
+        gap = float((got.float() - expected.float()).abs().max()) if got.shape == expected.shape else float("inf")
+        if not gap <= 64 * unit:  # the same kernels on the same shapes: a few roundings at most
+            raise ModelError(
+                f"model {self.name!r}: its cut after {cut.layer} blocks differs from output_hidden_states by "
+                f"{gap:.2g}; this layout of {self.model.config.model_type!r} is not supported"
+            )

@@ -1,0 +1,111 @@
+"""From a name to a `LanguageModel`: hub id, local folder, GGUF file, or pinned small model."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sipit.errors import ModelError, OptionError
+from sipit.models.language_model import LanguageModel
+from sipit.models.pinned import PINNED, pinned_folder
+from sipit.observations import dtype_named
+
+
+def load(
+    name_or_path: str | Path, *, device: str = "auto", dtype: str | torch.dtype = "auto"
+) -> LanguageModel:
+    """Load a causal language model and check that it can be cut after any block.
+
+    Args:
+        name_or_path: a pinned model ("smollm2-135m", "gemma-3-270m"), a folder, a .gguf file, or a hub id.
+        device: "auto" (cuda, else mps, else cpu), or any torch device.
+        dtype: "auto" (as stored; float32 for GGUF files), "float32", "bfloat16", "float16", "float64".
+
+    Raises:
+        FetchError: a pinned model is not there and cannot be fetched.
+        ModelError: nothing of that name can be loaded, or the self-check refuses it.
+        OptionError: the device or dtype is unknown or absent.
+        StorageError: the cache folder cannot be written.
+    """
+    place = _device(device)
+    kind = dtype if dtype == "auto" else dtype_named(dtype)
+    name = str(name_or_path)
+    if name in PINNED:
+        model, tokenizer = _from_pretrained(pinned_folder(name), kind)
+    elif name.endswith(".gguf"):
+        path = Path(name)
+        if not path.is_file():
+            raise ModelError(f"cannot load {name}: no such file; check its name")
+        model, tokenizer = _from_pretrained(
+            path.parent, torch.float32 if kind == "auto" else kind, gguf_file=path.name
+        )
+    else:
+        looks_local = Path(name).is_absolute() or name.startswith((".", "~"))
+        if looks_local and not Path(name).expanduser().is_dir():
+            raise ModelError(f"cannot load {name}: no such folder; check its name")
+        model, tokenizer = _from_pretrained(Path(name).expanduser() if Path(name).is_dir() else name, kind)
+    return LanguageModel(model.to(place).eval(), tokenizer, name=name)
+
+
+def _from_pretrained(source: str | Path, dtype: Any, **options: Any) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
+        raise ModelError(
+            f"cannot load a causal language model from {str(source)!r} ({_first_sentence(error)}); pass a pinned name "
+            f"({', '.join(PINNED)}), a folder with config.json, a .gguf file, or a hub id that is "
+            "reachable or already downloaded"
+        ) from error
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError):
+        tokenizer = None  # weights without a tokenizer are useful: ids in, ids out
+    return model, tokenizer
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep the library's progress bars and advice off the user's terminal while it loads."""
+    from transformers.utils import logging as library
+
+    level, had_bars = library.get_verbosity(), library.is_progress_bar_enabled()
+    library.set_verbosity_error()
+    library.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        library.set_verbosity(level)
+        if had_bars:
+            library.enable_progress_bar()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        place = torch.device(name)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(
+            f"device {name!r} is not available here; choose auto, cpu, cuda or mps as this machine has them"
+        ) from error
+    return place
+
+
+def _first_sentence(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200].rstrip(". ")

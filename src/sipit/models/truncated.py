@@ -1,0 +1,277 @@
+"""A causal LM cut after its first blocks, and the packed pass that checks many candidates in one row.
+
+Shapes: T tokens of a prompt, P of its prefix in the cache, Q packed tokens, D = d_model. Knows no
+proposals, no observations and no tolerance: it turns tokens into states.
+
+The cut is a shallow clone: it shares every weight with the caller's model and changes nothing there.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
+
+from sipit.models.families import Family
+
+_ROOM = 512  # cache columns added at a time, at least
+
+
+class PrefixCache(Cache):  # type: ignore[misc]
+    """Keys and values of one accepted prefix, with room behind it for the tokens of a packed pass.
+
+    A packed pass writes its keys behind the prefix without copying it; `keep` then moves the
+    accepted ones to the prefix's end, so that no token is computed twice.
+    """
+
+    def __init__(self, n_layers: int) -> None:
+        super().__init__(layers=[_PrefixLayer() for _ in range(n_layers)])
+        self.length = 0  # P
+
+    def keep(self, columns: Sequence[int]) -> None:
+        """Append the given tokens of the last packed pass to the prefix, in this order."""
+        for layer in self.layers:
+            layer.keep(self.length, columns)
+        self._set_length(self.length + len(columns))
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens of the prefix."""
+        self._set_length(min(length, self.length))
+
+    def _set_length(self, length: int) -> None:
+        self.length = length
+        for layer in self.layers:
+            layer.length = length
+
+
+class _PrefixLayer(DynamicLayer):  # type: ignore[misc]
+    """One block's keys and values in a buffer that grows by doubling. (1, n_heads, room, d_head)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.length = 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        start, stop = self.length, self.length + key_states.shape[-2]
+        if not self.is_initialized:
+            self.dtype, self.device = key_states.dtype, key_states.device
+            self.keys = key_states.new_empty(*key_states.shape[:-2], 0, key_states.shape[-1])
+            self.values = value_states.new_empty(*value_states.shape[:-2], 0, value_states.shape[-1])
+            self.is_initialized = True
+        if key_states.requires_grad:  # a gradient flows through these: leave the buffer alone
+            return (
+                torch.cat([self.keys[..., :start, :], key_states], dim=-2),
+                torch.cat([self.values[..., :start, :], value_states], dim=-2),
+            )
+        if stop > self.keys.shape[-2]:
+            self.keys = _grown(self.keys, start, stop)
+            self.values = _grown(self.values, start, stop)
+        self.keys[..., start:stop, :] = key_states
+        self.values[..., start:stop, :] = value_states
+        return self.keys[..., :stop, :], self.values[..., :stop, :]
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def keep(self, length: int, columns: Sequence[int]) -> None:
+        if not self.is_initialized or list(columns) == list(range(len(columns))):
+            return  # already in place
+        places = torch.tensor(columns, device=self.keys.device) + length
+        stop = length + len(columns)
+        self.keys[..., length:stop, :] = self.keys[..., places, :]
+        self.values[..., length:stop, :] = self.values[..., places, :]
+
+
+def _grown(buffer: Tensor, filled: int, needed: int) -> Tensor:
+    room = max(needed, filled + _ROOM, 2 * buffer.shape[-2] if filled > _ROOM else 0)
+    grown = buffer.new_empty(*buffer.shape[:-2], room, buffer.shape[-1])
+    grown[..., :filled, :] = buffer[..., :filled, :]
+    return grown
+
+
+class TruncatedModel:
+    """The first `layer` blocks of a causal LM, with the final norm (`is_final`) or without it.
+
+    Args:
+        trunk: the module that owns the blocks; not modified.
+        family: its attribute names.
+        layer: number of blocks run.
+        is_final: whether the modules behind the last block are run too.
+    """
+
+    def __init__(self, trunk: nn.Module, family: Family, *, layer: int, is_final: bool) -> None:
+        self.layer = layer
+        self.is_final = is_final
+        self._family = family
+        self._config: Any = trunk.config
+        blocks = list(cast(nn.ModuleList, getattr(trunk, family.blocks)))[:layer]
+        children: dict[str, nn.Module] = {family.blocks: nn.ModuleList(blocks)}
+        if not is_final:
+            children |= {name: nn.Identity() for name in family.final if getattr(trunk, name) is not None}
+        self._plain = _clone(trunk, children)
+        self._attentions: list[Any] = []  # of the packed clone, where its masks sit in buffers
+        self._packed = self._plain
+        if family.masking == "buffer":
+            blocks = [self._with_open_buffer(block) for block in blocks]
+            self._packed = _clone(trunk, {**children, family.blocks: nn.ModuleList(blocks)})
+
+    @property
+    def device(self) -> torch.device:
+        """Where the blocks live."""
+        return next(self._plain.parameters()).device
+
+    def new_cache(self) -> PrefixCache:
+        """Return an empty prefix cache for `packed`."""
+        return PrefixCache(self.layer)
+
+    @torch.no_grad()
+    def ordinary(self, input_ids: Tensor) -> Tensor:
+        """Return the states of one prompt by one ordinary forward pass. (T,) → (T, D)."""
+        output = self._plain(input_ids=input_ids.to(self.device)[None], use_cache=False)
+        return cast(Tensor, output[0])[0]  # (T, D)
+
+    @torch.no_grad()
+    def packed(
+        self, cache: PrefixCache, token_ids: Tensor, positions: Tensor, sees: Tensor | None = None
+    ) -> Tensor:
+        """Return the states of Q tokens that all continue the cached prefix, in one row.
+
+        Args:
+            cache: of the prefix, P tokens; its room behind the prefix is overwritten.
+            token_ids: (Q,)
+            positions: (Q,) position of each token in its own prompt, P or more.
+            sees: (Q, Q) bool, whether token i attends to packed token j; None: to itself alone.
+
+        Returns:
+            (Q, D)
+        """
+        return self._packed_row(cache, positions, sees, input_ids=token_ids.to(self.device)[None])
+
+    def packed_embeddings(self, cache: PrefixCache, embeddings: Tensor, positions: Tensor) -> Tensor:
+        """As `packed`, from embedding vectors (Q, D), each alone behind the prefix; differentiable."""
+        return self._packed_row(cache, positions, None, inputs_embeds=embeddings[None])
+
+    def _packed_row(
+        self, cache: PrefixCache, positions: Tensor, sees: Tensor | None, **tokens: Tensor
+    ) -> Tensor:
+        positions = positions.to(self.device)
+        n_packed = positions.shape[0]
+        if sees is None:
+            sees = torch.eye(n_packed, dtype=torch.bool)
+        visible = torch.ones(n_packed, cache.length + n_packed, dtype=torch.bool, device=self.device)
+        visible[:, cache.length :] = sees  # (Q, P + Q)
+        output = self._packed(
+            **tokens,
+            position_ids=positions[None],
+            attention_mask=self._masks(visible, positions, cache.length),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return cast(Tensor, output[0])[0]  # (Q, D)
+
+    def _masks(self, visible: Tensor, positions: Tensor, n_prefix: int) -> Tensor | dict[str, Tensor]:
+        """Return what this family's forward pass takes as attention_mask: additive, (1, 1, Q, P + Q)."""
+        family, config = self._family, self._config
+        if family.masking == "buffer":
+            self._fill_buffers(visible, positions, n_prefix)
+            return self._additive(visible)
+        window = getattr(config, "sliding_window", None)
+        if family.masking == "by_layer_type" and "sliding_attention" in (config.layer_types or ()):
+            return {
+                "full_attention": self._additive(visible),
+                "sliding_attention": self._additive(_windowed(visible, positions, n_prefix, window)),
+            }
+        if family.masking == "one_mask" and window is not None:
+            visible = _windowed(visible, positions, n_prefix, window)
+        return self._additive(visible)
+
+    def _additive(self, visible: Tensor) -> Tensor:
+        dtype = next(self._plain.parameters()).dtype
+        mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+        return mask.masked_fill_(~visible, torch.finfo(dtype).min)[None, None]  # (1, 1, Q, P + Q)
+
+    def _with_open_buffer(self, block: nn.Module) -> nn.Module:
+        outer = cast(nn.Module, block.attn)
+        inner = _clone(cast(nn.Module, outer.attention), {})
+        inner.__dict__["_buffers"] = dict(inner._buffers)
+        self._attentions.append(inner)
+        return _clone(block, {"attn": _clone(outer, {"attention": inner})})
+
+    def _fill_buffers(self, visible: Tensor, positions: Tensor, n_prefix: int) -> None:
+        """Open the causal buffers: the additive mask tells packed tokens apart, the window stays."""
+        n_keys = visible.shape[1]
+        everything = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=visible.device)
+        everything = everything.expand(1, 1, n_keys, n_keys)
+        windowed = everything
+        if any(a.attention_type == "local" for a in self._attentions):
+            rows = _windowed(visible, positions, n_prefix, self._config.window_size)  # (Q, P + Q)
+            windowed = torch.cat([visible.new_ones(n_prefix, n_keys), rows])[None, None]
+        for attention in self._attentions:
+            attention._buffers["bias"] = windowed if attention.attention_type == "local" else everything
+
+
+class UpperModel:
+    """The blocks above `layer`, run on observed states: the model's own view of what comes next.
+
+    Only proposals use it; nothing is accepted on its word.
+    """
+
+    def __init__(self, trunk: nn.Module, family: Family, *, layer: int) -> None:
+        blocks = list(cast(nn.ModuleList, getattr(trunk, family.blocks)))
+        returns_tuple = family.masking == "buffer"
+        self._entry = _Inject(returns_tuple)
+        skipped = [_Skip(returns_tuple) for _ in blocks[: layer - 1]]
+        children = {family.blocks: nn.ModuleList([*skipped, self._entry, *blocks[layer:]])}
+        self._trunk = _clone(trunk, children)
+        self.n_blocks = len(blocks) - layer
+
+    @torch.no_grad()
+    def final_states(self, states: Tensor) -> Tensor:
+        """Return the states after the final norm that follow from states after `layer` blocks. (T, D) → (T, D)."""
+        parameter = next(self._trunk.parameters())
+        self._entry.states = states.to(parameter.device, parameter.dtype)[None]
+        try:
+            places = torch.zeros(1, states.shape[0], dtype=torch.long, device=parameter.device)
+            return cast(Tensor, self._trunk(input_ids=places, use_cache=False)[0])[0]  # (T, D)
+        finally:
+            self._entry.states = None
+
+
+class _Skip(nn.Module):
+    def __init__(self, returns_tuple: bool) -> None:
+        super().__init__()
+        self._returns_tuple = returns_tuple
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        return (hidden_states, None) if self._returns_tuple else hidden_states
+
+
+class _Inject(_Skip):
+    """In place of a block: hands on the given states whatever comes in."""
+
+    def __init__(self, returns_tuple: bool) -> None:
+        super().__init__(returns_tuple)
+        self.states: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        return super().forward(hidden_states if self.states is None else self.states)
+
+
+def _windowed(visible: Tensor, positions: Tensor, n_prefix: int, window: int) -> Tensor:
+    """Hide keys `window` or more positions back. (Q, P + Q) → (Q, P + Q)."""
+    prefix = torch.arange(n_prefix, device=positions.device)
+    keys = torch.cat([prefix, positions])  # (P + Q,)
+    return visible & (positions[:, None] - keys[None, :] < window)
+
+
+def _clone(module: nn.Module, children: dict[str, nn.Module]) -> nn.Module:
+    """Return a shallow copy of `module` with some children replaced; every weight stays shared."""
+    clone = copy.copy(module)
+    clone.__dict__["_modules"] = {**module._modules, **children}
+    return clone

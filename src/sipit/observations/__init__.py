@@ -1,0 +1,14 @@
+"""What leaked: the hidden states of one prompt, and the file they travel in."""
+
+from sipit.observations.file import read_observation, write_observation
+from sipit.observations.observation import DTYPES, SITES, Observation, Site, dtype_named
+
+__all__ = [
+    "DTYPES",
+    "SITES",
+    "Observation",
+    "Site",
+    "dtype_named",
+    "read_observation",
+    "write_observation",
+]

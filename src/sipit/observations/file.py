@@ -1,0 +1,110 @@
+"""The observation file: one safetensors file a prompt. Its specification is docs/observation-file.md."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import cast
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from sipit.errors import InputError, SipitError, StorageError
+from sipit.observations.observation import SITES, Observation, Site
+from sipit.storage import whole_file
+
+_FORMAT = "sipit.observation"
+_VERSION = "1"
+_REQUIRED = ("format", "version", "site", "layer", "positions")
+_OPTIONAL = ("model", "fingerprint")
+
+
+def write_observation(seen: Observation, path: Path | str) -> None:
+    """Write an observation file, whole or not at all.
+
+    Raises:
+        StorageError: the path cannot be written.
+    """
+    metadata = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "site": seen.site,
+        "layer": str(seen.layer),
+        "positions": json.dumps(seen.positions),
+    }
+    if seen.model is not None:
+        metadata["model"] = seen.model
+    if seen.fingerprint is not None:
+        metadata["fingerprint"] = seen.fingerprint
+    with whole_file(path) as temporary:
+        try:
+            save_file({"states": seen.states.detach().cpu().contiguous()}, temporary, metadata=metadata)
+        except SafetensorError as error:  # the library reports a full disk in its own class
+            raise OSError(28, str(error)) from error
+
+
+def read_observation(path: Path | str) -> Observation:
+    """Read an observation file and check its size, keys, types and values.
+
+    Raises:
+        StorageError: the file is missing or unreadable.
+        InputError: it is truncated, is not an observation, or a value is out of range.
+    """
+    if not Path(path).is_file():
+        raise StorageError(f"cannot read {path}: no such file; check its name, or make one with 'sipit capture'")
+    try:
+        with safe_open(path, framework="pt") as stream:
+            metadata = dict(stream.metadata() or {})
+            keys = list(stream.keys())
+            if keys != ["states"] or metadata.get("format") != _FORMAT:
+                raise InputError(
+                    f"{path} is not an observation file: it holds the tensors {keys} and the format "
+                    f"{metadata.get('format')!r}, expected ['states'] and {_FORMAT!r}; make one with 'sipit capture'"
+                )
+            states = stream.get_tensor("states")
+    except SafetensorError as error:
+        raise InputError(
+            f"{path} is not a whole safetensors file ({error}); copy or capture it again"
+        ) from error
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error}; check its permissions") from error
+    return _observation(path, metadata, states)
+
+
+def _observation(path: Path | str, metadata: dict[str, str], states: object) -> Observation:
+    from torch import Tensor
+
+    absent = [key for key in _REQUIRED if key not in metadata]
+    unknown = sorted(set(metadata) - set(_REQUIRED) - set(_OPTIONAL))
+    if absent or unknown:
+        raise InputError(
+            f"{path}: metadata keys missing {absent}, unknown {unknown}; see docs/observation-file.md"
+        )
+    if metadata["version"] != _VERSION:
+        raise InputError(
+            f"{path} has format version {metadata['version']!r}, this sipit reads {_VERSION!r}; "
+            "capture it again or use the sipit that wrote it"
+        )
+    try:
+        layer = int(metadata["layer"])
+        positions = tuple(int(p) for p in json.loads(metadata["positions"]))
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"{path}: layer must be a whole number and positions a list of them; got "
+            f"{metadata['layer']!r} and {metadata['positions'][:40]!r}; capture it again"
+        ) from error
+    if metadata["site"] not in SITES:
+        raise InputError(
+            f"{path}: site {metadata['site']!r} is unknown; expected one of {', '.join(SITES)}"
+        )
+    try:
+        return Observation(
+            states=cast(Tensor, states),
+            layer=layer,
+            site=cast(Site, metadata["site"]),
+            positions=positions,
+            model=metadata.get("model"),
+            fingerprint=metadata.get("fingerprint"),
+        )
+    except SipitError as error:
+        raise type(error)(f"{path}: {error}") from error

@@ -1,0 +1,116 @@
+"""The states of one prompt as they leaked. Knows nothing of models, and never holds the answer."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from sipit.errors import InputError, NonFiniteError, OptionError, ShapeError
+
+Site = Literal["block", "final", "kv", "logits"]
+SITES: tuple[Site, ...] = get_args(Site)
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def dtype_named(name: str | torch.dtype) -> torch.dtype:
+    """Return the torch dtype called `name`.
+
+    Raises:
+        OptionError: no such floating-point dtype is supported.
+    """
+    if isinstance(name, torch.dtype):
+        name = str(name).removeprefix("torch.")
+    try:
+        return DTYPES[name]
+    except KeyError:
+        raise OptionError(f"dtype {name!r} is unknown; choose one of {', '.join(DTYPES)}") from None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Observation:
+    """The leaked values of one prompt.
+
+    Raises:
+        ShapeError: `states` is not two-dimensional, or is empty.
+        NonFiniteError: `states` holds NaN or infinity.
+        InputError: `positions` does not name each row once, rising.
+        OptionError: `site` is unknown or `layer` is negative.
+    """
+
+    states: Tensor  # (seq_len, d_model), as stored
+    layer: int  # blocks run
+    site: Site = "block"
+    positions: tuple[int, ...] = ()  # position of each row; () means 0 .. seq_len - 1
+    model: str | None = None  # what the model was called where the states were captured
+    fingerprint: str | None = None  # of that model's weights, if known
+
+    def __post_init__(self) -> None:
+        states = self.states
+        if self.site not in SITES:
+            raise OptionError(f"site {self.site!r} is unknown; choose one of {', '.join(SITES)}")
+        if self.layer < 0:
+            raise OptionError(f"layer {self.layer} is negative; count the blocks run, from 0")
+        if states.ndim != 2 or not states.is_floating_point():
+            raise ShapeError(
+                f"states have shape {tuple(states.shape)} and dtype {states.dtype}, expected "
+                "floating-point (seq_len, d_model): pass one prompt, without a batch dimension"
+            )
+        if states.shape[0] == 0 or states.shape[1] == 0:
+            raise ShapeError(f"states of shape {tuple(states.shape)} hold no position; the prompt is empty")
+        finite = torch.isfinite(states).all(dim=1)
+        if not bool(finite.all()):
+            bad = int((~finite).nonzero()[0, 0])
+            raise NonFiniteError(
+                f"states hold NaN or infinity at row {bad} of {states.shape[0]}; capture them again "
+                "in a wider dtype (float16 overflows above 65,504)"
+            )
+        if not self.positions:
+            object.__setattr__(self, "positions", tuple(range(states.shape[0])))
+        if len(self.positions) != states.shape[0] or any(
+            later <= earlier for earlier, later in zip((-1, *self.positions), self.positions, strict=False)
+        ):
+            raise InputError(
+                f"positions must name each of the {states.shape[0]} rows once and rise from 0 or more, "
+                f"got {_shortened(self.positions)}"
+            )
+
+    @property
+    def seq_len(self) -> int:
+        """Number of rows held."""
+        return int(self.states.shape[0])
+
+    @property
+    def d_model(self) -> int:
+        """Width of a row."""
+        return int(self.states.shape[1])
+
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype the states are stored in."""
+        return str(self.states.dtype).removeprefix("torch.")
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every position from 0 on is held."""
+        return self.positions == tuple(range(self.seq_len))
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the stored values, their dtype and shape, as hexadecimal digits."""
+        states = self.states.detach().contiguous().cpu()
+        head = f"{self.dtype} {tuple(states.shape)} {self.site} {self.layer} {self.positions}\n"
+        raw = states.view(torch.uint8).numpy()
+        return hashlib.sha256(head.encode() + raw.tobytes()).hexdigest()
+
+
+def _shortened(positions: tuple[int, ...]) -> str:
+    text = ", ".join(map(str, positions[:8]))
+    return f"[{text}{', …' if len(positions) > 8 else ''}]"

@@ -1,0 +1,142 @@
+"""Where files go and how they are written: the cache directory, whole-or-nothing writes.
+
+Knows nothing of models or observations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sipit.errors import StorageError
+
+_STALE_SECONDS = 24 * 3600  # an unfinished folder older than this belongs to a dead process
+
+
+def cache_dir() -> Path:
+    """Return the folder for converted models and fits: $SIPIT_CACHE, else the user's cache folder."""
+    named = os.environ.get("SIPIT_CACHE")
+    if named:
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base).expanduser() if base else Path.home() / ".cache") / "sipit"
+
+
+@contextlib.contextmanager
+def whole_file(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it into place only if the body succeeds.
+
+    Raises:
+        StorageError: the folder is missing, read-only or full; nothing is left behind.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        if target.is_dir():
+            raise IsADirectoryError(21, "is a folder, not a file")
+        # An empty file first: libraries that write by name report a missing folder in their own words.
+        temporary.write_bytes(b"")
+        yield temporary
+        temporary.replace(target)
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(
+            f"cannot write {target}: {_reason(error)}; name a file in a folder that exists, "
+            "is writable and has room"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path | str, record: object) -> None:
+    """Write `record` as UTF-8 JSON, whole or not at all."""
+    text = json.dumps(record, ensure_ascii=False, indent=1, allow_nan=False)
+    with whole_file(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8", newline="")
+
+
+def read_json(path: Path | str) -> Any:
+    """Read a UTF-8 JSON file.
+
+    Raises:
+        StorageError: the file is missing or unreadable.
+        ValueError: it is not JSON.
+    """
+    try:
+        raw = Path(path).read_bytes()
+    except OSError as error:
+        raise StorageError(
+            f"cannot read {path}: {_reason(error)}; check the file's name"
+        ) from error
+    return json.loads(raw.decode("utf-8"))
+
+
+def build_folder(target: Path, build: Callable[[Path], None]) -> Path:
+    """Fill a new folder by `build(temporary)` and rename it to `target`; return `target`.
+
+    Two processes may race: each builds its own temporary folder, the first rename wins and the
+    other's work is dropped. An interrupted build leaves nothing at `target`.
+
+    Raises:
+        StorageError: the cache folder cannot be created or written, or is full.
+    """
+    if target.is_dir():
+        return target
+    temporary: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(target.parent)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        temporary.chmod(0o755)
+        build(temporary)
+        try:
+            temporary.rename(target)
+        except OSError:
+            if not target.is_dir():  # not a lost race
+                raise
+    except OSError as error:
+        if isinstance(error, StorageError) or not _is_storage(error):
+            raise
+        raise StorageError(
+            f"cannot fill the cache folder {target.parent}: {_reason(error)}; free some room, or "
+            "name another folder in the environment variable SIPIT_CACHE"
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove temporary folders that a process killed long ago left behind."""
+    for left in folder.glob(".*.partial"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_storage(error: OSError) -> bool:
+    return not isinstance(error, ConnectionError)
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
