@@ -58,6 +58,20 @@ def whole_file(path: Path | str) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def require_writable(path: Path | str) -> None:
+    """Find out before long work, not after it, that a file cannot be written.
+
+    Raises:
+        StorageError: as `whole_file` would.
+    """
+    with contextlib.suppress(_NothingToWrite), whole_file(path):
+        raise _NothingToWrite
+
+
+class _NothingToWrite(Exception):
+    """Leaves `whole_file` without renaming."""
+
+
 def write_json(path: Path | str, record: object) -> None:
     """Write `record` as UTF-8 JSON, whole or not at all."""
     text = json.dumps(record, ensure_ascii=False, indent=1, allow_nan=False)

@@ -1,0 +1,95 @@
+"""The grammar of the command line. Imports nothing heavy, so that --help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from sipit import __version__
+from sipit.cli import commands
+from sipit.errors import OptionError
+
+_MODEL = "pinned model (smollm2-135m, gemma-3-270m), folder, .gguf file or hub id"
+_POLICIES = ("auto", "likely", "gradient", "random", "vocabulary")
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise OptionError(f'{message}; see "{self.prog} --help"')
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    top = _Parser(
+        prog="sipit",
+        description="Recover the exact prompt from a causal language model's hidden states, with evidence.",
+        epilog="Exit codes: 0 recovered / holds, 1 not recovered / does not hold, 2 bad usage or input.",
+    )
+    top.add_argument("--version", action="version", version=f"sipit {__version__}")
+    add = top.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    demo = _command(add, "demo", commands.demo, "capture a paragraph's states, forget it, recover it")
+    demo.add_argument("--layer", type=int, help="blocks run (default: the middle one)")
+    _model_options(demo, default="smollm2-135m")
+
+    capture = _command(add, "capture", commands.capture, "write the states of one prompt to a file")
+    prompt = capture.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--text", help="the prompt")
+    prompt.add_argument("--text-file", type=Path, metavar="F", help="UTF-8 file holding the prompt, byte for byte")
+    prompt.add_argument("--ids", metavar="IDS", help="token ids, separated by commas")
+    capture.add_argument("--chat", action="store_true", help="wrap the text in the model's chat template")
+    capture.add_argument("--layer", type=int, help="number of blocks run, 0 to n_layers")
+    capture.add_argument("--site", default="block", help="block (residual stream) or final (after the final norm)")
+    capture.add_argument("--store-dtype", choices=_DTYPES, help="store the states in this dtype (default: the model's)")
+    capture.add_argument("--out", type=Path, required=True, metavar="FILE", help="observation file to write")
+    _model_options(capture, default="smollm2-135m")
+
+    invert = _command(
+        add,
+        "invert",
+        commands.invert,
+        "recover the prompt from an observation file",
+        "Verdicts: recovered (every token within tolerance, no other checked token is), ambiguous (two tokens "
+        "fit, or one only within --noise), unmatched (the whole vocabulary was tried at a position: usually "
+        "another model, layer, site or dtype than the states came from).",
+    )
+    invert.add_argument("file", type=Path, help="observation file")
+    invert.add_argument("--policy", choices=_POLICIES, default="auto", help="order of candidates (default: auto)")
+    invert.add_argument("--noise", type=float, default=0.0, metavar="L2", help="noise added to each state, if known")
+    invert.add_argument("--exhaustive", action="store_true", help="check the whole vocabulary at every position")
+    invert.add_argument("--max-batch", type=int, default=256, metavar="N", help="most candidates in one pass")
+    invert.add_argument("--seed", type=int, default=0, help="of the random draws")
+    invert.add_argument("--any-model", action="store_true", help="ignore the model fingerprint in the file")
+    invert.add_argument("--json", type=Path, metavar="OUT", help="write the record, which is a certificate")
+    _model_options(invert, default=None)
+
+    check = _command(
+        add, "check", commands.check, "replay a certificate by one ordinary forward pass, trusting nothing of the search"
+    )
+    check.add_argument("certificate", type=Path, help="file written by sipit invert --json")
+    check.add_argument("file", type=Path, help="observation file")
+    check.add_argument("--json", type=Path, metavar="OUT", help="write the outcome")
+    _model_options(check, default=None)
+    return top
+
+
+def _command(
+    add: argparse._SubParsersAction[_Parser],
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    summary: str,
+    epilog: str | None = None,
+) -> _Parser:
+    made: _Parser = add.add_parser(name, help=summary, description=summary.capitalize() + ".", epilog=epilog)
+    made.set_defaults(run=run)
+    return made
+
+
+def _model_options(command: argparse.ArgumentParser, *, default: str | None) -> None:
+    known = "the one the file names" if default is None else default
+    command.add_argument("--model", default=default, metavar="M", help=f"{_MODEL} (default: {known})")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+    command.add_argument("--dtype", default="auto", help="dtype of the weights (default: auto, as stored)")

@@ -1,0 +1,78 @@
+"""What a waiting user sees on standard error: live on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from sipit.inversion import Progress
+    from sipit.models import LanguageModel
+
+_LINE_SECONDS = 5.0  # between progress lines where there is no terminal
+_SHOWN_TOKENS = 400  # at the end of the recovered text
+
+
+@contextlib.contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Show a spinner on a terminal while the body runs."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(f"{what} …"):
+        yield
+
+
+class SearchDisplay:
+    """Tokens done, candidates tried, time left and the text so far, while a search runs."""
+
+    def __init__(self, lm: LanguageModel, seq_len: int) -> None:
+        self._lm = lm
+        self._seq_len = seq_len
+        self._console = Console(stderr=True)
+        self._live = Live(console=self._console, refresh_per_second=8, transient=True)
+        self._last_line = time.monotonic()
+        self.input_ids: tuple[int, ...] = ()
+
+    def __enter__(self) -> SearchDisplay:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the display off the terminal."""
+        self._live.stop()
+
+    def update(self, progress: Progress) -> None:
+        """Show where the search stands; an `on_progress` callback."""
+        self.input_ids = progress.input_ids
+        line = _line(progress)
+        if self._console.is_terminal:
+            shown = self._lm.decode(progress.input_ids[-_SHOWN_TOKENS:]) or ""
+            self._live.update(Text(f"{shown}\n", style="bold") + Text(line, style="dim"))
+        elif time.monotonic() - self._last_line >= _LINE_SECONDS and len(progress.input_ids) < self._seq_len:
+            self._last_line = time.monotonic()
+            print(line, file=sys.stderr)
+
+
+def _line(progress: Progress) -> str:
+    done = len(progress.input_ids)
+    left = progress.seconds / max(done, 1) * (progress.seq_len - done)
+    return (
+        f"{done}/{progress.seq_len} tokens, {progress.n_checked} candidates tried, "
+        f"{progress.seconds:.0f} s, about {left:.0f} s left"
+    )
