@@ -50,8 +50,7 @@ def whole_file(path: Path | str) -> Iterator[Path]:
         if isinstance(error, StorageError):
             raise
         raise StorageError(
-            f"cannot write {target}: {_reason(error)}; name a file in a folder that exists, "
-            "is writable and has room"
+            f"cannot write {target}: {_reason(error)}; name a file in a folder that exists, is writable and has room"
         ) from error
     finally:
         with contextlib.suppress(OSError):
@@ -64,11 +63,11 @@ def require_writable(path: Path | str) -> None:
     Raises:
         StorageError: as `whole_file` would.
     """
-    with contextlib.suppress(_NothingToWrite), whole_file(path):
-        raise _NothingToWrite
+    with contextlib.suppress(_ProbeOnlyError), whole_file(path):
+        raise _ProbeOnlyError
 
 
-class _NothingToWrite(Exception):
+class _ProbeOnlyError(Exception):
     """Leaves `whole_file` without renaming."""
 
 
@@ -89,9 +88,7 @@ def read_json(path: Path | str) -> Any:
     try:
         raw = Path(path).read_bytes()
     except OSError as error:
-        raise StorageError(
-            f"cannot read {path}: {_reason(error)}; check the file's name"
-        ) from error
+        raise StorageError(f"cannot read {path}: {_reason(error)}; check the file's name") from error
     return json.loads(raw.decode("utf-8"))
 
 

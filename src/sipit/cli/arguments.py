@@ -43,7 +43,11 @@ def parser() -> argparse.ArgumentParser:
     capture.add_argument("--chat", action="store_true", help="wrap the text in the model's chat template")
     capture.add_argument("--layer", type=int, help="number of blocks run, 0 to n_layers")
     capture.add_argument("--site", default="block", help="block (residual stream) or final (after the final norm)")
-    capture.add_argument("--store-dtype", choices=_DTYPES, help="store the states in this dtype (default: the model's)")
+    capture.add_argument(
+        "--store-dtype",
+        choices=_DTYPES,
+        help="store the states in this dtype (default: the model's)",
+    )
     capture.add_argument("--out", type=Path, required=True, metavar="FILE", help="observation file to write")
     _model_options(capture, default="smollm2-135m")
 
@@ -67,7 +71,10 @@ def parser() -> argparse.ArgumentParser:
     _model_options(invert, default=None)
 
     check = _command(
-        add, "check", commands.check, "replay a certificate by one ordinary forward pass, trusting nothing of the search"
+        add,
+        "check",
+        commands.check,
+        "replay a certificate by one ordinary forward pass, trusting nothing of the search",
     )
     check.add_argument("certificate", type=Path, help="file written by sipit invert --json")
     check.add_argument("file", type=Path, help="observation file")

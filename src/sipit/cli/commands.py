@@ -198,5 +198,3 @@ def _print_bytes(text: str) -> None:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr)
-
-

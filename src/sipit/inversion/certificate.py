@@ -73,9 +73,7 @@ def read_certificate(path: Path | str) -> dict[str, Any]:
     try:
         record = read_json(path)
     except ValueError as error:
-        raise CertificateError(
-            f"{path} is not JSON ({error}); write one with 'sipit invert --json'"
-        ) from error
+        raise CertificateError(f"{path} is not JSON ({error}); write one with 'sipit invert --json'") from error
     if not isinstance(record, dict) or record.get("format") != _FORMAT:
         raise CertificateError(f"{path} is not a certificate; write one with 'sipit invert --json'")
     for key, kinds in _TYPES.items():

@@ -32,7 +32,13 @@ class PackedCheck:
     """Checks candidates behind one accepted prefix, which grows as tokens are accepted."""
 
     def __init__(
-        self, lm: LanguageModel, seen: Observation, tolerance: Tolerance, meter: Meter, *, noise: float
+        self,
+        lm: LanguageModel,
+        seen: Observation,
+        tolerance: Tolerance,
+        meter: Meter,
+        *,
+        noise: float,
     ) -> None:
         self.cut = lm.cut(seen.layer, seen.site)
         self.cache = self.cut.new_cache()

@@ -62,7 +62,12 @@ def search(
     check = PackedCheck(lm, seen, tolerance, meter, noise=noise)
     generator = torch.Generator().manual_seed(seed)
     scene = Scene(lm=lm, seen=seen, check=check, meter=meter, generator=generator)
-    run = _Run(scene=scene, proposal=proposal_for(policy, scene), exhaustive=exhaustive, max_batch=max_batch)
+    run = _Run(
+        scene=scene,
+        proposal=proposal_for(policy, scene),
+        exhaustive=exhaustive,
+        max_batch=max_batch,
+    )
     while run.miss is None and scene.position < seen.seq_len:
         run.advance()
         if on_progress is not None:

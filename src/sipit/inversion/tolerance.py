@@ -51,12 +51,11 @@ class Tolerance:
         gap = (states - observed).abs_()
         if self.half_ulp is not None:
             gap = (gap - self.half_ulp[rows].to(gap)).clamp_(min=0)
-        return gap.norm(dim=1)
+        length: Tensor = torch.linalg.vector_norm(gap, dim=1)
+        return length
 
 
-_measured: weakref.WeakKeyDictionary[LanguageModel, dict[tuple[int, Site], NoiseFloor]] = (
-    weakref.WeakKeyDictionary()
-)
+_measured: weakref.WeakKeyDictionary[LanguageModel, dict[tuple[int, Site], NoiseFloor]] = weakref.WeakKeyDictionary()
 
 
 def tolerance_for(lm: LanguageModel, seen: Observation) -> Tolerance:
@@ -109,9 +108,7 @@ def _measure(lm: LanguageModel, cut: TruncatedModel) -> NoiseFloor:
         gaps += (wrong / norms)[wrong.isfinite()].tolist()
         spent += (len(ids) + n_packed) * cut.layer
     unit = torch.finfo(lm.dtype).eps  # one rounding of the norm: less cannot be told from zero
-    floor = NoiseFloor(
-        first=max(*firsts, unit), rest=max(*rests, unit), gap=min(gaps), block_tokens=spent
-    )
+    floor = NoiseFloor(first=max(*firsts, unit), rest=max(*rests, unit), gap=min(gaps), block_tokens=spent)
     typical_gap = sorted(gaps)[len(gaps) // 2]
     typical_noise = sorted(rests)[len(rests) // 2]
     if typical_noise > typical_gap / 4:
@@ -130,9 +127,7 @@ def _prompt(lm: LanguageModel, length: int, generator: torch.Generator) -> Tenso
     return ids
 
 
-def _packed_distances(
-    cut: TruncatedModel, ids: Tensor, expected: Tensor
-) -> tuple[Tensor, Tensor, int]:
+def _packed_distances(cut: TruncatedModel, ids: Tensor, expected: Tensor) -> tuple[Tensor, Tensor, int]:
     """Return the distances of right tokens and of the nearest wrong ones, by packed passes. (T,), (T,)."""
     cache = cut.new_cache()
     right, wrong, n_packed = [], [], 0

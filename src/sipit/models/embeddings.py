@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,6 @@ class EmbeddingRows:
     def __init__(self, module: nn.Module, vocab_size: int) -> None:
         self._module = module
         self.vocab_size = vocab_size
-        self._order: Tensor | None = None  # (V,) tokens by rising projection
-        self._projection: Tensor | None = None  # (V,) sorted
-        self._direction: Tensor | None = None  # (D,)
 
     @torch.no_grad()
     def rows(self, token_ids: Tensor) -> Tensor:
@@ -44,16 +42,14 @@ class EmbeddingRows:
         Equal rows give equal states whatever the model, so no observation can tell them apart.
         Found through one random projection: close rows have close projections.
         """
-        if self._order is None:
-            self._project()
-        assert self._order is not None and self._projection is not None and self._direction is not None
+        direction, projection, order = self._index
         row = self.rows(torch.tensor([token_id]))[0].double()  # (D,)
         reach = _NEAR * float(row.norm())
-        centre = float(row @ self._direction)
+        centre = float(row @ direction)
         slack = reach + 1e-9 * (1 + abs(centre))
-        ends = self._projection.new_tensor([centre - slack, centre + slack])
-        low, high = torch.searchsorted(self._projection, ends).tolist()
-        near = self._order[low : high + 1]
+        ends = projection.new_tensor([centre - slack, centre + slack])
+        low, high = torch.searchsorted(projection, ends).tolist()
+        near = order[low : high + 1]
         near = near[near != token_id]
         if near.numel() == 0:
             return []
@@ -61,11 +57,12 @@ class EmbeddingRows:
         found = gaps.argsort(stable=True)[:_MAX_TWINS]
         return [int(near[i]) for i in found if float(gaps[i]) <= reach]
 
-    def _project(self) -> None:
+    @cached_property
+    def _index(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A direction (D,), the rows' projections on it, sorted (V,), and the tokens in that order (V,)."""
         width = self.rows(torch.zeros(1, dtype=torch.long)).shape[1]
         generator = torch.Generator().manual_seed(0)
         direction = torch.randn(width, generator=generator, dtype=torch.float64)
-        device = next(self._module.parameters()).device
-        self._direction = (direction / direction.norm()).to(device)
-        parts = [rows.double() @ self._direction for _, rows in self.slices()]
-        self._projection, self._order = torch.cat(parts).sort()
+        direction = (direction / direction.norm()).to(next(self._module.parameters()).device)
+        projection, order = torch.cat([rows.double() @ direction for _, rows in self.slices()]).sort()
+        return direction, projection, order

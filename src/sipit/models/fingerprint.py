@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 # Config entries that do not change what the model computes.
-_IRRELEVANT = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
+_IRRELEVANT = (
+    "_name_or_path",
+    "transformers_version",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+)
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -110,9 +110,7 @@ class LanguageModel:
         if self.tokenizer is None:
             return None
         ids = [int(i) for i in input_ids]
-        text: str = self.tokenizer.decode(
-            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
 
     def capture(
@@ -145,9 +143,7 @@ class LanguageModel:
         layer = self.checked_layer(layer, site)
         states = self.cut(layer, site).ordinary(ids)  # (T, D)
         stored = states if dtype is None else states.to(dtype_named(dtype))
-        return Observation(
-            states=stored, layer=layer, site=site, model=self.name, fingerprint=self.fingerprint
-        )
+        return Observation(states=stored, layer=layer, site=site, model=self.name, fingerprint=self.fingerprint)
 
     def checked_layer(self, layer: int | None, site: Site) -> int:
         """Return the layer that `layer` and `site` mean.
@@ -169,9 +165,7 @@ class LanguageModel:
                 "leave the layer out, or pass site 'block'"
             )
         if not 0 <= layer <= self.n_layers:
-            raise OptionError(
-                f"layer {layer} is out of range; model {self.name!r} has layers 0 to {self.n_layers}"
-            )
+            raise OptionError(f"layer {layer} is out of range; model {self.name!r} has layers 0 to {self.n_layers}")
         return layer
 
     def cut(self, layer: int, site: Site = "block") -> TruncatedModel:
@@ -244,7 +238,9 @@ class LanguageModel:
     def _reference_states(self) -> tuple[Tensor, ...]:
         """Return what the model itself calls its hidden states, on the probe prompt: n_layers + 1 of (T, D)."""
         output = cast(Any, self.model)(
-            input_ids=self._probe_ids.to(self.device)[None], output_hidden_states=True, use_cache=False
+            input_ids=self._probe_ids.to(self.device)[None],
+            output_hidden_states=True,
+            use_cache=False,
         )
         states = tuple(h[0] for h in output.hidden_states)
         if len(states) != self.n_layers + 1:
@@ -268,5 +264,5 @@ class LanguageModel:
         if not gap <= 64 * unit:  # the same kernels on the same shapes: a few roundings at most
             raise ModelError(
                 f"model {self.name!r}: its cut after {cut.layer} blocks differs from output_hidden_states by "
-                f"{gap:.2g}; this layout of {self.model.config.model_type!r} is not supported"
+                f"{gap:.2g}; this layout of {cast(Any, self.model).config.model_type!r} is not supported"
             )

@@ -17,9 +17,7 @@ from sipit.models.pinned import PINNED, pinned_folder
 from sipit.observations import dtype_named
 
 
-def load(
-    name_or_path: str | Path, *, device: str = "auto", dtype: str | torch.dtype = "auto"
-) -> LanguageModel:
+def load(name_or_path: str | Path, *, device: str = "auto", dtype: str | torch.dtype = "auto") -> LanguageModel:
     """Load a causal language model and check that it can be cut after any block.
 
     Args:
@@ -42,9 +40,7 @@ def load(
         path = Path(name)
         if not path.is_file():
             raise ModelError(f"cannot load {name}: no such file; check its name")
-        model, tokenizer = _from_pretrained(
-            path.parent, torch.float32 if kind == "auto" else kind, gguf_file=path.name
-        )
+        model, tokenizer = _from_pretrained(path.parent, torch.float32 if kind == "auto" else kind, gguf_file=path.name)
     else:
         looks_local = Path(name).is_absolute() or name.startswith((".", "~"))
         if looks_local and not Path(name).expanduser().is_dir():
@@ -76,8 +72,9 @@ def _from_pretrained(source: str | Path, dtype: Any, **options: Any) -> tuple[An
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Keep the library's progress bars and advice off the user's terminal while it loads."""
-    from transformers.utils import logging as library
+    import transformers
 
+    library: Any = transformers.utils.logging
     level, had_bars = library.get_verbosity(), library.is_progress_bar_enabled()
     library.set_verbosity_error()
     library.disable_progress_bar()

@@ -13,6 +13,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sipit.errors import FetchError
 from sipit.storage import build_folder, cache_dir, sha256_of
@@ -130,7 +131,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     from sipit.models.loading import quiet_transformers
 
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         # save_pretrained refuses a model that still says it is quantised; the values are plain floats now
         model.hf_quantizer = None
         model.is_quantized = False

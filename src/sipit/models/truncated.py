@@ -9,7 +9,7 @@ The cut is a shallow clone: it shares every weight with the caller's model and c
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -21,7 +21,7 @@ from sipit.models.families import Family
 _ROOM = 512  # cache columns added at a time, at least
 
 
-class PrefixCache(Cache):  # type: ignore[misc]
+class PrefixCache(Cache):
     """Keys and values of one accepted prefix, with room behind it for the tokens of a packed pass.
 
     A packed pass writes its keys behind the prefix without copying it; `keep` then moves the
@@ -29,63 +29,59 @@ class PrefixCache(Cache):  # type: ignore[misc]
     """
 
     def __init__(self, n_layers: int) -> None:
-        super().__init__(layers=[_PrefixLayer() for _ in range(n_layers)])
+        self._buffers = [_PrefixLayer() for _ in range(n_layers)]
+        super().__init__(layers=[*self._buffers])
         self.length = 0  # P
 
     def keep(self, columns: Sequence[int]) -> None:
         """Append the given tokens of the last packed pass to the prefix, in this order."""
-        for layer in self.layers:
-            layer.keep(self.length, columns)
-        self._set_length(self.length + len(columns))
+        for layer in self._buffers:
+            layer.keep(columns)
+        self.length += len(columns)
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens of the prefix."""
-        self._set_length(min(length, self.length))
-
-    def _set_length(self, length: int) -> None:
-        self.length = length
-        for layer in self.layers:
-            layer.length = length
+        self.length = min(length, self.length)
+        for layer in self._buffers:
+            layer.length = self.length
 
 
-class _PrefixLayer(DynamicLayer):  # type: ignore[misc]
-    """One block's keys and values in a buffer that grows by doubling. (1, n_heads, room, d_head)."""
+class _PrefixLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """One block's keys and values in buffers that grow by doubling, (1, n_heads, room, d_head) each."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.length = 0
+        self._k = torch.empty(0)
+        self._v = torch.empty(0)
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         start, stop = self.length, self.length + key_states.shape[-2]
         if not self.is_initialized:
-            self.dtype, self.device = key_states.dtype, key_states.device
-            self.keys = key_states.new_empty(*key_states.shape[:-2], 0, key_states.shape[-1])
-            self.values = value_states.new_empty(*value_states.shape[:-2], 0, value_states.shape[-1])
+            self._k = key_states.new_empty(*key_states.shape[:-2], 0, key_states.shape[-1])
+            self._v = value_states.new_empty(*value_states.shape[:-2], 0, value_states.shape[-1])
             self.is_initialized = True
-        if key_states.requires_grad:  # a gradient flows through these: leave the buffer alone
+        if key_states.requires_grad:  # a gradient flows through these: leave the buffers alone
             return (
-                torch.cat([self.keys[..., :start, :], key_states], dim=-2),
-                torch.cat([self.values[..., :start, :], value_states], dim=-2),
+                torch.cat([self._k[..., :start, :], key_states], dim=-2),
+                torch.cat([self._v[..., :start, :], value_states], dim=-2),
             )
-        if stop > self.keys.shape[-2]:
-            self.keys = _grown(self.keys, start, stop)
-            self.values = _grown(self.values, start, stop)
-        self.keys[..., start:stop, :] = key_states
-        self.values[..., start:stop, :] = value_states
-        return self.keys[..., :stop, :], self.values[..., :stop, :]
+        if stop > self._k.shape[-2]:
+            self._k = _grown(self._k, start, stop)
+            self._v = _grown(self._v, start, stop)
+        self._k[..., start:stop, :] = key_states
+        self._v[..., start:stop, :] = value_states
+        return self._k[..., :stop, :], self._v[..., :stop, :]
 
     def get_seq_length(self) -> int:
         return self.length
 
-    def keep(self, length: int, columns: Sequence[int]) -> None:
-        if not self.is_initialized or list(columns) == list(range(len(columns))):
-            return  # already in place
-        places = torch.tensor(columns, device=self.keys.device) + length
-        stop = length + len(columns)
-        self.keys[..., length:stop, :] = self.keys[..., places, :]
-        self.values[..., length:stop, :] = self.values[..., places, :]
+    def keep(self, columns: Sequence[int]) -> None:
+        start, self.length = self.length, self.length + len(columns)
+        if self.is_initialized and list(columns) != list(range(len(columns))):  # else already in place
+            places = torch.tensor(columns, device=self._k.device) + start
+            self._k[..., start : self.length, :] = self._k[..., places, :]
+            self._v[..., start : self.length, :] = self._v[..., places, :]
 
 
 def _grown(buffer: Tensor, filled: int, needed: int) -> Tensor:
@@ -137,9 +133,7 @@ class TruncatedModel:
         return cast(Tensor, output[0])[0]  # (T, D)
 
     @torch.no_grad()
-    def packed(
-        self, cache: PrefixCache, token_ids: Tensor, positions: Tensor, sees: Tensor | None = None
-    ) -> Tensor:
+    def packed(self, cache: PrefixCache, token_ids: Tensor, positions: Tensor, sees: Tensor | None = None) -> Tensor:
         """Return the states of Q tokens that all continue the cached prefix, in one row.
 
         Args:
@@ -157,9 +151,7 @@ class TruncatedModel:
         """As `packed`, from embedding vectors (Q, D), each alone behind the prefix; differentiable."""
         return self._packed_row(cache, positions, None, inputs_embeds=embeddings[None])
 
-    def _packed_row(
-        self, cache: PrefixCache, positions: Tensor, sees: Tensor | None, **tokens: Tensor
-    ) -> Tensor:
+    def _packed_row(self, cache: PrefixCache, positions: Tensor, sees: Tensor | None, **tokens: Tensor) -> Tensor:
         positions = positions.to(self.device)
         n_packed = positions.shape[0]
         if sees is None:
@@ -181,7 +173,7 @@ class TruncatedModel:
         if family.masking == "buffer":
             self._fill_buffers(visible, positions, n_prefix)
             return self._additive(visible)
-        window = getattr(config, "sliding_window", None)
+        window: Any = getattr(config, "sliding_window", None)
         if family.masking == "by_layer_type" and "sliding_attention" in (config.layer_types or ()):
             return {
                 "full_attention": self._additive(visible),
@@ -270,7 +262,7 @@ def _windowed(visible: Tensor, positions: Tensor, n_prefix: int, window: int) ->
     return visible & (positions[:, None] - keys[None, :] < window)
 
 
-def _clone(module: nn.Module, children: dict[str, nn.Module]) -> nn.Module:
+def _clone(module: nn.Module, children: Mapping[str, nn.Module]) -> nn.Module:
     """Return a shallow copy of `module` with some children replaced; every weight stays shared."""
     clone = copy.copy(module)
     clone.__dict__["_modules"] = {**module._modules, **children}

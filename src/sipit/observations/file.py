@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sipit.errors import InputError, SipitError, StorageError
-from sipit.observations.observation import SITES, Observation, Site
+from sipit.observations.observation import SITES, Observation
 from sipit.storage import whole_file
 
 _FORMAT = "sipit.observation"
@@ -63,9 +63,7 @@ def read_observation(path: Path | str) -> Observation:
                 )
             states = stream.get_tensor("states")
     except SafetensorError as error:
-        raise InputError(
-            f"{path} is not a whole safetensors file ({error}); copy or capture it again"
-        ) from error
+        raise InputError(f"{path} is not a whole safetensors file ({error}); copy or capture it again") from error
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error}; check its permissions") from error
     return _observation(path, metadata, states)
@@ -77,9 +75,7 @@ def _observation(path: Path | str, metadata: dict[str, str], states: object) -> 
     absent = [key for key in _REQUIRED if key not in metadata]
     unknown = sorted(set(metadata) - set(_REQUIRED) - set(_OPTIONAL))
     if absent or unknown:
-        raise InputError(
-            f"{path}: metadata keys missing {absent}, unknown {unknown}; see docs/observation-file.md"
-        )
+        raise InputError(f"{path}: metadata keys missing {absent}, unknown {unknown}; see docs/observation-file.md")
     if metadata["version"] != _VERSION:
         raise InputError(
             f"{path} has format version {metadata['version']!r}, this sipit reads {_VERSION!r}; "
@@ -94,14 +90,12 @@ def _observation(path: Path | str, metadata: dict[str, str], states: object) -> 
             f"{metadata['layer']!r} and {metadata['positions'][:40]!r}; capture it again"
         ) from error
     if metadata["site"] not in SITES:
-        raise InputError(
-            f"{path}: site {metadata['site']!r} is unknown; expected one of {', '.join(SITES)}"
-        )
+        raise InputError(f"{path}: site {metadata['site']!r} is unknown; expected one of {', '.join(SITES)}")
     try:
         return Observation(
             states=cast(Tensor, states),
             layer=layer,
-            site=cast(Site, metadata["site"]),
+            site=metadata["site"],
             positions=positions,
             model=metadata.get("model"),
             fingerprint=metadata.get("fingerprint"),

@@ -1,0 +1,37 @@
+# make demo and make test work on a fresh machine; each sets up what it needs and can be repeated.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+
+.PHONY: demo test setup check bench clean
+
+demo: setup
+	@echo "== recovering a paragraph from hidden states of SmolLM2-135M"
+	@$(BIN)/sipit demo
+
+test: setup
+	@echo "== running the tests"
+	@$(BIN)/python -m pytest
+
+setup: $(STAMP)
+	@echo "== preparing the pinned real model (fetched and converted once)"
+	@$(BIN)/python -c "from sipit.models.pinned import pinned_folder; print('   ', pinned_folder('smollm2-135m'))"
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "== creating $(VENV) and installing pinned dependencies (a few minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
