@@ -27,6 +27,16 @@ class Checked:
     fits: Tensor  # (Q,) bool: within the tolerance there
     is_near: Tensor  # (Q,) bool: within the tolerance plus the declared noise
 
+    def subset(self, columns: Tensor) -> Checked:
+        """Return the outcome for some of the tokens. (N,) → N tokens."""
+        return Checked(
+            token_ids=self.token_ids[columns],
+            states=self.states[columns],
+            distances=self.distances[columns],
+            fits=self.fits[columns],
+            is_near=self.is_near[columns],
+        )
+
 
 class PackedCheck:
     """Checks candidates behind one accepted prefix, which grows as tokens are accepted."""

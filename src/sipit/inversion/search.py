@@ -18,6 +18,7 @@ from sipit.inversion.check import Checked, PackedCheck
 from sipit.inversion.proposals import Proposal, Scene, proposal_for
 from sipit.inversion.result import Candidate, Inversion, Meter, Miss, PositionEvidence, Verdict
 from sipit.inversion.tolerance import noise_floor, tolerance_for
+from sipit.inversion.tree import Tree, grow
 from sipit.models import LanguageModel
 from sipit.observations import Observation
 
@@ -137,6 +138,12 @@ class _Run:
     evidence: list[PositionEvidence] = field(default_factory=list)
     miss: Miss | None = None
     accepted_by_noise: bool = False
+    _tried: _Tried = field(init=False)
+    _size: int = field(init=False)
+    _certain: Tensor = field(init=False)  # a token that fits, to be run with its twins
+
+    def __post_init__(self) -> None:
+        self._begin()
 
     def verdict(self) -> Verdict:
         if self.miss is not None:
@@ -146,55 +153,67 @@ class _Run:
         return "recovered"
 
     def advance(self) -> None:
-        """Settle the next position: accept a token there, or describe the miss."""
-        scene = self.scene
-        tried = _Tried(scene.lm.vocab_size)
-        self.proposal.begin()
-        size = _FIRST_BATCH
-        while True:
-            limit = min(size, self.max_batch, self.proposal.batch_limit or self.max_batch)
-            batch = self.proposal.next(limit, tried.untried)
-            if len(batch) == 0:
-                break
-            checked = self._check(batch, tried)
-            if bool(checked.fits.any()) and not self.exhaustive:
-                break
-            self.proposal.learn(checked)
-            size *= _GROWTH
-        self._settle(tried)
-
-    def _check(self, batch: Tensor, tried: _Tried) -> Checked:
-        checked = self.scene.check.candidates(batch)
-        tried.add(checked)
-        return checked
-
-    def _settle(self, tried: _Tried) -> None:
-        """Accept the nearest fitting token, after checking those that may share its embedding."""
-        scene = self.scene
-        best = tried.best()
-        if not best.fits and best.is_near:
-            self.accepted_by_noise = True
-        elif not best.fits:
-            self.miss = Miss(
-                position=scene.position,
-                token_id=best.token_id,
-                token=scene.lm.decode([best.token_id]),
-                distance=best.distance,
-                tolerance=self._limit(),
-                n_checked=tried.n_checked,
-            )
+        """Run one packed pass: candidates for the next position, and guesses behind the best of them."""
+        batch = self._certain
+        if len(batch) == 0:
+            limit = min(self._size, self.max_batch, self.proposal.batch_limit or self.max_batch)
+            batch = self.proposal.next(limit, self._tried.untried)
+            self._size *= _GROWTH
+        if len(batch) == 0:
+            self._conclude()
             return
-        twins = torch.tensor(scene.lm.embeddings.twins(best.token_id), dtype=torch.long)
-        twins = twins[tried.untried[twins]][: self.max_batch]
-        if len(twins):
-            self._check(twins, tried)
-            best = tried.best()
+        speculates = not self.exhaustive and len(self._certain) == 0
+        outlook = self.proposal.outlook() if speculates else None
+        tree = grow(batch, self.scene.position, outlook, self.max_batch)
+        checked = self.scene.check.tree(tree.token_ids, tree.positions, tree.sees)
+        self._walk(tree, checked)
+
+    def _walk(self, tree: Tree, checked: Checked) -> None:
+        """Accept along the tree as long as a token fits; only nodes behind accepted tokens count."""
+        accepted: list[int] = []
+        for level, continued in zip(tree.levels, tree.chain, strict=True):
+            here = checked.subset(torch.tensor(level))
+            self._tried.add(here)
+            best = self._tried.best()
+            if not best.is_near or (self.exhaustive and len(self._certain) == 0):
+                self.proposal.learn(here)
+                break
+            twins = [t for t in self.scene.lm.embeddings.twins(best.token_id) if self._tried.untried[t]]
+            if twins:  # the next pass checks them beside it, behind the same prefix
+                self._certain = torch.tensor([best.token_id, *twins[: self.max_batch - 1]])
+                break
+            column = level[here.token_ids.tolist().index(best.token_id)]
+            accepted.append(column)
+            self._accept(best)
+            if column != continued:
+                break
+        self.scene.check.accept(accepted)
+
+    def _conclude(self) -> None:
+        """With the whole vocabulary tried: accept the nearest token in the next pass, or describe the miss."""
+        best = self._tried.best()
+        if best.is_near:
+            self._certain = torch.tensor([best.token_id])
+            return
+        self.miss = Miss(
+            position=self.scene.position,
+            token_id=best.token_id,
+            token=self.scene.lm.decode([best.token_id]),
+            distance=best.distance,
+            tolerance=self.scene.check.limit(self.scene.position),
+            n_checked=self._tried.n_checked,
+        )
+
+    def _accept(self, best: _Best) -> None:
+        """Write down the evidence for a token, and begin the next position."""
+        scene, tried = self.scene, self._tried
+        self.accepted_by_noise |= not best.fits
         self.evidence.append(
             PositionEvidence(
                 token_id=best.token_id,
                 token=scene.lm.decode([best.token_id]),
                 distance=best.distance,
-                tolerance=self._limit(),
+                tolerance=scene.check.limit(scene.position),
                 runner_up=tried.runner_up(best.token_id),
                 n_checked=tried.n_checked,
                 rivals=tuple(
@@ -203,20 +222,16 @@ class _Run:
                 ),
             )
         )
-        self._append(best.token_id, tried)
+        self.proposal.settle(best.token_id)
+        scene.prefix.append(best.token_id)
+        self._begin()
 
-    def _limit(self) -> float:
-        return float(self.scene.check.limit(self.scene.position))
-
-    def _append(self, token_id: int, tried: _Tried) -> None:
-        """Move the accepted token's keys and values to the prefix; compute them if they are gone."""
-        check = self.scene.check
-        column = tried.column_in_last_pass(token_id)
-        if column is None:
-            check.candidates(torch.tensor([token_id]))
-            column = 0
-        check.accept([column])
-        self.scene.prefix.append(token_id)
+    def _begin(self) -> None:
+        self._tried = _Tried(self.scene.lm.vocab_size)
+        self._certain = torch.empty(0, dtype=torch.long)
+        self._size = _FIRST_BATCH
+        if self.scene.position < self.scene.seen.seq_len:
+            self.proposal.begin()
 
 
 @dataclass(frozen=True)
@@ -249,10 +264,10 @@ class _Tried:
         self._near.append(checked.is_near.cpu())
 
     def best(self) -> _Best:
-        """Return the nearest token that fits, else the nearest of all."""
+        """Return the nearest token that may be accepted, else the nearest of all."""
         ids, distances, fits, near = self._all()
-        among = fits if bool(fits.any()) else torch.ones_like(fits)
-        i = int(distances.masked_fill(~among, float("inf")).argmin())
+        among = near if bool(near.any()) else torch.ones_like(near)
+        i = int(distances.masked_fill(~among, torch.inf).argmin())
         return _Best(int(ids[i]), float(distances[i]), bool(fits[i]), bool(near[i]))
 
     def runner_up(self, token_id: int) -> float | None:
@@ -262,17 +277,12 @@ class _Tried:
         return float(others.min()) if len(others) else None
 
     def rivals(self, token_id: int) -> list[tuple[int, float]]:
-        """Return other tokens that fit too, the nearest first."""
-        ids, distances, fits, _ = self._all()
-        keep = fits & (ids != token_id)
+        """Return other tokens that may be accepted too, the nearest first."""
+        ids, distances, _, near = self._all()
+        keep = near & (ids != token_id)
         order = distances[keep].argsort(stable=True)
         found = zip(ids[keep][order].tolist(), distances[keep][order].tolist(), strict=True)
         return [(int(i), float(d)) for i, d in found]
-
-    def column_in_last_pass(self, token_id: int) -> int | None:
-        """Return where the token stood in the last packed pass; None if it was in an earlier one."""
-        found = (self._ids[-1] == token_id).nonzero()
-        return int(found[0, 0]) if len(found) else None
 
     def _all(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return (

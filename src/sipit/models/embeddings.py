@@ -1,7 +1,8 @@
-"""The rows of the input embedding: fetched in bounded slices, and compared for near-equality."""
+"""The rows of the input embedding: fetched in bounded slices, multiplied, compared for near-equality."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import cached_property
 
@@ -9,60 +10,93 @@ import torch
 from torch import Tensor, nn
 
 _SLICE = 8192  # rows at a time
-_NEAR = 1e-3  # rows closer than this fraction of their norm are worth telling apart by a check
-_MAX_TWINS = 64
+_NEAR = 1e-4  # rows closer than this fraction of their norm are worth telling apart by a check
+_MAX_TWINS = 64  # of one token
+_PROJECTIONS = 8
 
 
 class EmbeddingRows:
     """Read access to what a model's embedding module returns for each token. Copies no whole table."""
 
-    def __init__(self, module: nn.Module, vocab_size: int) -> None:
+    def __init__(self, module: nn.Embedding, vocab_size: int) -> None:
         self._module = module
         self.vocab_size = vocab_size
 
     @torch.no_grad()
     def rows(self, token_ids: Tensor) -> Tensor:
         """Return the embedding vectors of the given tokens. (N,) → (N, D)."""
-        device = next(self._module.parameters()).device
-        out: Tensor = self._module(token_ids.to(device))
+        out: Tensor = self._module(token_ids.to(self._module.weight.device))
         return out
-
-    def squared_distances(self, vector: Tensor) -> Tensor:
-        """Return the squared L2 distance of every token's row to one vector. (D,) → (V,)."""
-        return torch.cat([(rows - vector).square().sum(dim=1) for _, rows in self.slices()])
 
     def slices(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (first token, rows) over the whole vocabulary, a bounded slice at a time."""
         for first in range(0, self.vocab_size, _SLICE):
             yield first, self.rows(torch.arange(first, min(first + _SLICE, self.vocab_size)))
 
+    @torch.no_grad()
+    def products(self, vectors: Tensor) -> Tensor:
+        """Return the inner product of each vector with every token's row. (N, D) → (N, V)."""
+        weight = self._module.weight
+        if self._scale is not None:
+            return nn.functional.linear(vectors.to(weight), weight).to(vectors) * self._scale
+        return torch.cat([vectors @ rows.to(vectors).T for _, rows in self.slices()], dim=1)
+
+    def squared_distances(self, vector: Tensor) -> Tensor:
+        """Return the squared L2 distance of every token's row to one vector. (D,) → (V,)."""
+        return torch.cat([(rows - vector).square().sum(dim=1) for _, rows in self.slices()])
+
     def twins(self, token_id: int) -> list[int]:
         """Return other tokens whose rows nearly equal this one's, the nearest first, at most 64.
 
         Equal rows give equal states whatever the model, so no observation can tell them apart.
-        Found through one random projection: close rows have close projections.
         """
-        direction, projection, order = self._index
-        row = self.rows(torch.tensor([token_id]))[0].double()  # (D,)
-        reach = _NEAR * float(row.norm())
-        centre = float(row @ direction)
-        slack = reach + 1e-9 * (1 + abs(centre))
-        ends = projection.new_tensor([centre - slack, centre + slack])
-        low, high = torch.searchsorted(projection, ends).tolist()
-        near = order[low : high + 1]
-        near = near[near != token_id]
-        if near.numel() == 0:
-            return []
-        gaps = (self.rows(near).double() - row).norm(dim=1)
-        found = gaps.argsort(stable=True)[:_MAX_TWINS]
-        return [int(near[i]) for i in found if float(gaps[i]) <= reach]
+        return self._twins.get(token_id, [])
 
     @cached_property
-    def _index(self) -> tuple[Tensor, Tensor, Tensor]:
-        """A direction (D,), the rows' projections on it, sorted (V,), and the tokens in that order (V,)."""
+    def _scale(self) -> float | None:
+        """What the module multiplies its weights by; None if it does more than that."""
+        ids = torch.arange(min(8, self.vocab_size))
+        rows, weights = self.rows(ids).float(), self._module.weight.detach()[: len(ids)].float()
+        scale = float((rows * weights).sum() / weights.square().sum().clamp(min=1e-30))
+        error = float((rows - scale * weights).norm() / rows.norm().clamp(min=1e-30))
+        return scale if error < 1e-2 else None
+
+    @cached_property
+    def _twins(self) -> dict[int, list[int]]:
+        """Every token's twins. Close rows have close projections, so only those near by are compared."""
         width = self.rows(torch.zeros(1, dtype=torch.long)).shape[1]
         generator = torch.Generator().manual_seed(0)
-        direction = torch.randn(width, generator=generator, dtype=torch.float64)
-        direction = (direction / direction.norm()).to(next(self._module.parameters()).device)
-        projection, order = torch.cat([rows.double() @ direction for _, rows in self.slices()]).sort()
-        return direction, projection, order
+        directions = torch.randn(width, _PROJECTIONS, generator=generator)
+        directions = (directions / directions.norm(dim=0)).to(self._module.weight.device)
+        parts = [(rows.float() @ directions, rows.float().norm(dim=1)) for _, rows in self.slices()]
+        places = torch.cat([part[0] for part in parts]).cpu()  # (V, P)
+        reach = torch.cat([part[1] for part in parts]).cpu() * _NEAR  # (V,)
+        order = places[:, 0].argsort()
+        places, reach = places[order], reach[order]
+        found: list[tuple[Tensor, Tensor]] = []
+        count = torch.zeros(self.vocab_size, dtype=torch.long)
+        active, offset = torch.arange(self.vocab_size - 1), 1
+        while len(active):
+            other = active + offset
+            slack = reach[active] + 1e-5 * places[active, 0].abs() + 1e-12
+            active = active[(places[other, 0] - places[active, 0] <= slack) & (count[active] < _MAX_TWINS)]
+            other = active + offset
+            slack = reach[active, None] + 1e-5 * places[active].abs() + 1e-12
+            near = ((places[other] - places[active]).abs() <= slack).all(dim=1)
+            found.append((order[active[near]], order[other[near]]))
+            count[active[near]] += 1
+            offset += 1
+            active = active[active + offset < self.vocab_size]
+        return self._confirmed(torch.cat([a for a, _ in found]), torch.cat([b for _, b in found]))
+
+    def _confirmed(self, left: Tensor, right: Tensor) -> dict[int, list[int]]:
+        """Keep the pairs whose rows really are near. (N,), (N,) → token → its twins by distance."""
+        near: dict[int, list[tuple[float, int]]] = defaultdict(list)
+        for a, b in zip(torch.split(left, _SLICE), torch.split(right, _SLICE), strict=True):
+            rows = self.rows(a).double()
+            gaps = (rows - self.rows(b).double()).norm(dim=1)
+            keep = gaps <= _NEAR * rows.norm(dim=1)
+            for one, two, gap in zip(a[keep].tolist(), b[keep].tolist(), gaps[keep].tolist(), strict=True):
+                near[one].append((gap, two))
+                near[two].append((gap, one))
+        return {token: [other for _, other in sorted(pairs)[:_MAX_TWINS]] for token, pairs in near.items()}

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from sipit.errors import OptionError
+from sipit.inversion.proposals.anchors import anchor_inverse
 from sipit.inversion.proposals.gradient import Gradient
 from sipit.inversion.proposals.likely import Likely
 from sipit.inversion.proposals.proposal import Proposal, Scene
+from sipit.inversion.proposals.reader import Reader
 from sipit.inversion.proposals.vocabulary import RandomOrder, VocabularyOrder
 
 Policy = Literal["auto", "likely", "gradient", "random", "vocabulary"]
@@ -22,7 +24,10 @@ def proposal_for(policy: str, scene: Scene) -> Proposal:
     Raises:
         OptionError: no such policy.
     """
-    if policy in ("auto", "likely"):
+    if policy == "auto":
+        seen = scene.seen
+        return Reader(scene, anchor_inverse(scene.lm, seen.layer, seen.site, scene.meter), is_cautious=False)
+    if policy == "likely":
         return Likely(scene)
     if policy == "gradient":
         return Gradient(scene)

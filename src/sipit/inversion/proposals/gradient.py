@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sipit.inversion.check import Checked
 from sipit.inversion.proposals.proposal import Scene
+from sipit.inversion.tree import Outlook
 
 _STEP = 1.0  # γ
 _CLIP = 1.0  # largest gradient norm
@@ -43,8 +44,14 @@ class Gradient:
         self._n_tries += 1
         return self._nearest(untried)
 
+    def outlook(self) -> Outlook | None:
+        return None
+
     def learn(self, checked: Checked) -> None:
         """Nothing: the gradient is taken at the proxy, not at what was checked."""
+
+    def settle(self, token_id: int) -> None:
+        """Nothing: the proxy starts afresh at each position."""
 
     def _nearest(self, untried: Tensor) -> Tensor:
         squared = self.scene.lm.embeddings.squared_distances(self._proxy).cpu()  # (V,)

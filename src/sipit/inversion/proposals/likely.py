@@ -7,6 +7,8 @@ the probabilities at every position, before any token is known, for the price of
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 
@@ -25,21 +27,23 @@ class Likely(Ordered):
         self._finals: Tensor | None = None  # (T, D)
         self._cache = None if scene.seen.layer else scene.lm.cut(scene.lm.n_layers, "final").new_cache()
 
-    def logits(self) -> Tensor:
-        """Return the next-token logits at this position. (V,)."""
+    def order(self) -> Tensor:
+        position = self.scene.position
+        logs = self._after_prefix() if position and self._cache is not None else None
+        logs = self.log_probabilities(position, position + 1)[0] if logs is None else logs
+        return logs.argsort(descending=True, stable=True)
+
+    def log_probabilities(self, start: int, stop: int) -> Tensor:
+        """Return log-probabilities of every token at some positions, from the observed states. (N, V)."""
         scene = self.scene
-        if scene.position == 0:
-            return opening_logits(scene.lm, scene.meter)
-        if self._cache is not None:
-            return self._after_prefix()
+        if start == 0:
+            rows = opening_log_probabilities(scene.lm, scene.meter)[None]
+            return rows if stop == 1 else torch.cat([rows, self.log_probabilities(1, stop)])
         if self._finals is None:
             seen = scene.seen
             self._finals, n_blocks = scene.lm.final_states(seen.states, seen.layer, seen.site)
             scene.meter.spend(seen.seq_len, n_blocks)
-        return scene.lm.next_token_logits(self._finals[scene.position - 1 : scene.position])[0]
-
-    def order(self) -> Tensor:
-        return self.logits().argsort(descending=True, stable=True)
+        return scene.lm.next_token_logits(self._finals[start - 1 : stop - 1]).log_softmax(dim=1)
 
     def _after_prefix(self) -> Tensor:
         """Return the logits behind the accepted prefix, by the full model. (V,)."""
@@ -55,18 +59,21 @@ class Likely(Ordered):
         return scene.lm.next_token_logits(states[-1:])[0]
 
 
-def opening_logits(lm: LanguageModel, meter: Meter) -> Tensor:
-    """Return log-probabilities for the first token of a prompt, up to a constant. (V,).
+_openings: weakref.WeakKeyDictionary[LanguageModel, Tensor] = weakref.WeakKeyDictionary()
+
+
+def opening_log_probabilities(lm: LanguageModel, meter: Meter) -> Tensor:
+    """Return log-probabilities for the first token of a prompt, made once. (V,).
 
     The mean of the model's predictions after a few texts that have come to an end; flat without a
     tokenizer. A weak order: what stands first in a prompt depends on nothing the model has seen.
     """
-    if lm.tokenizer is None:
-        return torch.zeros(lm.vocab_size)
-    full = lm.cut(lm.n_layers, "final")
-    logs = []
-    for text in _OPENERS:
-        ids = lm.encode(text)
-        meter.spend(len(ids), full.layer)
-        logs.append(lm.next_token_logits(full.ordinary(ids)[-1:])[0].log_softmax(dim=0))
-    return torch.stack(logs).logsumexp(dim=0)
+    if lm not in _openings:
+        full = lm.cut(lm.n_layers, "final")
+        logs = [torch.zeros(lm.vocab_size, device=lm.device)]
+        if lm.tokenizer is not None:
+            prompts = [lm.encode(text) for text in _OPENERS]
+            meter.spend(sum(len(ids) for ids in prompts), full.layer)
+            logs = [lm.next_token_logits(full.ordinary(ids)[-1:])[0].log_softmax(dim=0) for ids in prompts]
+        _openings[lm] = torch.stack(logs).logsumexp(dim=0).log_softmax(dim=0)
+    return _openings[lm]

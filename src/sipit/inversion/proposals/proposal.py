@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sipit.inversion.check import Checked, PackedCheck
 from sipit.inversion.result import Meter
+from sipit.inversion.tree import Outlook
 from sipit.models import LanguageModel
 from sipit.observations import Observation
 
@@ -52,8 +53,14 @@ class Proposal(Protocol):
             untried: (V,) bool
         """
 
+    def outlook(self) -> Outlook | None:
+        """Return guesses behind the first token `next` just returned; None where that needs a prefix."""
+
     def learn(self, checked: Checked) -> None:
         """Take note of candidates that were checked at this position."""
+
+    def settle(self, token_id: int) -> None:
+        """Take note of the token accepted at this position, just before the next one begins."""
 
 
 class Ordered:
@@ -83,5 +90,11 @@ class Ordered:
                 return part
         return self._order[:0]
 
+    def outlook(self) -> Outlook | None:
+        return None
+
     def learn(self, checked: Checked) -> None:
         """Nothing to learn: the order is fixed."""
+
+    def settle(self, token_id: int) -> None:
+        """Nothing to learn: the next order is made afresh."""

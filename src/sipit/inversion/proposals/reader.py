@@ -1,0 +1,147 @@
+"""Read tokens off the observed states: an inverse's scores, the model's likelihood, what was checked.
+
+Three sources, one order. An inverse (closed-form or fitted) scores every token from the states; the
+model's own next-token probabilities are added where they cost less than they save; once candidates
+were checked at a position without success, a regression on just these, behind this very prefix,
+joins. The weights of the sum follow what proved right at the positions already recovered. The
+order covers the whole vocabulary, so the search always ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sipit.inversion.check import Checked
+from sipit.inversion.proposals.anchors import ridge
+from sipit.inversion.proposals.likely import Likely
+from sipit.inversion.proposals.proposal import Scene
+from sipit.inversion.proposals.token_keys import TokenKeys
+from sipit.inversion.tree import Outlook, worthwhile
+
+_BLOCK = 16  # positions scored at a time
+_MAX_SCORES = 1 << 25  # scores held at once, over all positions ahead
+_WIDTH = 8  # guesses kept for each position ahead
+_PATIENCE = 48  # candidates checked in vain before a regression on them joins
+_PRIOR_NATS = 2.0  # evidence needed to leave the first pair of weights
+_LOCAL_RIDGE = 1e-3
+
+
+class Inverse(Protocol):
+    """From states to a score for every token."""
+
+    @property
+    def keys(self) -> TokenKeys:
+        """The directions that queries are compared with."""
+
+    @property
+    def weights(self) -> tuple[tuple[float, float], ...]:
+        """Pairs (of the inverse's score, of the log-probability) to choose from as evidence comes in."""
+
+    def queries(self, states: Tensor) -> Tensor:
+        """Return one query a position of one prompt. (T, D) → (T, K)."""
+
+    def scores(self, queries: Tensor) -> Tensor:
+        """Return the score of every token. (N, K) → (N, V)."""
+
+
+class Reader:
+    """A proposal that reads every position from the observed states.
+
+    Args:
+        scene: where the search stands.
+        inverse: what scores tokens.
+        is_cautious: consult the likelihood only when this many candidates were wasted as its price is worth.
+    """
+
+    batch_limit: int | None = None
+
+    def __init__(self, scene: Scene, inverse: Inverse, *, is_cautious: bool) -> None:
+        self.scene = scene
+        self._inverse = inverse
+        self._likely = Likely(scene)
+        self._queries = inverse.queries(scene.check.observed)  # (T, K)
+        n_above = scene.lm.n_layers - scene.seen.layer
+        self._patience = scene.seen.seq_len * n_above / max(scene.seen.layer, 1) if is_cautious else -1.0
+        self._n_wasted = 0
+        self._nats = torch.zeros(len(inverse.weights))  # negative log-likelihood of what proved right
+        self._nats[1:] += _PRIOR_NATS
+        self._n_blocks = max(2, _MAX_SCORES // (_BLOCK * scene.lm.vocab_size))
+        self._scores: dict[int, Tensor] = {}  # first position of a block → (W, V)
+        self._logs: dict[int, Tensor] = {}  # first position of a block → (W, V)
+        self._checked: list[Checked] = []
+        self._first = 0.0
+
+    @property
+    def _uses_likelihood(self) -> bool:
+        return self._n_wasted > self._patience and self.scene.seen.layer > 0
+
+    def begin(self) -> None:
+        self._checked = []
+
+    def next(self, n: int, untried: Tensor) -> Tensor:
+        logits = self._logits(self.scene.position)  # (V,)
+        n_checked = sum(len(c.token_ids) for c in self._checked)
+        if n_checked >= _PATIENCE:
+            logits = logits + self._local_logits(n_checked)
+        logits = logits.masked_fill(~untried.to(logits.device), -torch.inf)
+        n_left = int(untried.sum())
+        chances, order = logits.softmax(dim=0).topk(min(n, n_left))
+        self._first = float(chances[0]) if n_left else 0.0
+        return order[: max(worthwhile(chances), min(n_checked, len(order)))].cpu()
+
+    def outlook(self) -> Outlook | None:
+        return Outlook(first=self._first, ahead=self._ahead())
+
+    def _ahead(self) -> Iterator[tuple[Tensor, Tensor]]:
+        n_positions = min(self.scene.seen.seq_len, self.scene.position + self._n_blocks * _BLOCK)
+        width = min(_WIDTH, self.scene.lm.vocab_size)
+        for position in range(self.scene.position + 1, n_positions):
+            best = self._logits(position).softmax(dim=0).topk(width)
+            yield best.indices.cpu(), best.values.cpu()
+
+    def learn(self, checked: Checked) -> None:
+        self._checked.append(checked)
+        self._n_wasted += len(checked.token_ids)
+
+    def settle(self, token_id: int) -> None:
+        position = self.scene.position
+        if position == 0:
+            return
+        row, logs = self._rows(position)
+        for i, (of_score, of_log) in enumerate(self._inverse.weights):
+            logits = of_score * row if logs is None else of_score * row + of_log * logs
+            self._nats[i] += float(logits.logsumexp(dim=0) - logits[token_id])
+
+    def _logits(self, position: int) -> Tensor:
+        of_score, of_log = self._inverse.weights[int(self._nats.argmin())]
+        row, logs = self._rows(position)
+        return of_score * row if logs is None else of_score * row + of_log * logs  # (V,)
+
+    def _rows(self, position: int) -> tuple[Tensor, Tensor | None]:
+        """Return the inverse's scores and the log-probabilities at a position. (V,), (V,)."""
+        start = position - position % _BLOCK
+        stop = min(start + _BLOCK, self.scene.seen.seq_len)
+        for old in [s for s in self._scores if s + _BLOCK <= self.scene.position]:
+            del self._scores[old]
+            self._logs.pop(old, None)
+        if start not in self._scores:
+            self._scores[start] = self._inverse.scores(self._queries[start:stop])
+        row = self._scores[start][position - start]
+        if not self._uses_likelihood:
+            return row, None
+        if start not in self._logs:
+            self._logs[start] = self._likely.log_probabilities(start, stop)
+        return row, self._logs[start][position - start]
+
+    def _local_logits(self, n_checked: int) -> Tensor:
+        """Return scores by a regression on the candidates checked behind this prefix. (V,)."""
+        states = torch.cat([c.states for c in self._checked]).float()
+        tokens = torch.cat([c.token_ids for c in self._checked])
+        keys = self._inverse.keys
+        query = ridge(states, keys.keys(tokens), _LOCAL_RIDGE)(self.scene.target[None].float())
+        weight = self._inverse.weights[0][0] * n_checked / (n_checked + 128)
+        return weight * keys.scores(query)[0]
