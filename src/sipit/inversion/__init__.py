@@ -4,7 +4,7 @@ from sipit.inversion.certificate import CertificateCheck, check_certificate, wri
 from sipit.inversion.invert import invert
 from sipit.inversion.proposals import POLICIES, Policy
 from sipit.inversion.result import Candidate, Inversion, Miss, PositionEvidence, Verdict
-from sipit.inversion.search import Progress
+from sipit.inversion.search import OnProgress, Progress
 
 __all__ = [
     "POLICIES",
@@ -12,6 +12,7 @@ __all__ = [
     "CertificateCheck",
     "Inversion",
     "Miss",
+    "OnProgress",
     "Policy",
     "PositionEvidence",
     "Progress",

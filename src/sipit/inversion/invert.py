@@ -27,6 +27,7 @@ def invert(
     exhaustive: bool = False,
     max_batch: int = 256,
     seed: int = 0,
+    use_fit: bool = True,
     on_progress: OnProgress | None = None,
 ) -> Inversion:
     """Recover the prompt whose states were observed, token by token, exactly or not at all.
@@ -46,6 +47,7 @@ def invert(
         exhaustive: check the whole vocabulary at every position, so that each runner-up is over all tokens.
         max_batch: most candidates in one packed pass; bounds the memory.
         seed: of the random draws of the policies "random" and "gradient".
+        use_fit: whether "auto" may use a fitted inverse that is in the cache directory; see `sipit fit`.
         on_progress: called after each settled position.
 
     Returns:
@@ -66,6 +68,7 @@ def invert(
         exhaustive=exhaustive,
         max_batch=max_batch,
         seed=seed,
+        use_fit=use_fit,
         on_progress=on_progress,
     )
 

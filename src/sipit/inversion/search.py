@@ -34,6 +34,7 @@ class Progress:
     seq_len: int
     input_ids: tuple[int, ...]  # accepted so far
     n_checked: int
+    block_tokens: int
     seconds: float
 
 
@@ -49,6 +50,7 @@ def search(
     exhaustive: bool = False,
     max_batch: int = 256,
     seed: int = 0,
+    use_fit: bool = True,
     on_progress: OnProgress | None = None,
 ) -> Inversion:
     """Invert one observation; see `sipit.invert` for the arguments."""
@@ -65,7 +67,7 @@ def search(
     scene = Scene(lm=lm, seen=seen, check=check, meter=meter, generator=generator)
     run = _Run(
         scene=scene,
-        proposal=proposal_for(policy, scene),
+        proposal=proposal_for(policy, scene, use_fit=use_fit),
         exhaustive=exhaustive,
         max_batch=max_batch,
     )
@@ -77,6 +79,7 @@ def search(
                     seq_len=seen.seq_len,
                     input_ids=tuple(scene.prefix),
                     n_checked=meter.n_checked,
+                    block_tokens=meter.block_tokens,
                     seconds=time.perf_counter() - started,
                 )
             )

@@ -14,14 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sipit.corpora import library_code
 from sipit.errors import ModelError
 from sipit.models import LanguageModel, TruncatedModel
 from sipit.observations import Observation, Site
 
 SAFETY = 8.0  # the tolerance is this many times the largest noise seen in calibration
-_LENGTHS = (96, 24)  # tokens of the calibration prompts
-_FIRSTS = 6  # prompts of other first tokens: the first position has its own, extreme, norm
-_DECOYS = 15  # wrong tokens packed beside each right one
+_LENGTHS = (96, 23)  # tokens of the calibration prompts
+_SHORT, _FIRSTS = 5, 8  # length and number of prompts for more first tokens, whose norm is extreme
+_SHAPES = ((1, 0), (2, 15), (1, 1), (8, 3), (1, 2), (1, 63), (16, 0), (2, 0))  # tokens right in a row, wrong beside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,20 +96,22 @@ def noise_floor(lm: LanguageModel, layer: int, site: Site) -> NoiseFloor:
 
 
 def _measure(lm: LanguageModel, cut: TruncatedModel) -> NoiseFloor:
-    generator = torch.Generator().manual_seed(0)
-    firsts, rests, gaps, spent = [0.0], [0.0], [], 0
-    prompts = [_prompt(lm, length, generator) for length in _LENGTHS]
-    prompts += [_prompt(lm, 4, generator) for _ in range(_FIRSTS)]
-    for ids in prompts:
+    firsts: list[float] = []
+    rests: list[float] = []
+    gaps: list[float] = []
+    spent = 0
+    for ids in _prompts(lm):
         expected = cut.ordinary(ids).double()  # (T, D)
-        norms = expected.norm(dim=1)  # (T,)
-        right, wrong, n_packed = _packed_distances(cut, ids, expected)
-        firsts.append(float(right[0] / norms[0]))
-        rests += (right[1:] / norms[1:]).tolist()
+        norms = expected.norm(dim=1).cpu()  # (T,)
+        right, wrong, n_packed = _packed_distances(cut, ids, expected, lm.vocab_size)
+        ratios = (right / norms).tolist()
+        firsts.append(ratios[0])
+        rests += ratios[1:]
         gaps += (wrong / norms)[wrong.isfinite()].tolist()
         spent += (len(ids) + n_packed) * cut.layer
     unit = torch.finfo(lm.dtype).eps  # one rounding of the norm: less cannot be told from zero
-    floor = NoiseFloor(first=max(*firsts, unit), rest=max(*rests, unit), gap=min(gaps), block_tokens=spent)
+    rest = max(*rests, unit)
+    floor = NoiseFloor(first=max(*firsts, rest), rest=rest, gap=min(gaps), block_tokens=spent)
     typical_gap = sorted(gaps)[len(gaps) // 2]
     typical_noise = sorted(rests)[len(rests) // 2]
     if typical_noise > typical_gap / 4:
@@ -120,33 +123,46 @@ def _measure(lm: LanguageModel, cut: TruncatedModel) -> NoiseFloor:
     return floor
 
 
-def _prompt(lm: LanguageModel, length: int, generator: torch.Generator) -> Tensor:
-    """Return ids drawn from the vocabulary, with runs of one token, which have unusual norms. (T,)."""
-    ids = torch.randint(lm.vocab_size, (length,), generator=generator)
-    ids[length // 2 : length // 2 + length // 8] = ids[length // 2]
-    return ids
+def _prompts(lm: LanguageModel) -> list[Tensor]:
+    """Return the calibration prompts: random ids with a run of one token, code, and short ones. (T,) each."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = []
+    for length in (*_LENGTHS, *[_SHORT] * _FIRSTS):
+        ids = torch.randint(lm.vocab_size, (length,), generator=generator)
+        ids[length // 2 : length // 2 + length // 8] = ids[length // 2]
+        prompts.append(ids)
+    if lm.tokenizer is not None:
+        code = lm.encode(next(library_code(only=("textwrap",))))
+        prompts.append(code[: _LENGTHS[0]])
+    return prompts
 
 
-def _packed_distances(cut: TruncatedModel, ids: Tensor, expected: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Return the distances of right tokens and of the nearest wrong ones, by packed passes. (T,), (T,)."""
+def _packed_distances(
+    cut: TruncatedModel, ids: Tensor, expected: Tensor, vocab_size: int
+) -> tuple[Tensor, Tensor, int]:
+    """Return the distances of right tokens and of the nearest wrong ones, by packed passes. (T,), (T,).
+
+    The passes take every shape in turn that a search may use: kernels differ by the number of rows.
+    """
     cache = cut.new_cache()
-    right, wrong, n_packed = [], [], 0
-    length = len(ids)
-    start = 0
-    while start < length:
-        # by turns: one position with decoys beside it, then a guessed chain of eight
-        chain = ids[start : start + (1 if start % 9 == 0 else 8)]
-        decoys = (ids[start] + torch.arange(1, _DECOYS + 1)) % (int(ids.max()) + 1)
+    right, wrong, n_packed, start = [], [], 0, 0
+    while start < len(ids):
+        n_chain, n_decoys = _SHAPES[(start + len(ids)) % len(_SHAPES)]
+        chain = ids[start : start + n_chain]
+        decoys = (ids[start] + torch.arange(1, n_decoys + 1)) % vocab_size
         decoys = decoys[decoys != ids[start]]
         tokens = torch.cat([chain, decoys])  # (Q,)
         places = torch.cat([torch.arange(start, start + len(chain)), torch.full((len(decoys),), start)])
         sees = torch.eye(len(tokens), dtype=torch.bool)
         sees[: len(chain), : len(chain)] = torch.ones(len(chain), len(chain), dtype=torch.bool).tril()
         states = cut.packed(cache, tokens, places, sees).double()  # (Q, D)
-        distances = (states - expected[places.to(states.device)]).norm(dim=1)
-        right += distances[: len(chain)].tolist()
-        wrong += [float(distances[len(chain) :].min())] + [float("inf")] * (len(chain) - 1)
+        distances = (states - expected[places.to(states.device)]).norm(dim=1).cpu()
+        right.append(distances[: len(chain)])
+        nearest = torch.full((len(chain),), torch.inf, dtype=torch.float64)
+        if len(decoys):
+            nearest[0] = distances[len(chain) :].min()
+        wrong.append(nearest)
         cache.keep(range(len(chain)))
         start += len(chain)
         n_packed += len(tokens)
-    return torch.tensor(right).to(expected), torch.tensor(wrong).to(expected), n_packed
+    return torch.cat(right), torch.cat(wrong), n_packed

@@ -13,7 +13,7 @@ from sipit.errors import InputError, ModelError, OptionError
 from sipit.models.embeddings import EmbeddingRows
 from sipit.models.families import family_of, module_at
 from sipit.models.fingerprint import fingerprint
-from sipit.models.truncated import TruncatedModel, UpperModel
+from sipit.models.truncated import TappedModel, TruncatedModel, UpperModel
 from sipit.observations import SITES, Observation, Site, dtype_named
 
 Prompt = str | Sequence[int] | Tensor | Sequence[Mapping[str, str]]
@@ -202,6 +202,24 @@ class LanguageModel:
         if cap:
             logits = torch.tanh(logits / cap) * cap
         return logits[:, : self.vocab_size]
+
+    def generation_cache(self) -> Any:
+        """Return an empty cache for `next_logits`."""
+        from transformers import DynamicCache
+
+        return DynamicCache(config=cast(Any, self.model).config)
+
+    @torch.no_grad()
+    def next_logits(self, input_ids: Tensor, cache: Any) -> Tensor:
+        """Return the logits after each row's last token, and extend the cache. (B, N) → (B, vocab_size)."""
+        output = cast(Any, self._trunk)(input_ids=input_ids, past_key_values=cache, use_cache=True)
+        return self.next_token_logits(output[0][:, -1])
+
+    def tapped(self, cuts: Sequence[tuple[int, Site]]) -> TappedModel:
+        """Return the model stopped after the last of several (layer, site) cuts, giving the states at all of them."""
+        for layer, site in cuts:
+            self.cut(layer, site)  # checks it
+        return TappedModel(self._trunk, self.family, [(layer, site == "final") for layer, site in cuts])
 
     def _prompt_ids(self, prompt: Prompt, chat: bool) -> Tensor:
         if isinstance(prompt, str):

@@ -46,11 +46,11 @@ class PrefixCache(Cache):
             layer.length = self.length
 
 
-class _PrefixLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class _PrefixLayer(DynamicLayer):
     """One block's keys and values in buffers that grow by doubling, (1, n_heads, room, d_head) each."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        DynamicLayer.__init__(self)
         self.length = 0
         self._k = torch.empty(0)
         self._v = torch.empty(0)
@@ -233,6 +233,62 @@ class UpperModel:
             return cast(Tensor, self._trunk(input_ids=places, use_cache=False)[0])[0]  # (T, D)
         finally:
             self._entry.states = None
+
+
+class TappedModel:
+    """The first blocks of a causal LM, giving the states at several cuts in one pass over a batch.
+
+    Args:
+        trunk: the module that owns the blocks; not modified.
+        family: its attribute names.
+        cuts: (layer, is_final) of each tap.
+    """
+
+    def __init__(self, trunk: nn.Module, family: Family, cuts: Sequence[tuple[int, bool]]) -> None:
+        self.cuts = tuple(cuts)
+        self.layer = max(layer for layer, _ in cuts)
+        self._is_final = any(is_final for _, is_final in cuts)
+        blocks = list(cast(nn.ModuleList, getattr(trunk, family.blocks)))[: self.layer]
+        self._taps = [_Tap(block) for block in blocks]
+        children: dict[str, nn.Module] = {family.blocks: nn.ModuleList(self._taps)}
+        if not self._is_final:
+            children |= {name: nn.Identity() for name in family.final if getattr(trunk, name) is not None}
+        self._trunk = _clone(trunk, children)
+
+    @torch.no_grad()
+    def states(self, input_ids: Tensor) -> list[Tensor]:
+        """Return the states at each cut, in their order. (B, L) → one (B, L, D) a cut."""
+        device = next(self._trunk.parameters()).device
+        last = self._trunk(input_ids=input_ids.to(device), use_cache=False)[0]
+        found = []
+        for layer, is_final in self.cuts:
+            at_end = layer == self.layer and (is_final or not self._is_final)
+            found.append(last if at_end else self._taps[layer].entered if layer < self.layer else self._taps[-1].left)
+        for tap in self._taps:
+            tap.entered = tap.left = None
+        return cast(list[Tensor], found)
+
+
+class _Tap(nn.Module):
+    """A block that remembers what entered and left it; everything else is the block's own."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.entered: Tensor | None = None
+        self.left: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.entered = hidden_states
+        output = self.block(hidden_states, *args, **kwargs)
+        self.left = output[0] if isinstance(output, tuple) else output
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)
 
 
 class _Skip(nn.Module):

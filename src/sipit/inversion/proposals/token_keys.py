@@ -40,6 +40,11 @@ class TokenKeys:
         """Width of a key."""
         return int(self.whitening.shape[0])
 
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens."""
+        return self._rows.vocab_size
+
     def keys(self, token_ids: Tensor) -> Tensor:
         """Return the unit keys of some tokens. (N,) → (N, D)."""
         rows = (self._rows.rows(token_ids).float() - self._mean) @ self.whitening

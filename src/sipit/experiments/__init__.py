@@ -1,0 +1,1 @@
+"""Measurements that produce a record: each module one table or figure."""

@@ -1,0 +1,170 @@
+"""Methods of inversion side by side: the same observations, one process, the same threads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sipit import __version__
+from sipit.baselines import random_order, reference_sipit, vocabulary_matching
+from sipit.errors import InputError, OptionError
+from sipit.inversion import Inversion, OnProgress, Progress, invert
+from sipit.models import LanguageModel
+from sipit.observations import Observation, Site
+
+Method = Callable[..., Inversion]
+
+
+def _auto(lm: LanguageModel, seen: Observation, *, seed: int, on_progress: OnProgress | None) -> Inversion:
+    return invert(lm, seen, policy="auto", seed=seed, on_progress=on_progress)
+
+
+METHODS: dict[str, Method] = {
+    "auto": _auto,
+    "vocabulary-matching": vocabulary_matching,
+    "reference-sipit": reference_sipit,
+    "random": random_order,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRun:
+    """One prompt inverted by one method at one layer."""
+
+    method: str
+    layer: int
+    site: str
+    prompt: int  # number of the prompt
+    seq_len: int  # tokens
+    exact: bool  # the recovered ids equal the prompt's
+    verdict: str  # "stopped" where the time limit ended the search
+    seconds: float
+    block_tokens: int
+    prefill_ratio: float
+    n_checked: int
+    prefill_seconds: float  # of one ordinary forward pass of this prompt through the same blocks, just before
+
+
+class _TimeUpError(Exception):
+    """Ends a search at the time limit, carrying where it stood."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__()
+        self.progress = progress
+
+
+def prompts_from_text(lm: LanguageModel, text: str, *, n_tokens: int, n_prompts: int) -> list[Tensor]:
+    """Return prompts of exact length, spread evenly over a text. n_prompts of (n_tokens,).
+
+    Raises:
+        InputError: the text is too short for that many prompts without overlap.
+    """
+    ids = lm.encode(text)
+    if len(ids) < n_tokens * n_prompts:
+        raise InputError(
+            f"the text gives {len(ids)} tokens, too few for {n_prompts} prompts of {n_tokens}; "
+            "pass a longer text, or fewer or shorter prompts"
+        )
+    stride = (len(ids) - n_tokens) // max(n_prompts - 1, 1)
+    return [ids[i * stride : i * stride + n_tokens] for i in range(n_prompts)]
+
+
+def random_prompts(lm: LanguageModel, *, n_tokens: int, n_prompts: int, seed: int) -> list[Tensor]:
+    """Return prompts of uniformly random token ids. n_prompts of (n_tokens,)."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(lm.vocab_size, (n_tokens,), generator=generator) for _ in range(n_prompts)]
+
+
+def bench(
+    lm: LanguageModel,
+    prompts: Sequence[Tensor],
+    *,
+    cuts: Sequence[tuple[int, Site]],
+    methods: Sequence[str],
+    seed: int = 0,
+    max_seconds: float = float("inf"),
+) -> Iterator[BenchRun]:
+    """Yield a run for every cut, prompt and method, as each is done.
+
+    What a method prepares once per model and layer is charged to the first prompt it inverts there.
+
+    Args:
+        lm: the model.
+        prompts: token ids of each prompt.
+        cuts: (layer, site) pairs.
+        methods: names from METHODS.
+        seed: of the random draws.
+        max_seconds: most seconds for one prompt; a search over it is recorded as not exact.
+
+    Raises:
+        OptionError: an unknown method.
+    """
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown:
+        raise OptionError(f"method {unknown[0]!r} is unknown; choose from {', '.join(METHODS)}")
+    for layer, site in cuts:
+        for number, ids in enumerate(prompts):
+            seen = lm.capture(input_ids=ids, layer=layer, site=site)
+            started = time.perf_counter()
+            lm.cut(layer, site).ordinary(ids)
+            prefill_seconds = time.perf_counter() - started
+            for name in methods:
+                yield _run(lm, seen, ids, name, number, seed, max_seconds, prefill_seconds)
+
+
+def _run(
+    lm: LanguageModel,
+    seen: Observation,
+    ids: Tensor,
+    name: str,
+    number: int,
+    seed: int,
+    max_seconds: float,
+    prefill_seconds: float,
+) -> BenchRun:
+    def watch(progress: Progress) -> None:
+        if progress.seconds > max_seconds:
+            raise _TimeUpError(progress)
+
+    seq_len = len(ids)
+    try:
+        found = METHODS[name](lm, seen, seed=seed, on_progress=watch)
+        exact = found.input_ids == tuple(ids.tolist())
+        outcome: Any = (found.verdict, found.seconds, found.block_tokens, found.n_checked)
+    except _TimeUpError as stop:
+        exact, at = False, stop.progress
+        outcome = ("stopped", at.seconds, at.block_tokens, at.n_checked)
+    verdict, seconds, block_tokens, n_checked = outcome
+    return BenchRun(
+        method=name,
+        layer=seen.layer,
+        site=seen.site,
+        prompt=number,
+        seq_len=seq_len,
+        exact=exact,
+        verdict=verdict,
+        seconds=seconds,
+        block_tokens=block_tokens,
+        prefill_ratio=block_tokens / (seq_len * max(seen.layer, 1)),
+        n_checked=n_checked,
+        prefill_seconds=prefill_seconds,
+    )
+
+
+def bench_record(lm: LanguageModel, runs: Sequence[BenchRun]) -> dict[str, Any]:
+    """Return the JSON record of a benchmark."""
+    return {
+        "sipit": __version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "model": lm.name,
+        "fingerprint": lm.fingerprint,
+        "device": str(lm.device),
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "runs": [asdict(run) for run in runs],
+    }

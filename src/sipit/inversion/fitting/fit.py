@@ -1,0 +1,285 @@
+"""Fit an inverse for one or more layers of a model: windows, states, training, calibration, report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sipit.errors import StorageError
+from sipit.inversion.fitting.network import KEY_LENGTH, InverseNetwork
+from sipit.inversion.fitting.states import Cut, capture_windows
+from sipit.inversion.fitting.store import Fit, fit_folder, save_fit
+from sipit.inversion.fitting.training import Recipe, train
+from sipit.inversion.fitting.windows import OnStep, fitting_windows, held_out_windows
+from sipit.inversion.proposals.anchors import anchor_ids
+from sipit.inversion.proposals.token_keys import TokenKeys, token_keys
+from sipit.models import LanguageModel
+from sipit.storage import read_json, whole_file, write_json
+
+_FIRSTS = 4096  # single tokens the first position is fitted on
+_FIRST_BATCH = 256
+_HELD_OUT_WINDOWS = 12  # of each kind of text
+_HELD_OUT_LENGTH = 64
+_TEMPERATURES = (0.7, 0.85, 1.0, 1.2, 1.5, 2.0)
+_LIKELIHOOD_WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitProgress:
+    """Where a fit under way stands."""
+
+    phase: str  # "sampling", "capturing", "training block 15", …
+    done: int
+    total: int
+    seconds: float  # since the phase began
+
+
+OnFitProgress = Callable[[FitProgress], None]
+
+
+def fit_inverse(
+    lm: LanguageModel,
+    cuts: Sequence[Cut],
+    *,
+    texts: Iterable[str] = (),
+    recipe: Recipe | None = None,
+    on_progress: OnFitProgress | None = None,
+) -> dict[Cut, Path]:
+    """Fit and keep an inverse for each (layer, site); return the files.
+
+    One capture serves all cuts. Interrupted, it goes on where it stopped when called again with the
+    same arguments. Memory is bounded: states lie on disk while fitting (recipe.n_windows × length ×
+    width × 2 bytes a cut) and are removed afterwards.
+
+    Raises:
+        StorageError: the cache folder cannot be written, or is full.
+    """
+    recipe = recipe or Recipe()
+    work = fit_folder(lm) / "work"
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        fits = _fit_in(work, lm, list(cuts), list(texts), recipe, on_progress)
+        shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(
+            f"cannot write in the cache folder {work}: {error.strerror or error}; free some room, or name "
+            "another folder in the environment variable SIPIT_CACHE"
+        ) from error
+    return fits
+
+
+def _fit_in(
+    work: Path,
+    lm: LanguageModel,
+    cuts: list[Cut],
+    texts: list[str],
+    recipe: Recipe,
+    on_progress: OnFitProgress | None,
+) -> dict[Cut, Path]:
+    started = time.perf_counter()
+    _start_over_if_changed(work, {"recipe": asdict(recipe), "cuts": cuts, "texts": [hash_text(t) for t in texts]})
+    told = _Teller(on_progress)
+    windows, sampled = _windows(work, lm, recipe, texts, told.phase("sampling"))
+    held_out, more = held_out_windows(lm, n_windows=_HELD_OUT_WINDOWS, length=_HELD_OUT_LENGTH, seed=recipe.seed)
+    paths, captured = capture_windows(lm, windows, cuts, work, told.phase("capturing"))
+    shared_seconds = time.perf_counter() - started
+    keys = token_keys(lm)
+    fits = {}
+    for (layer, site), path in zip(cuts, paths, strict=True):
+        began = time.perf_counter()
+        checkpoint = work / f"training-{site}-{layer}.safetensors"
+        phase = told.phase(f"training {site} {layer}")
+        network = train(path, windows, keys, recipe, checkpoint, phase)
+        first_mean, first_weight = _first_position(lm, keys, (layer, site), recipe.seed)
+        fit = _calibrated(lm, keys, (layer, site), network, first_mean, first_weight, held_out)
+        report = {
+            **fit.report,
+            "recipe": asdict(recipe),
+            "fit_block_tokens": (sampled + more + captured) // len(cuts) + _FIRSTS * layer,
+            "seconds": shared_seconds / len(cuts) + time.perf_counter() - began,
+            "n_windows": len(windows),
+        }
+        fits[(layer, site)] = save_fit(lm, layer, site, Fit(**{**fit.__dict__, "report": report}))
+    return fits
+
+
+class FittedScores:
+    """A fit as an inverse: one query a position, the score of every token."""
+
+    def __init__(self, keys: TokenKeys, fit: Fit) -> None:
+        self.keys = keys
+        self.fit = fit
+        share = fit.likelihood_weight
+        self.weights: tuple[tuple[float, float], ...] = ((1.0, share), (1.0, 0.0)) if share else ((1.0, 0.0),)
+
+    def queries(self, states: Tensor) -> Tensor:
+        """Return one query a position of one prompt. (T, D) → (T, K)."""
+        fit = self.fit
+        queries = fit.network.queries(states.float())
+        first = (states[0].double() - fit.first_mean) @ fit.first_weight
+        queries[0] = torch.nn.functional.normalize(first, dim=0).float() * _FIRST_GAIN
+        return queries
+
+    def scores(self, queries: Tensor) -> Tensor:
+        """Return calibrated scores of every token. (N, K) → (N, V)."""
+        scores = self.keys.scores(queries).mul_(KEY_LENGTH).add_(self.fit.network.bias)
+        return scores.div_(self.fit.temperature)
+
+
+_FIRST_GAIN = 12.0  # of a unit query at position 0: cosines of 1 against at most 0.5
+
+
+def _first_position(lm: LanguageModel, keys: TokenKeys, cut: Cut, seed: int) -> tuple[Tensor, Tensor]:
+    """Fit the position without a prefix, where the state depends on one token alone. (D,), (D, K).
+
+    In float64: the state can be 22,680 long and nearly constant, the token in its last digits.
+    """
+    generator = torch.Generator().manual_seed(seed + 2)
+    tokens = anchor_ids(lm.vocab_size, _FIRSTS, generator)
+    model = lm.cut(*cut)
+    states = [
+        model.packed(model.new_cache(), part, torch.zeros_like(part)).double() for part in tokens.split(_FIRST_BATCH)
+    ]
+    rows = torch.cat(states)  # (N, D)
+    mean = rows.mean(dim=0)
+    values, basis = torch.linalg.eigh(torch.cov((rows - mean).T))
+    gain = (values.clamp(min=0) + 1e-9 * values.mean()).rsqrt()
+    whitener = (basis * gain) @ basis.T  # (D, D)
+    x = (rows - mean) @ whitener
+    gram = x.T @ x
+    gram.diagonal().add_(0.1 * len(x))
+    return mean, whitener @ torch.linalg.solve(gram, x.T @ keys.keys(tokens).double())
+
+
+@torch.no_grad()
+def _calibrated(
+    lm: LanguageModel,
+    keys: TokenKeys,
+    cut: Cut,
+    network: InverseNetwork,
+    first_mean: Tensor,
+    first_weight: Tensor,
+    held_out: dict[str, Tensor],
+) -> Fit:
+    """Choose temperature and likelihood weight on held-out windows, and measure the ranks there."""
+    layer, site = cut
+    raw = FittedScores(
+        keys,
+        Fit(
+            network=network,
+            first_mean=first_mean,
+            first_weight=first_weight,
+            temperature=1.0,
+            likelihood_weight=0.0,
+            report={},
+        ),
+    )
+    nats = torch.zeros(len(_TEMPERATURES), len(_LIKELIHOOD_WEIGHTS))
+    for windows in held_out.values():
+        for ids in windows:
+            scores, logs, targets = _held_out_scores(lm, raw, cut, ids)
+            for i, temperature in enumerate(_TEMPERATURES):
+                for j, weight in enumerate(_LIKELIHOOD_WEIGHTS):
+                    logits = scores / temperature + weight * logs
+                    nats[i, j] += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+    best = divmod(int(nats.argmin()), len(_LIKELIHOOD_WEIGHTS))
+    temperature, weight = _TEMPERATURES[best[0]], _LIKELIHOOD_WEIGHTS[best[1]]
+    kinds = {}
+    for kind, windows in held_out.items():
+        ranks = []
+        for ids in windows:
+            scores, logs, targets = _held_out_scores(lm, raw, cut, ids)
+            fused = scores / temperature + weight * logs
+            ranks.append(torch.stack([_ranks(scores, targets), _ranks(fused, targets)]))
+        alone, together = torch.cat(ranks, dim=1)
+        kinds[kind] = {"alone": _figures(alone), "with_likelihood": _figures(together)}
+    report: dict[str, Any] = {"layer": layer, "site": site, "held_out": kinds}
+    return Fit(
+        network=network,
+        first_mean=first_mean,
+        first_weight=first_weight,
+        temperature=temperature,
+        likelihood_weight=weight,
+        report=report,
+    )
+
+
+def _held_out_scores(lm: LanguageModel, raw: FittedScores, cut: Cut, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return scores, log-probabilities and true tokens from position 1 on. (T, V), (T, V), (T,)."""
+    states = lm.cut(*cut).ordinary(ids)  # (T, D)
+    scores = raw.scores(raw.queries(states)[1:])
+    finals = lm.cut(lm.n_layers, "final").ordinary(ids)
+    logs = lm.next_token_logits(finals[:-1]).log_softmax(dim=1)
+    return scores, logs, ids[1:].to(scores.device)
+
+
+def _ranks(logits: Tensor, targets: Tensor) -> Tensor:
+    return (logits > logits.gather(1, targets[:, None])).sum(dim=1).float()
+
+
+def _figures(ranks: Tensor) -> dict[str, float]:
+    return {
+        "top_1": float((ranks == 0).float().mean()),
+        "top_16": float((ranks < 16).float().mean()),
+        "mean_rank": float(ranks.mean()),
+        "n_positions": float(len(ranks)),
+    }
+
+
+def hash_text(text: str) -> str:
+    """Return a digest of a text, so that a resumed fit knows whether it is the same."""
+    import hashlib
+
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _start_over_if_changed(work: Path, settings: dict[str, Any]) -> None:
+    """Drop what an interrupted fit left if it was another fit."""
+    note = work / "settings.json"
+    settings = json.loads(json.dumps(settings))
+    if note.is_file() and read_json(note) == settings:
+        return
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    write_json(note, settings)
+
+
+def _windows(work: Path, lm: LanguageModel, recipe: Recipe, texts: list[str], on_step: OnStep) -> tuple[Tensor, int]:
+    path = work / "windows.safetensors"
+    if path.is_file():
+        saved = load_file(path)
+        return saved["windows"], int(saved["block_tokens"])
+    windows, block_tokens = fitting_windows(
+        lm, n_windows=recipe.n_windows, length=recipe.length, texts=texts, seed=recipe.seed, on_step=on_step
+    )
+    with whole_file(path) as temporary:
+        save_file({"windows": windows, "block_tokens": torch.tensor(block_tokens)}, temporary)
+    return windows, block_tokens
+
+
+class _Teller:
+    """Turns the steps of a phase into progress."""
+
+    def __init__(self, on_progress: OnFitProgress | None) -> None:
+        self._on_progress = on_progress
+
+    def phase(self, name: str) -> OnStep:
+        began = time.perf_counter()
+
+        def tell(done: int, total: int) -> None:
+            if self._on_progress is not None:
+                seconds = time.perf_counter() - began
+                self._on_progress(FitProgress(phase=name, done=done, total=total, seconds=seconds))
+
+        return tell

@@ -1,0 +1,73 @@
+"""The fitted inverse: a small network from the states around a position to a query.
+
+The query is matched against every token's key (the whitened embedding rows), so no table of the
+vocabulary is learned but one bias a token. States are brought to unit root mean square first, which
+tames the extreme norms some positions have.
+
+Shapes: T positions, B batch, D = width of a state, K = width of a key, V = vocab_size.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+OFFSETS = (-1, 0, 1)  # neighbours the network sees
+KEY_LENGTH = 8.0  # common length of all keys: with longer ones the softmax is sure of everything
+
+
+class InverseNetwork(nn.Module):
+    """States around a position → query. (T, D) → (T, K); the score of token v is query · key_v + bias_v."""
+
+    mean: Tensor  # (D,)
+    whitener: Tensor  # (D, D)
+
+    def __init__(self, d_state: int, d_key: int, vocab_size: int, d_hidden: int) -> None:
+        super().__init__()
+        n_inputs = len(OFFSETS) * d_state
+        self.register_buffer("mean", torch.zeros(d_state))
+        self.register_buffer("whitener", torch.eye(d_state))
+        self.linear = nn.Linear(n_inputs, d_key)
+        self.up = nn.Linear(n_inputs, d_hidden)
+        self.down = nn.Linear(d_hidden, d_key, bias=False)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Draw the hidden layer; everything else starts at zero."""
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.zero_()
+            std = self.up.in_features**-0.5
+            self.up.weight.copy_(torch.randn(self.up.weight.shape, generator=generator) * std)
+
+    def white(self, states: Tensor) -> Tensor:
+        """Return states at unit root mean square, whitened. (N, D) → (N, D)."""
+        return (unit_rms(states) - self.mean) @ self.whitener
+
+    def gathered(self, white: Tensor, rows: Tensor, seq_len: int) -> Tensor:
+        """Return each row beside its neighbours, zero beyond the ends of its window. (N, D), (B,) → (B, 3 D)."""
+        place = rows % seq_len
+        parts = []
+        for offset in OFFSETS:
+            inside = (place + offset >= 0) & (place + offset < seq_len)  # (B,)
+            parts.append(white[(rows + offset).clamp(0, len(white) - 1)] * inside[:, None])
+        return torch.cat(parts, dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return queries from gathered inputs. (B, 3 D) → (B, K)."""
+        return cast(Tensor, self.linear(x) + self.down(F.gelu(self.up(x))))
+
+    @torch.no_grad()
+    def queries(self, states: Tensor) -> Tensor:
+        """Return the query at every position of one prompt. (T, D) → (T, K)."""
+        rows = torch.arange(len(states), device=states.device)
+        return self(self.gathered(self.white(states), rows, len(states)))  # type: ignore[no-any-return]
+
+
+def unit_rms(states: Tensor) -> Tensor:
+    """Divide each state by its root mean square. (N, D) → (N, D) float32."""
+    states = states.float()
+    return states / states.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-12)

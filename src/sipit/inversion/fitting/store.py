@@ -1,0 +1,105 @@
+"""Where fitted inverses are kept: the cache directory, under the fingerprint of the model they read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sipit.inversion.fitting.network import InverseNetwork
+from sipit.models import LanguageModel
+from sipit.observations import Site
+from sipit.storage import cache_dir, whole_file
+
+_FORMAT = "sipit.fit"
+_VERSION = "1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """A fitted inverse of one model at one layer and site."""
+
+    network: InverseNetwork
+    first_mean: Tensor  # (D,) float64, of the states at position 0
+    first_weight: Tensor  # (D, K) float64, from such a state to a query
+    temperature: float  # scores are divided by it, so that the softmax tells how often it is right
+    likelihood_weight: float  # of the model's log-probabilities beside the scores
+    report: dict[str, Any]  # held-out ranks by kind of text, cost, recipe
+
+
+def fit_folder(lm: LanguageModel) -> Path:
+    """Return the folder of a model's fits."""
+    return cache_dir() / "fits" / lm.fingerprint.removeprefix("sha256:")[:16]
+
+
+def fit_path(lm: LanguageModel, layer: int, site: Site) -> Path:
+    """Return the file of one fit."""
+    return fit_folder(lm) / f"{site}-{layer}.safetensors"
+
+
+def save_fit(lm: LanguageModel, layer: int, site: Site, fit: Fit) -> Path:
+    """Write a fit, whole or not at all; weights in float16.
+
+    Raises:
+        StorageError: the cache folder cannot be written.
+    """
+    path = fit_path(lm, layer, site)
+    tensors = {f"network.{k}": v.half().contiguous().cpu() for k, v in fit.network.state_dict().items()}
+    tensors["network.bias"] = fit.network.bias.detach().float().contiguous().cpu()
+    tensors |= {"first.mean": fit.first_mean.cpu(), "first.weight": fit.first_weight.float().contiguous().cpu()}
+    metadata = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "fingerprint": lm.fingerprint,
+        "temperature": repr(fit.temperature),
+        "likelihood_weight": repr(fit.likelihood_weight),
+        "report": json.dumps(fit.report),
+    }
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+    return path
+
+
+def load_fit(lm: LanguageModel, layer: int, site: Site) -> Fit | None:
+    """Return the fit of a cut, or None where there is none that can be used.
+
+    A stale or damaged file is passed over: a fit only orders candidates, so its absence costs time,
+    and using a wrong one would cost no more.
+    """
+    path = fit_path(lm, layer, site)
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as stream:
+            metadata = stream.metadata() or {}
+            known = (metadata.get("format"), metadata.get("version"), metadata.get("fingerprint"))
+            if known != (_FORMAT, _VERSION, lm.fingerprint):
+                return None
+            tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
+        return _restored(lm, tensors, metadata)
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError):
+        return None
+
+
+def _restored(lm: LanguageModel, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Fit:
+    up, linear = tensors["network.up.weight"], tensors["network.linear.weight"]
+    d_state = tensors["network.mean"].shape[0]
+    network = InverseNetwork(d_state, linear.shape[0], lm.vocab_size, up.shape[0])
+    weights = {k.removeprefix("network."): v.float() for k, v in tensors.items() if k.startswith("network.")}
+    network.load_state_dict(weights)
+    if not all(bool(torch.isfinite(t).all()) for t in weights.values()):
+        raise ValueError("weights are not finite")
+    return Fit(
+        network=network.to(lm.device).eval().requires_grad_(False),
+        first_mean=tensors["first.mean"].double().to(lm.device),
+        first_weight=tensors["first.weight"].double().to(lm.device),
+        temperature=float(metadata["temperature"]),
+        likelihood_weight=float(metadata["likelihood_weight"]),
+        report=json.loads(metadata["report"]),
+    )

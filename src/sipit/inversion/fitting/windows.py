@@ -1,0 +1,136 @@
+"""What an inverse is fitted on: windows of token ids from what every machine has.
+
+Standard-library prose and code, uniformly random ids, text with a quarter of its tokens replaced,
+the model's own samples, and the user's text where there is some. N windows of L tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from sipit.corpora import library_code, library_prose
+from sipit.inversion.fitting.arithmetic import fast_arithmetic
+from sipit.models import LanguageModel
+
+KINDS = ("prose", "code", "random ids", "inserted", "own samples", "user text")
+_SHARES = {"prose": 0.21, "code": 0.17, "random ids": 0.19, "inserted": 0.18, "own samples": 0.25}
+_HELD_OUT = ("asyncio", "email", "xml", "unittest")  # packages of the library kept for the report
+_SAMPLE_BATCH = 256
+_REPLACED = 0.25  # of the tokens of an "inserted" window
+
+OnStep = Callable[[int, int], None]  # done, total
+
+
+def fitting_windows(
+    lm: LanguageModel, *, n_windows: int, length: int, texts: Iterable[str], seed: int, on_step: OnStep
+) -> tuple[Tensor, int]:
+    """Return the windows to fit on, and the block-tokens that sampling took. (N, L) int64.
+
+    Without a tokenizer only random ids and own samples are left.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    counts = {kind: round(share * n_windows) for kind, share in _SHARES.items()}
+    parts = []
+    if lm.tokenizer is None:
+        counts |= {"random ids": n_windows - counts["own samples"], "prose": 0, "code": 0, "inserted": 0}
+    else:
+        n_base = counts["inserted"] // 2
+        prose = text_windows(lm, library_prose(seed=seed, without=_HELD_OUT), counts["prose"] + n_base, length)
+        code = text_windows(lm, library_code(seed=seed, without=_HELD_OUT), counts["code"] + n_base, length)
+        base = torch.cat([prose[:n_base], code[:n_base]])
+        parts = [prose[n_base:], code[n_base:], _inserted(base, lm.vocab_size, generator)]
+        given = text_windows(lm, texts, n_windows, length)
+        parts.append(given)
+    n_random = counts["random ids"]
+    parts.append(_permuted(n_random * length, lm.vocab_size, generator).view(-1, length))
+    own, block_tokens = own_samples(lm, counts["own samples"], length, generator, on_step)
+    return torch.cat([*parts, own]), block_tokens
+
+
+def held_out_windows(lm: LanguageModel, *, n_windows: int, length: int, seed: int) -> tuple[dict[str, Tensor], int]:
+    """Return windows by kind of text that nothing is fitted on, and what sampling took. kind → (n_windows, L)."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    kinds = {"random ids": torch.randint(lm.vocab_size, (n_windows, length), generator=generator)}
+    spent = 0
+    if lm.tokenizer is not None:
+        kinds["prose"] = text_windows(lm, library_prose(seed=seed, only=_HELD_OUT), n_windows, length)
+        kinds["code"] = text_windows(lm, library_code(seed=seed, only=_HELD_OUT), n_windows, length)
+        if getattr(lm.tokenizer, "chat_template", None):
+            head = _chat_head(lm)
+            start = head.repeat(n_windows, 1)
+            kinds["chat"], spent = _continued(lm, start, max(length, len(head) + 24), generator, lambda *_: None)
+    return {kind: windows for kind, windows in kinds.items() if len(windows)}, spent
+
+
+def text_windows(lm: LanguageModel, texts: Iterable[str], n_windows: int, length: int) -> Tensor:
+    """Return up to n windows over the joined token ids of some texts. (N, L)."""
+    ids: list[int] = []
+    for text in texts:
+        if len(ids) >= n_windows * length:
+            break
+        if text.strip():
+            ids += lm.encode(text).tolist()
+    n_whole = min(len(ids) // length, n_windows)
+    return torch.tensor(ids[: n_whole * length], dtype=torch.long).view(n_whole, length)
+
+
+def own_samples(
+    lm: LanguageModel, n_windows: int, length: int, generator: torch.Generator, on_step: OnStep
+) -> tuple[Tensor, int]:
+    """Let the model write windows, after random first tokens and after its chat template. (N, L)."""
+    has_chat = lm.tokenizer is not None and getattr(lm.tokenizer, "chat_template", None)
+    head = _chat_head(lm)[: length // 2] if has_chat else torch.empty(0, dtype=torch.long)
+    n_chat = n_windows // 6 if len(head) else 0
+    first = torch.randint(lm.vocab_size, (n_windows - n_chat, 1), generator=generator)
+    plain, spent = _continued(lm, first, length, generator, on_step)
+    if not n_chat:
+        return plain, spent
+    chat, more = _continued(lm, head.repeat(n_chat, 1), length, generator, on_step)
+    return torch.cat([plain, chat]), spent + more
+
+
+def _chat_head(lm: LanguageModel) -> Tensor:
+    """Return the ids of the chat template up to where the user's words begin. (P,)."""
+    turn = [{"role": "user", "content": "\x01"}]
+    text = str(lm.tokenizer.apply_chat_template(turn, tokenize=False)).split("\x01")[0]
+    return torch.tensor(lm.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
+
+
+@torch.no_grad()
+def _continued(
+    lm: LanguageModel, start: Tensor, length: int, generator: torch.Generator, on_step: OnStep
+) -> tuple[Tensor, int]:
+    """Continue windows to `length` tokens, at temperature 1, a batch at a time. (N, P) → (N, L)."""
+    done: list[Tensor] = []
+    total = len(start) * (length - start.shape[1])
+    with fast_arithmetic(lm.device):
+        for ids in start.split(_SAMPLE_BATCH):
+            rows = ids.to(lm.device)
+            cache, step = lm.generation_cache(), rows
+            while rows.shape[1] < length:
+                mass = lm.next_logits(step, cache).softmax(dim=1).cumsum(dim=1)  # (B, V)
+                draw = torch.rand(len(rows), 1, generator=generator).to(mass) * mass[:, -1:]
+                step = torch.searchsorted(mass, draw).clamp_(max=lm.vocab_size - 1)  # (B, 1)
+                rows = torch.cat([rows, step], dim=1)
+                new = sum(len(d) for d in done) * (length - start.shape[1]) + rows[:, start.shape[1] :].numel()
+                on_step(new, total)
+            done.append(rows.cpu())
+    return torch.cat(done) if done else start, start.shape[0] * (length - 1) * lm.n_layers
+
+
+def _permuted(n_tokens: int, vocab_size: int, generator: torch.Generator) -> Tensor:
+    """Return random ids in which every token comes up equally often, plus or minus one. (N,)."""
+    rounds = -(-n_tokens // vocab_size)
+    drawn = [torch.randperm(vocab_size, generator=generator) for _ in range(rounds)]
+    return torch.cat(drawn)[:n_tokens] if drawn else torch.empty(0, dtype=torch.long)
+
+
+def _inserted(windows: Tensor, vocab_size: int, generator: torch.Generator) -> Tensor:
+    """Replace a quarter of the tokens: rare tokens in natural surroundings. (N, L) → (N, L)."""
+    replaced = torch.rand(windows.shape, generator=generator) < _REPLACED
+    mixed = windows.clone()
+    mixed[replaced] = _permuted(int(replaced.sum()), vocab_size, generator)
+    return mixed
