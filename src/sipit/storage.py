@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -38,10 +39,10 @@ def whole_file(path: Path | str) -> Iterator[Path]:
         StorageError: the folder is missing, read-only or full; nothing is left behind.
     """
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    temporary = target.parent / f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.partial"
     try:
-        if target.is_dir():
-            raise IsADirectoryError(21, "is a folder, not a file")
+        if target.exists() and not target.is_file():
+            raise IsADirectoryError(21, "is a folder or a device, not a file")
         # An empty file first: libraries that write by name report a missing folder in their own words.
         temporary.write_bytes(b"")
         yield temporary

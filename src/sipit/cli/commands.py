@@ -26,6 +26,8 @@ _PARAGRAPH = (
 
 def demo(options: Namespace) -> int:
     """Run `sipit demo`."""
+    from sipit.inversion.certificate import certificate_of, check_certificate
+
     lm = _loaded(options.model, options)
     layer = lm.n_layers // 2 if options.layer is None else options.layer
     seen = lm.capture(_PARAGRAPH, layer=layer)
@@ -35,15 +37,16 @@ def demo(options: Namespace) -> int:
     )
     found = _inverted(lm, seen, Namespace(policy="auto", noise=0.0, exhaustive=False, max_batch=256, seed=0))
     _print_text(found)
-    worst = max(found.positions, key=lambda p: p.distance / p.tolerance, default=None)
-    if worst is not None:
+    replay = check_certificate(certificate_of(found), seen, lm)
+    if replay.largest_distance is not None:
         _say(
-            f"evidence  every token's state lies within {worst.distance:.2g} of the observed one where arithmetic "
-            f"explains up to {worst.tolerance:.2g}; the nearest other token checked is "
-            f"{min(p.runner_up for p in found.positions if p.runner_up is not None):.3g} away"
+            "evidence  one more ordinary forward pass, of the recovered tokens, ends within "
+            f"{replay.largest_distance:.2g} of every observed state (tolerance {replay.tolerance:.2g})"
         )
-    _say(f"exact     {'yes' if found.text == _PARAGRAPH else 'NO'}: compared with the paragraph, byte for byte")
-    return 0 if found.verdict == "recovered" and found.text == _PARAGRAPH else 1
+    expected = lm.decode(lm.encode(_PARAGRAPH))  # with the BOS token, where the tokenizer adds one
+    is_exact = replay.holds and found.text == expected
+    _say(f"exact     {'yes' if is_exact else 'NO'}: compared with the paragraph, byte for byte")
+    return 0 if is_exact else 1
 
 
 def capture(options: Namespace) -> int:
@@ -52,7 +55,9 @@ def capture(options: Namespace) -> int:
     from sipit.storage import require_writable
 
     require_writable(options.out)
-    text = options.text if options.text_file is None else _text_of(options.text_file)
+    if options.chat and options.ids is not None:
+        raise OptionError("--chat wraps a text, but --ids gives token ids; leave one of them out")
+    text = _valid(options.text) if options.text_file is None else _text_of(options.text_file)
     ids = None if options.ids is None else _ids_of(options.ids)
     if options.store_dtype is not None:
         dtype_named(options.store_dtype)
@@ -170,6 +175,18 @@ def _text_of(path: Path) -> str:
         raise StorageError(f"cannot read {path}: {error.strerror}; check the file's name") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it") from error
+
+
+def _valid(text: str | None) -> str | None:
+    """Refuse bytes on the command line that are not UTF-8."""
+    try:
+        if text is not None:
+            text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"--text is not UTF-8 text (at character {error.start}); pass it in a file with --text-file"
+        ) from error
+    return text
 
 
 def _ids_of(text: str) -> list[int]:

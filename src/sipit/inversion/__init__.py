@@ -2,6 +2,7 @@
 
 from sipit.inversion.certificate import CertificateCheck, check_certificate, write_certificate
 from sipit.inversion.invert import invert
+from sipit.inversion.many import invert_many
 from sipit.inversion.proposals import POLICIES, Policy
 from sipit.inversion.result import Candidate, Inversion, Miss, PositionEvidence, Verdict
 from sipit.inversion.search import OnProgress, Progress
@@ -19,5 +20,6 @@ __all__ = [
     "Verdict",
     "check_certificate",
     "invert",
+    "invert_many",
     "write_certificate",
 ]

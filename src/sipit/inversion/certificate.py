@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -53,14 +54,19 @@ class CertificateCheck:
     block_tokens: int  # cost of the replay
 
 
+def certificate_of(found: Inversion) -> dict[str, Any]:
+    """Return the certificate of an inversion: its record, named, versioned and with a digest."""
+    record = json.loads(json.dumps({"format": _FORMAT, "version": _VERSION, **found.record()}))
+    return {**record, "digest": _digest(record)}
+
+
 def write_certificate(found: Inversion, path: Path | str) -> None:
     """Write the record of an inversion as a certificate, whole or not at all.
 
     Raises:
         StorageError: the path cannot be written.
     """
-    record = {"format": _FORMAT, "version": _VERSION, **found.record()}
-    write_json(path, {**record, "digest": _digest(record)})
+    write_json(path, certificate_of(found))
 
 
 def read_certificate(path: Path | str) -> dict[str, Any]:
@@ -72,8 +78,12 @@ def read_certificate(path: Path | str) -> dict[str, Any]:
     """
     try:
         record = read_json(path)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CertificateError(f"{path} is not JSON ({error}); write one with 'sipit invert --json'") from error
+    return _validated(record, str(path))
+
+
+def _validated(record: Any, path: str) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("format") != _FORMAT:
         raise CertificateError(f"{path} is not a certificate; write one with 'sipit invert --json'")
     for key, kinds in _TYPES.items():
@@ -91,6 +101,11 @@ def read_certificate(path: Path | str) -> dict[str, Any]:
         raise CertificateError(
             f"{path}: verdict or input_ids are not what a certificate holds; write it again with 'sipit invert --json'"
         )
+    if not 0 <= record["noise"] < math.inf:
+        raise CertificateError(
+            f"{path}: noise is {record['noise']}, expected a finite distance of 0 or more; write it again with "
+            "'sipit invert --json'"
+        )
     return record
 
 
@@ -105,7 +120,10 @@ def check_certificate(
     Raises:
         CertificateError, StorageError: the certificate cannot be read.
     """
-    record = certificate if isinstance(certificate, dict) else read_certificate(certificate)
+    if isinstance(certificate, dict):
+        record = _validated(certificate, "the certificate")
+    else:
+        record = read_certificate(certificate)
     reasons = _mismatches(record, seen, lm)
     distance = tolerance = None
     block_tokens = 0
@@ -117,14 +135,18 @@ def check_certificate(
         observed = seen.states.to(states.device)
         wide = torch.promote_types(states.dtype, observed.dtype)
         wide = torch.promote_types(wide, torch.float32)
-        distances = (states.to(wide) - observed.to(wide)).norm(dim=1).double().cpu()  # (T,)
-        allowed = limits.total.cpu() + float(record["noise"])
-        worst = int((distances - allowed).argmax())
+        states, observed = states.to(wide), observed.to(wide)
+        noise = float(record["noise"]) if record["verdict"] == "ambiguous" else 0.0
+        distances = (states - observed).norm(dim=1).double().cpu()  # (T,)
+        excess = limits.excess(states, observed, torch.arange(len(ids))).double().cpu()  # (T,)
+        allowed = limits.total.cpu() + noise
+        over = torch.maximum(distances - allowed, excess - limits.noise.cpu() - noise)  # (T,)
+        worst = int(over.argmax())
         distance, tolerance = float(distances[worst]), float(allowed[worst])
-        if distance > tolerance:
+        if not bool((over <= 0).all()):
             reasons.append(
                 f"position {worst}: the claimed token {record['input_ids'][worst]} is {distance:.3g} from the "
-                f"observed state, tolerance {tolerance:.2g}"
+                f"observed state, {float(excess[worst]):.3g} beyond its rounding; tolerance {tolerance:.2g}"
             )
         if record["text"] != lm.decode(record["input_ids"]):
             reasons.append("the text is not what the claimed tokens decode to")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ def invert(
     seen: Observation | Tensor | str | Path | Any,
     *,
     layer: int | None = None,
-    site: Site = "block",
+    site: Site | None = None,
     policy: Policy = "auto",
     noise: float = 0.0,
     exhaustive: bool = False,
     max_batch: int = 256,
     seed: int = 0,
     use_fit: bool = True,
+    hint: Sequence[int] = (),
     on_progress: OnProgress | None = None,
 ) -> Inversion:
     """Recover the prompt whose states were observed, token by token, exactly or not at all.
@@ -40,7 +42,7 @@ def invert(
         seen: an Observation, the path of an observation file, or an array or tensor of shape
             (seq_len, d_model), which needs `layer` or site "final".
         layer: number of blocks run, for a bare array; an Observation brings its own.
-        site: "block" or "final", for a bare array.
+        site: "block" (the default) or "final", for a bare array.
         policy: order in which candidates are tried: "auto", "likely", "gradient", "random", "vocabulary".
         noise: L2 distance added to the states on the way here, if any is known. A token that fits
             only thanks to it is the nearest one checked, and the verdict is "ambiguous".
@@ -48,7 +50,9 @@ def invert(
         max_batch: most candidates in one packed pass; bounds the memory.
         seed: of the random draws of the policies "random" and "gradient".
         use_fit: whether "auto" may use a fitted inverse that is in the cache directory; see `sipit fit`.
-        on_progress: called after each settled position.
+        hint: token ids to try first, from position 0 on: an earlier run's prefix, a known template. A
+            right hint costs one forward pass; a wrong one, at most one packed pass.
+        on_progress: called after each packed pass.
 
     Returns:
         The verdict, tokens, text, evidence of every position, and cost.
@@ -69,11 +73,12 @@ def invert(
         max_batch=max_batch,
         seed=seed,
         use_fit=use_fit,
+        hint=hint,
         on_progress=on_progress,
     )
 
 
-def _as_observation(lm: LanguageModel, seen: Any, layer: int | None, site: Site) -> Observation:
+def _as_observation(lm: LanguageModel, seen: Any, layer: int | None, site: Site | None) -> Observation:
     if isinstance(seen, str | Path):
         seen = read_observation(seen)
     if isinstance(seen, Observation):
@@ -81,6 +86,10 @@ def _as_observation(lm: LanguageModel, seen: Any, layer: int | None, site: Site)
             raise OptionError(
                 f"the observation was taken after {seen.layer} blocks, but layer={layer} was asked for; "
                 "leave the layer out"
+            )
+        if site is not None and site != seen.site:
+            raise OptionError(
+                f"the observation was taken at site {seen.site!r}, but site={site!r} was asked for; leave the site out"
             )
         return seen
     try:
@@ -90,4 +99,5 @@ def _as_observation(lm: LanguageModel, seen: Any, layer: int | None, site: Site)
             f"cannot read states from {type(seen).__name__}; pass an Observation, a path, or an array "
             "of shape (seq_len, d_model)"
         ) from error
+    site = site or "block"
     return Observation(states=states, layer=lm.checked_layer(layer, site), site=site)

@@ -7,7 +7,7 @@ with the prefix kept and the miss described.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sipit.errors import MismatchError, OptionError, ShapeError
 from sipit.inversion.check import Checked, PackedCheck
-from sipit.inversion.proposals import Proposal, Scene, proposal_for
+from sipit.inversion.proposals import Hinted, Proposal, Scene, proposal_for
 from sipit.inversion.result import Candidate, Inversion, Meter, Miss, PositionEvidence, Verdict
 from sipit.inversion.tolerance import noise_floor, tolerance_for
 from sipit.inversion.tree import Tree, grow
@@ -51,23 +51,29 @@ def search(
     max_batch: int = 256,
     seed: int = 0,
     use_fit: bool = True,
+    hint: Sequence[int] = (),
     on_progress: OnProgress | None = None,
 ) -> Inversion:
     """Invert one observation; see `sipit.invert` for the arguments."""
     _check_fit(lm, seen)
     if max_batch < 1:
         raise OptionError(f"max_batch is {max_batch}; a packed pass needs at least 1 candidate")
-    if not noise >= 0:
-        raise OptionError(f"noise is {noise}; it is an L2 distance, 0 or more")
+    if not 0 <= noise < float("inf"):
+        raise OptionError(f"noise is {noise}; it is a finite L2 distance, 0 or more")
     started = time.perf_counter()
     tolerance = tolerance_for(lm, seen)
     meter = Meter()
     check = PackedCheck(lm, seen, tolerance, meter, noise=noise)
+    if any(not 0 <= token_id < lm.vocab_size for token_id in hint):
+        raise OptionError(f"hint holds a token id outside the vocabulary (0 to {lm.vocab_size - 1})")
     generator = torch.Generator().manual_seed(seed)
     scene = Scene(lm=lm, seen=seen, check=check, meter=meter, generator=generator)
+    proposal = proposal_for(policy, scene, use_fit=use_fit)
+    if len(hint):
+        proposal = Hinted(scene, proposal, hint)
     run = _Run(
         scene=scene,
-        proposal=proposal_for(policy, scene, use_fit=use_fit),
+        proposal=proposal,
         exhaustive=exhaustive,
         max_batch=max_batch,
     )
@@ -123,6 +129,11 @@ def _check_fit(lm: LanguageModel, seen: Observation) -> None:
             f"{lm.name!r} in {lm.dtype} has {lm.fingerprint[:19]}…; load that model in the dtype it was captured "
             "in, or drop the fingerprint from the observation to try anyway"
         )
+    if lm.max_positions is not None and seen.seq_len > lm.max_positions:
+        raise ShapeError(
+            f"the observation has {seen.seq_len} positions, model {lm.name!r} only {lm.max_positions}; "
+            "name the model the states were captured from"
+        )
     if not seen.is_complete:
         raise MismatchError(
             f"the states start at or skip positions ({seen.seq_len} rows up to position {seen.positions[-1]}); "
@@ -162,6 +173,8 @@ class _Run:
             limit = min(self._size, self.max_batch, self.proposal.batch_limit or self.max_batch)
             batch = self.proposal.next(limit, self._tried.untried)
             self._size *= _GROWTH
+        if len(batch) == 0:  # the proposal has no more: whatever it left out comes last
+            batch = self._tried.untried.nonzero()[: self.max_batch, 0]
         if len(batch) == 0:
             self._conclude()
             return
@@ -183,7 +196,11 @@ class _Run:
                 break
             twins = [t for t in self.scene.lm.embeddings.twins(best.token_id) if self._tried.untried[t]]
             if twins:  # the next pass checks them beside it, behind the same prefix
-                self._certain = torch.tensor([best.token_id, *twins[: self.max_batch - 1]])
+                beside = [best.token_id, *twins] if self.max_batch > 1 else twins
+                self._certain = torch.tensor(beside[: self.max_batch])
+                break
+            if best.token_id not in here.token_ids.tolist():  # it was checked in an earlier pass
+                self._certain = torch.tensor([best.token_id])
                 break
             column = level[here.token_ids.tolist().index(best.token_id)]
             accepted.append(column)
@@ -257,7 +274,7 @@ class _Tried:
 
     @property
     def n_checked(self) -> int:
-        return sum(len(ids) for ids in self._ids)
+        return int((~self.untried).sum())
 
     def add(self, checked: Checked) -> None:
         self.untried[checked.token_ids] = False

@@ -20,7 +20,7 @@ from sipit.models import LanguageModel, TruncatedModel
 from sipit.observations import Observation, Site
 
 SAFETY = 8.0  # the tolerance is this many times the largest noise seen in calibration
-_LENGTHS = (96, 23)  # tokens of the calibration prompts
+_LENGTHS = (64, 23)  # tokens of the calibration prompts
 _SHORT, _FIRSTS = 5, 8  # length and number of prompts for more first tokens, whose norm is extreme
 _SHAPES = ((1, 0), (2, 15), (1, 1), (8, 3), (1, 2), (1, 63), (16, 0), (2, 0))  # tokens right in a row, wrong beside
 
@@ -79,7 +79,7 @@ def half_ulp(values: Tensor) -> Tensor:
     """
     info = torch.finfo(values.dtype)
     _, exponent = torch.frexp(values.abs().double().clamp_(min=info.tiny))  # |x| = m 2^e, m in [0.5, 1)
-    return torch.ldexp(torch.full_like(exponent, info.eps / 4, dtype=torch.float64), exponent).float()
+    return torch.ldexp(torch.full_like(exponent, info.eps / 4, dtype=torch.float64), exponent)
 
 
 def noise_floor(lm: LanguageModel, layer: int, site: Site) -> NoiseFloor:
@@ -103,7 +103,13 @@ def _measure(lm: LanguageModel, cut: TruncatedModel) -> NoiseFloor:
     for ids in _prompts(lm):
         expected = cut.ordinary(ids).double()  # (T, D)
         norms = expected.norm(dim=1).cpu()  # (T,)
-        right, wrong, n_packed = _packed_distances(cut, ids, expected, lm.vocab_size)
+        try:
+            right, wrong, n_packed = _packed_distances(cut, ids, expected, lm.vocab_size)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise ModelError(
+                f"model {lm.name!r} cannot run many candidates in one row behind a shared prefix ({error}); "
+                "this layout is not supported"
+            ) from error
         ratios = (right / norms).tolist()
         firsts.append(ratios[0])
         rests += ratios[1:]
@@ -127,13 +133,15 @@ def _prompts(lm: LanguageModel) -> list[Tensor]:
     """Return the calibration prompts: random ids with a run of one token, code, and short ones. (T,) each."""
     generator = torch.Generator().manual_seed(0)
     prompts = []
-    for length in (*_LENGTHS, *[_SHORT] * _FIRSTS):
+    for wanted in (*_LENGTHS, *[_SHORT] * _FIRSTS):
+        length = min(wanted, lm.max_positions or wanted)
         ids = torch.randint(lm.vocab_size, (length,), generator=generator)
         ids[length // 2 : length // 2 + length // 8] = ids[length // 2]
         prompts.append(ids)
     if lm.tokenizer is not None:
-        code = lm.encode(next(library_code(only=("textwrap",))))
-        prompts.append(code[: _LENGTHS[0]])
+        text = next(library_code(only=("textwrap",)))[:2000]
+        code = lm.encode(text)
+        prompts.append(code[: min(_LENGTHS[0], lm.max_positions or _LENGTHS[0])])
     return prompts
 
 

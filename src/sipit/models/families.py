@@ -28,14 +28,15 @@ class Family:
     blocks: str = "layers"  # the ModuleList of blocks in the trunk
     final: tuple[str, ...] = ("norm",)  # modules run after the last block; those that are None are skipped
     masking: Masking = "one_mask"
+    positions: str | None = None  # the trunk's table of learned positions, which bounds the length of a prompt
 
 
 _LLAMA = Family(trunk="model")
 _LAYER_TYPES = Family(trunk="model", masking="by_layer_type")
-_GPT2 = Family(trunk="transformer", blocks="h", final=("ln_f",))
-_GPT_NEO = Family(trunk="transformer", blocks="h", final=("ln_f",), masking="buffer")
+_GPT2 = Family(trunk="transformer", blocks="h", final=("ln_f",), positions="wpe")
+_GPT_NEO = Family(trunk="transformer", blocks="h", final=("ln_f",), masking="buffer", positions="wpe")
 _GPT_NEOX = Family(trunk="gpt_neox", final=("final_layer_norm",))
-_OPT = Family(trunk="model.decoder", final=("final_layer_norm", "project_out"))
+_OPT = Family(trunk="model.decoder", final=("final_layer_norm", "project_out"), positions="embed_positions")
 
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,

@@ -46,10 +46,15 @@ class LanguageModel:
         embedding = cast(nn.Embedding, cast(Any, model).get_input_embeddings())
         self.vocab_size = int(embedding.weight.shape[0])
         self.embeddings = EmbeddingRows(embedding, self.vocab_size)
+        table = getattr(self._trunk, self.family.positions or "", None)
+        self.max_positions: int | None = None  # longest prompt; None where positions are computed, not looked up
+        if table is not None:
+            self.max_positions = int(table.weight.shape[0]) - int(getattr(table, "offset", 0))
         self._cuts: dict[tuple[int, bool], TruncatedModel] = {}
         self._uppers: dict[int, UpperModel] = {}
         self._probe_ids = torch.arange(_PROBE_TOKENS) * 7919 % self.vocab_size
         self._probe_states = self._reference_states()
+        self._returns_tuple = self._blocks_return_tuples()
         self.d_model = int(self._probe_states[0].shape[-1])
         self._final_width = int(self._probe_states[-1].shape[-1])
         for layer in {0, 1, self.n_layers // 2, self.n_layers - 1}:
@@ -190,7 +195,7 @@ class LanguageModel:
         if layer == 0:  # an embedding is not a state of the running text; there is no entry block
             raise OptionError("layer 0 has no block to enter after; recover the prefix first")
         if layer not in self._uppers:
-            self._uppers[layer] = UpperModel(self._trunk, self.family, layer=layer)
+            self._uppers[layer] = UpperModel(self._trunk, self.family, layer=layer, returns_tuple=self._returns_tuple)
         upper = self._uppers[layer]
         return upper.final_states(seen), upper.n_blocks
 
@@ -201,7 +206,8 @@ class LanguageModel:
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         if cap:
             logits = torch.tanh(logits / cap) * cap
-        return logits[:, : self.vocab_size]
+        missing = self.vocab_size - logits.shape[1]  # a head may have fewer rows than the embedding, or more
+        return nn.functional.pad(logits, (0, missing), value=-1e9) if missing else logits
 
     def generation_cache(self) -> Any:
         """Return an empty cache for `next_logits`."""
@@ -229,7 +235,11 @@ class LanguageModel:
         items = list(prompt)
         if items and isinstance(items[0], Mapping):
             return self.encode_chat(cast(list[Mapping[str, str]], items))
-        return self._checked_ids(torch.tensor(cast(list[int], items), dtype=torch.long))
+        try:
+            ids = torch.tensor(items)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise InputError(f"token ids must be a row of whole numbers ({error})") from error
+        return self._checked_ids(ids if items else ids.long())
 
     def _checked_ids(self, ids: Tensor) -> Tensor:
         if ids.ndim == 2 and ids.shape[0] == 1:
@@ -244,6 +254,11 @@ class LanguageModel:
             raise InputError(
                 f"token id {int(ids[where])} at position {where} is outside the vocabulary of "
                 f"{self.name!r} (0 to {self.vocab_size - 1})"
+            )
+        if self.max_positions is not None and len(ids) > self.max_positions:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens, model {self.name!r} has positions for {self.max_positions}; "
+                "pass a shorter one"
             )
         return ids.long()
 
@@ -262,25 +277,37 @@ class LanguageModel:
         )
         states = tuple(h[0] for h in output.hidden_states)
         if len(states) != self.n_layers + 1:
-            raise ModelError(
-                f"model {self.name!r} returns {len(states)} hidden states for {self.n_layers} blocks, "
-                f"expected {self.n_layers + 1}; its layout is not supported"
+            raise self._refusal(
+                f"returns {len(states)} hidden states for {self.n_layers} blocks, expected {self.n_layers + 1}"
             )
         return states
+
+    def _blocks_return_tuples(self) -> bool:
+        """Return whether a block of this family returns its states in a tuple."""
+        try:
+            tapped = TappedModel(self._trunk, self.family, [(1, False)])
+            tapped.states(self._probe_ids[None])
+        except (TypeError, RuntimeError, ValueError, AttributeError, IndexError) as error:
+            raise self._refusal(f"cannot be cut after one block ({error})") from error
+        return tapped.returns_tuple
+
+    def _refusal(self, what: str) -> ModelError:
+        kind = cast(Any, self.model).config.model_type
+        return ModelError(f"model {self.name!r} {what}; this layout of {kind!r} is not supported")
 
     @torch.no_grad()
     def _check_cut(self, cut: TruncatedModel) -> None:
         """Refuse a cut that does not reproduce the model's own hidden states."""
-        got = cut.ordinary(self._probe_ids)  # (T, D)
-        if cut.layer == self.n_layers and not cut.is_final:  # not among them: run the final modules on it
-            for name in self.family.final:
-                module = getattr(self._trunk, name)
-                got = got if module is None else module(got)
+        try:
+            got = cut.ordinary(self._probe_ids)  # (T, D)
+            if cut.layer == self.n_layers and not cut.is_final:  # not among them: run the final modules on it
+                for name in self.family.final:
+                    module = getattr(self._trunk, name)
+                    got = got if module is None else module(got)
+        except (TypeError, RuntimeError, ValueError, AttributeError, IndexError) as error:
+            raise self._refusal(f"cannot be cut after {cut.layer} blocks ({error})") from error
         expected = self._probe_states[cut.layer]
         unit = torch.finfo(self.dtype).eps * float(expected.float().abs().max())
         gap = float((got.float() - expected.float()).abs().max()) if got.shape == expected.shape else float("inf")
         if not gap <= 64 * unit:  # the same kernels on the same shapes: a few roundings at most
-            raise ModelError(
-                f"model {self.name!r}: its cut after {cut.layer} blocks differs from output_hidden_states by "
-                f"{gap:.2g}; this layout of {cast(Any, self.model).config.model_type!r} is not supported"
-            )
+            raise self._refusal(f"cut after {cut.layer} blocks differs from its output_hidden_states by {gap:.2g}")

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import io
+import struct
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from sipit.errors import ModelError, OptionError
 from sipit.models.language_model import LanguageModel
 from sipit.models.pinned import PINNED, pinned_folder
 from sipit.observations import dtype_named
+
+_LOADING_ERRORS = (
+    *(OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError),
+    *(SafetensorError, struct.error),  # damaged weights, a damaged GGUF file
+)
 
 
 def load(name_or_path: str | Path, *, device: str = "auto", dtype: str | torch.dtype = "auto") -> LanguageModel:
@@ -33,7 +40,7 @@ def load(name_or_path: str | Path, *, device: str = "auto", dtype: str | torch.d
     """
     place = _device(device)
     kind = dtype if dtype == "auto" else dtype_named(dtype)
-    name = str(name_or_path)
+    name = str(Path(name_or_path).expanduser()) if str(name_or_path).startswith("~") else str(name_or_path)
     if name in PINNED:
         model, tokenizer = _from_pretrained(pinned_folder(name), kind)
     elif name.endswith(".gguf"):
@@ -42,10 +49,10 @@ def load(name_or_path: str | Path, *, device: str = "auto", dtype: str | torch.d
             raise ModelError(f"cannot load {name}: no such file; check its name")
         model, tokenizer = _from_pretrained(path.parent, torch.float32 if kind == "auto" else kind, gguf_file=path.name)
     else:
-        looks_local = Path(name).is_absolute() or name.startswith((".", "~"))
-        if looks_local and not Path(name).expanduser().is_dir():
+        looks_local = Path(name).is_absolute() or name.startswith(".")
+        if looks_local and not Path(name).is_dir():
             raise ModelError(f"cannot load {name}: no such folder; check its name")
-        model, tokenizer = _from_pretrained(Path(name).expanduser() if Path(name).is_dir() else name, kind)
+        model, tokenizer = _from_pretrained(name, kind)
     return LanguageModel(model.to(place).eval(), tokenizer, name=name)
 
 
@@ -54,17 +61,24 @@ def _from_pretrained(source: str | Path, dtype: Any, **options: Any) -> tuple[An
 
     try:
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
+            read: Any = AutoModelForCausalLM.from_pretrained
+            model, loaded = read(source, dtype=dtype, output_loading_info=True, **options)
+    except _LOADING_ERRORS as error:
         raise ModelError(
             f"cannot load a causal language model from {str(source)!r} ({_first_sentence(error)}); pass a pinned name "
             f"({', '.join(PINNED)}), a folder with config.json, a .gguf file, or a hub id that is "
             "reachable or already downloaded"
         ) from error
+    if loaded["missing_keys"] or loaded["mismatched_keys"]:
+        absent = sorted([*loaded["missing_keys"], *(key[0] for key in loaded["mismatched_keys"])])
+        raise ModelError(
+            f"{str(source)!r} lacks {len(absent)} of the model's weights (first: {absent[0]}), which would be drawn at "
+            "random; fetch or save the whole model again"
+        )
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError):
+    except (*_LOADING_ERRORS, AttributeError):
         tokenizer = None  # weights without a tokenizer are useful: ids in, ids out
     return model, tokenizer
 
@@ -95,8 +109,8 @@ def _device(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         place = torch.device(name)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=place).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise OptionError(
             f"device {name!r} is not available here; choose auto, cpu, cuda or mps as this machine has them"
         ) from error

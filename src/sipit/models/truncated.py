@@ -214,9 +214,8 @@ class UpperModel:
     Only proposals use it; nothing is accepted on its word.
     """
 
-    def __init__(self, trunk: nn.Module, family: Family, *, layer: int) -> None:
+    def __init__(self, trunk: nn.Module, family: Family, *, layer: int, returns_tuple: bool) -> None:
         blocks = list(cast(nn.ModuleList, getattr(trunk, family.blocks)))
-        returns_tuple = family.masking == "buffer"
         self._entry = _Inject(returns_tuple)
         skipped = [_Skip(returns_tuple) for _ in blocks[: layer - 1]]
         children = {family.blocks: nn.ModuleList([*skipped, self._entry, *blocks[layer:]])}
@@ -255,6 +254,11 @@ class TappedModel:
             children |= {name: nn.Identity() for name in family.final if getattr(trunk, name) is not None}
         self._trunk = _clone(trunk, children)
 
+    @property
+    def returns_tuple(self) -> bool:
+        """Whether the blocks, once run, returned their states in a tuple."""
+        return any(tap.returns_tuple for tap in self._taps)
+
     @torch.no_grad()
     def states(self, input_ids: Tensor) -> list[Tensor]:
         """Return the states at each cut, in their order. (B, L) → one (B, L, D) a cut."""
@@ -277,11 +281,13 @@ class _Tap(nn.Module):
         self.block = block
         self.entered: Tensor | None = None
         self.left: Tensor | None = None
+        self.returns_tuple = False
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.entered = hidden_states
         output = self.block(hidden_states, *args, **kwargs)
-        self.left = output[0] if isinstance(output, tuple) else output
+        self.returns_tuple = isinstance(output, tuple)
+        self.left = output[0] if self.returns_tuple else output
         return output
 
     def __getattr__(self, name: str) -> Any:

@@ -58,7 +58,7 @@ def read_observation(path: Path | str) -> Observation:
             keys = list(stream.keys())
             if keys != ["states"] or metadata.get("format") != _FORMAT:
                 raise InputError(
-                    f"{path} is not an observation file: it holds the tensors {keys} and the format "
+                    f"{path} is not an observation file: it holds {_named(keys)} and the format "
                     f"{metadata.get('format')!r}, expected ['states'] and {_FORMAT!r}; make one with 'sipit capture'"
                 )
             states = stream.get_tensor("states")
@@ -83,8 +83,10 @@ def _observation(path: Path | str, metadata: dict[str, str], states: object) -> 
         )
     try:
         layer = int(metadata["layer"])
-        positions = tuple(int(p) for p in json.loads(metadata["positions"]))
-    except (ValueError, TypeError) as error:
+        positions = tuple(json.loads(metadata["positions"]))
+        if not all(type(p) is int for p in positions):
+            raise ValueError("a position is not a whole number")
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(
             f"{path}: layer must be a whole number and positions a list of them; got "
             f"{metadata['layer']!r} and {metadata['positions'][:40]!r}; capture it again"
@@ -102,3 +104,8 @@ def _observation(path: Path | str, metadata: dict[str, str], states: object) -> 
         )
     except SipitError as error:
         raise type(error)(f"{path}: {error}") from error
+
+
+def _named(keys: list[str]) -> str:
+    shown = ", ".join(keys[:3])
+    return f"the tensors {shown}{', …' if len(keys) > 3 else ''}" if keys else "no tensors"

@@ -8,6 +8,7 @@ from sipit.errors import OptionError
 from sipit.inversion.fitting import FittedScores, load_fit
 from sipit.inversion.proposals.anchors import anchor_inverse
 from sipit.inversion.proposals.gradient import Gradient
+from sipit.inversion.proposals.hinted import Hinted
 from sipit.inversion.proposals.likely import Likely
 from sipit.inversion.proposals.proposal import Proposal, Scene
 from sipit.inversion.proposals.reader import Reader
@@ -19,7 +20,7 @@ POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 _CHEAP_LIKELIHOOD = 0.25  # blocks above the layer, over blocks below it, that a good inverse still pays for
 
-__all__ = ["POLICIES", "Policy", "Proposal", "Scene", "proposal_for"]
+__all__ = ["POLICIES", "Hinted", "Policy", "Proposal", "Scene", "proposal_for"]
 
 
 def proposal_for(policy: str, scene: Scene, *, use_fit: bool = True) -> Proposal:

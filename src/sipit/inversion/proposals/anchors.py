@@ -98,8 +98,9 @@ def _fit(lm: LanguageModel, cut: TruncatedModel) -> AnchorInverse:
     generator = torch.Generator().manual_seed(1)
     keys = token_keys(lm)
     states, tokens = [], []
+    length = min(_LENGTH, lm.max_positions or _LENGTH)
     for _ in range(_PROMPTS):
-        ids = anchor_ids(lm.vocab_size, _LENGTH, generator)
+        ids = anchor_ids(lm.vocab_size, length, generator)
         states.append(cut.ordinary(ids)[1:].float())
         tokens.append(ids[1:])
     firsts = anchor_ids(lm.vocab_size, _FIRSTS, generator)
@@ -108,7 +109,7 @@ def _fit(lm: LanguageModel, cut: TruncatedModel) -> AnchorInverse:
         keys=keys,
         first=ridge(alone, keys.keys(firsts), strength=1e-3),
         rest=ridge(torch.cat(states), keys.keys(torch.cat(tokens))),
-        block_tokens=(_PROMPTS * _LENGTH + len(firsts)) * cut.layer,
+        block_tokens=(_PROMPTS * length + len(firsts)) * cut.layer,
     )
 
 

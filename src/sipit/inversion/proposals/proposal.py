@@ -40,8 +40,9 @@ class Scene:
 class Proposal(Protocol):
     """An order of the vocabulary at a position, which may learn from what was checked there."""
 
-    batch_limit: int | None
-    """Most candidates worth checking before it is asked again; None: no limit of its own."""
+    @property
+    def batch_limit(self) -> int | None:
+        """Most candidates worth checking before it is asked again; None: no limit of its own."""
 
     def begin(self) -> None:
         """Start a new position; `scene.position` says which."""

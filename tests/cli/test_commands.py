@@ -1,0 +1,241 @@
+"""The commands end to end: results on standard output byte for byte, the rest on standard error, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sipit
+from sipit import LanguageModel
+from sipit.cli import main
+
+Run = Callable[..., tuple[int, bytes, bytes]]
+TEXTS = [
+    "plain",
+    "two newlines at the end\n\n",
+    "\n",
+    "tabs\t\r\n",
+    "🦔 emoji 🏳️‍🌈",
+    "é",
+    "100 % [bold]markup[/bold] \\ \0",
+]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]) -> Run:
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: str | Path) -> tuple[int, bytes, bytes]:
+        capfdbinary.readouterr()
+        code = main([str(a) for a in arguments])
+        out, err = capfdbinary.readouterr()
+        return code, out, err
+
+    return command
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_comes_back_byte_for_byte(run: Run, tmp_path: Path, text_folder: Path, text: str) -> None:
+    (tmp_path / "prompt").write_bytes(text.encode())
+    code, out, err = run("capture", "--text-file", "prompt", "--layer", "2", "--out", "seen", "--model", text_folder)
+    assert (code, out) == (0, b"")
+    assert b"layer 2" in err
+    code, out, err = run("invert", "seen", "--json", "c.json")  # the file names its model
+    assert (code, out) == (0, text.encode())
+    assert b"verdict   recovered" in err
+    assert b"block-tokens" in err
+    code, out, _ = run("check", "c.json", "seen", "--json", "outcome.json")
+    assert code == 0
+    assert out.startswith(b"holds: ")
+    outcome = json.loads((tmp_path / "outcome.json").read_bytes())
+    assert (outcome["holds"], outcome["reasons"], outcome["verdict"]) == (True, [], "recovered")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.json", "outcome.json", "prompt", "seen"]
+
+
+def test_record_holds_what_was_found(run: Run, tmp_path: Path, text_folder: Path) -> None:
+    run("capture", "--text", "record", "--layer", "2", "--out", "seen", "--model", text_folder)
+    run("invert", "seen", "--policy", "vocabulary", "--json", "c.json")
+    record = json.loads((tmp_path / "c.json").read_text("utf-8"))
+    lm = sipit.load(text_folder)
+    assert record["text"] == "record"
+    assert record["input_ids"] == lm.encode("record").tolist()
+    assert record["model"] == str(text_folder)
+    assert (record["layer"], record["site"], record["policy"]) == (2, "block", "vocabulary")
+    assert record["prefill_ratio"] == pytest.approx(record["block_tokens"] / (6 * 2))
+    assert [p["token"] for p in record["positions"]] == list("record")
+
+
+def test_bos_and_chat_template_are_part_of_the_text(run: Run, bos_folder: Path) -> None:
+    run("capture", "--text", "hi", "--layer", "1", "--out", "seen", "--model", bos_folder)
+    assert run("invert", "seen")[:2] == (0, b"<s>hi")
+    run("capture", "--text", "hi", "--chat", "--layer", "1", "--out", "seen", "--model", bos_folder)
+    assert run("invert", "seen")[:2] == (0, b"<s>user\nhi<e>\n<s>assistant\n")
+
+
+def test_ids_come_back_as_ids_without_a_tokenizer(run: Run, ids_folder: Path) -> None:
+    run("capture", "--ids", "7, 149,0", "--layer", "3", "--out", "seen", "--model", ids_folder)
+    assert run("invert", "seen")[:2] == (0, b"7,149,0")
+
+
+def test_site_final_needs_no_layer(run: Run, text_folder: Path) -> None:
+    code, _, err = run("capture", "--text", "end", "--site", "final", "--out", "seen", "--model", text_folder)
+    assert code == 0
+    assert b"layer 3, site final" in err
+    assert run("invert", "seen")[:2] == (0, b"end")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_stored_dtype_is_kept_and_recovered(run: Run, text_folder: Path, dtype: str) -> None:
+    arguments = ("capture", "--text", "stored", "--layer", "1", "--store-dtype", dtype, "--out", "seen")
+    run(*arguments, "--model", text_folder)
+    assert sipit.read_observation("seen").dtype == dtype
+    assert run("invert", "seen")[:2] == (0, b"stored")
+
+
+def test_unmatched_states_exit_with_one_and_the_prefix(run: Run, tmp_path: Path, text_lm: LanguageModel) -> None:
+    seen = text_lm.capture("prefix kept", layer=1)
+    seen.states[6:] += 1.0
+    sipit.write_observation(seen, tmp_path / "seen")
+    text_lm.model.save_pretrained(tmp_path / "m")  # type: ignore[operator]
+    text_lm.tokenizer.save_pretrained(tmp_path / "m")
+    code, out, err = run("invert", "seen", "--model", "m", "--json", "c.json")
+    assert (code, out) == (1, b"prefix")
+    assert b"unmatched: position 6" in err
+    code, out, _ = run("check", "c.json", "seen", "--model", "m")
+    assert code == 1
+    assert out.startswith(b"does not hold: ")
+
+
+def test_edited_certificate_exits_with_one_and_the_reason(run: Run, tmp_path: Path, text_folder: Path) -> None:
+    run("capture", "--text", "sworn", "--layer", "1", "--out", "seen", "--model", text_folder)
+    run("invert", "seen", "--json", "c.json")
+    record = json.loads((tmp_path / "c.json").read_text())
+    (tmp_path / "c.json").write_text(json.dumps({**record, "text": "sworm"}))
+    code, out, _ = run("check", "c.json", "seen")
+    assert code == 1
+    assert b"edited" in out
+
+
+def test_ambiguous_noise_exits_with_one(run: Run, tmp_path: Path, text_folder: Path, text_lm: LanguageModel) -> None:
+    seen = text_lm.capture("noisy", layer=1)
+    seen.states[:] += 0.001
+    sipit.write_observation(seen, tmp_path / "seen")
+    code, out, err = run("invert", "seen", "--model", text_folder, "--noise", "0.02")
+    assert (code, out) == (1, b"noisy")
+    assert b"ambiguous" in err
+
+
+def test_any_model_drops_the_fingerprint(run: Run, text_folder: Path, tmp_path: Path) -> None:
+    run("capture", "--text", "moved", "--layer", "1", "--out", "seen", "--model", text_folder)
+    assert run("invert", "seen", "--dtype", "float64")[0] == 2
+    code, out, _ = run("invert", "seen", "--dtype", "float64", "--any-model", "--policy", "likely")
+    assert (code, out) in ((0, b"moved"), (1, b""))  # float64 may differ from float32 by more than its own noise
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_demo_recovers_its_paragraph_whatever_the_tokenizer_adds(
+    run: Run, text_folder: Path, bos_folder: Path, bos: bool
+) -> None:
+    code, out, err = run("demo", "--model", bos_folder if bos else text_folder)
+    assert b"Dear Maria" in out
+    assert b"exact     yes" in err
+    assert code == 0
+
+
+def test_live_display_keeps_standard_output_clean(run: Run, text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("capture", "--text", "[red]live[/red]", "--layer", "1", "--out", "seen", "--model", text_folder)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes standard error for a terminal
+    code, out, err = run("invert", "seen")
+    assert (code, out) == (0, b"[red]live[/red]")
+    assert b"tokens" in err
+
+
+def test_version_and_help_exit_with_zero(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, part in ((["--version"], "sipit 0."), (["--help"], "capture"), (["invert", "--help"], "Verdicts")):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 0
+        assert part in capsys.readouterr().out
+
+
+def test_interrupt_before_the_search_exits_with_130(
+    run: Run, monkeypatch: pytest.MonkeyPatch, text_folder: Path
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sipit.models.load", interrupted)
+    code, out, err = run("capture", "--text", "a", "--layer", "1", "--out", "seen", "--model", text_folder)
+    assert (code, out, err) == (130, b"", b"sipit: interrupted\n")
+
+
+def test_ctrl_c_prints_the_recovered_prefix_and_exits_with_130(tmp_path: Path, text_folder: Path) -> None:
+    text = "x" * 200  # long, and in an order that needs many passes a token
+    lm = sipit.load(text_folder)
+    sipit.write_observation(lm.capture(text, layer=3), tmp_path / "seen")
+    # a progress line after every step, so that the test knows when something was recovered
+    code = (
+        "import sys, sipit.cli.display as d, sipit.cli; d._LINE_SECONDS = 0.0; sys.exit(sipit.cli.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "invert", str(tmp_path / "seen"), "--policy", "gradient"]
+    json_path = tmp_path / "c.json"
+    process = subprocess.Popen(
+        [*command, "--json", str(json_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+    )
+    try:
+        assert process.stderr is not None
+        _wait_for(process.stderr.fileno(), b"3/200 tokens")
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130
+    assert 3 <= len(out) < 200
+    assert out == b"x" * len(out)
+    assert f"stopped after {len(out)} of 200 tokens".encode() in err
+    assert b"Traceback" not in err
+    assert not json_path.exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["seen"]
+
+
+def _wait_for(descriptor: int, text: bytes) -> None:
+    """Read a pipe until `text` has come by."""
+    seen, end = b"", time.monotonic() + 120
+    while text not in seen:
+        assert select.select([descriptor], [], [], max(0.0, end - time.monotonic()))[0], seen
+        part = os.read(descriptor, 4096)
+        assert part, seen
+        seen += part
+
+
+def test_reader_that_goes_away_is_no_traceback(tmp_path: Path, text_folder: Path) -> None:
+    lm = sipit.load(text_folder)
+    sipit.write_observation(lm.capture("unread", layer=1), tmp_path / "seen")
+    code = "import sys, sipit.cli; sys.exit(sipit.cli.main(sys.argv[1:]))"
+    read, write = os.pipe()
+    os.close(read)
+    process = subprocess.run(
+        [sys.executable, "-c", code, "invert", str(tmp_path / "seen")],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(write)
+    assert process.returncode not in (0, 120)
+    assert b"Traceback" not in process.stderr
+    assert b"Exception ignored" not in process.stderr

@@ -1,0 +1,86 @@
+"""The pinned real model: recovered exactly at every depth, with a certificate that holds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import sipit
+from sipit import LanguageModel
+from sipit.inversion import check_certificate, write_certificate
+from sipit.observations import Site
+
+pytestmark = pytest.mark.real
+
+TEXTS = [
+    "Call me when you land.\n\n",  # trailing newlines
+    "On naît 🦔 ici",
+    "    return x == None\n",
+]
+PLACES: list[tuple[int, Site]] = [(1, "block"), (15, "block"), (30, "block"), (30, "final")]
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    return sipit.load("smollm2-135m", device="cpu")
+
+
+def test_model_is_the_one_documented(lm: LanguageModel) -> None:
+    assert (lm.n_layers, lm.d_model, lm.vocab_size, lm.dtype) == (30, 576, 49152, torch.float32)
+
+
+@pytest.mark.parametrize(("layer", "site"), PLACES)
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_is_recovered_byte_for_byte(lm: LanguageModel, text: str, layer: int, site: Site) -> None:
+    seen = lm.capture(text, layer=layer, site=site)
+    found = sipit.invert(lm, seen)
+    assert (found.verdict, found.text) == ("recovered", text)
+    assert found.input_ids == tuple(lm.encode(text).tolist())
+    assert all(p.runner_up is None or p.runner_up > 2 * p.tolerance for p in found.positions)
+
+
+def test_capture_equals_output_hidden_states(lm: LanguageModel) -> None:
+    ids = lm.encode(TEXTS[0])
+    with torch.no_grad():
+        output = lm.model(input_ids=ids[None], output_hidden_states=True)
+    for layer in (0, 1, 15, 29):
+        states = lm.capture(input_ids=ids, layer=layer).states
+        torch.testing.assert_close(states, output.hidden_states[layer][0], rtol=1e-5, atol=1e-4)
+    final = lm.capture(input_ids=ids, site="final").states
+    torch.testing.assert_close(final, output.hidden_states[30][0], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rounded_states_are_recovered(lm: LanguageModel, dtype: str) -> None:
+    found = sipit.invert(lm, lm.capture("Rounded to half", layer=15, dtype=dtype))
+    assert (found.verdict, found.text) == ("recovered", "Rounded to half")
+
+
+def test_chat_prompt_is_recovered_with_its_template(lm: LanguageModel) -> None:
+    found = sipit.invert(lm, lm.capture("Hi", layer=15, chat=True))
+    assert found.verdict == "recovered"
+    assert found.text == lm.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+
+
+def test_random_ids_are_recovered(lm: LanguageModel) -> None:
+    ids = torch.randint(lm.vocab_size, (6,), generator=torch.Generator().manual_seed(0))
+    found = sipit.invert(lm, lm.capture(input_ids=ids, layer=15))
+    assert (found.verdict, found.input_ids) == ("recovered", tuple(ids.tolist()))
+
+
+def test_certificate_holds_and_rejects_a_swapped_token(lm: LanguageModel, tmp_path: Path) -> None:
+    seen = lm.capture(TEXTS[0], layer=15)
+    found = sipit.invert(lm, seen)
+    write_certificate(found, tmp_path / "right.json")
+    assert check_certificate(tmp_path / "right.json", seen, lm).holds
+    ids = list(found.input_ids)
+    ids[2] += 1
+    write_certificate(replace(found, input_ids=tuple(ids), text=lm.decode(ids)), tmp_path / "wrong.json")
+    check = check_certificate(tmp_path / "wrong.json", seen, lm)
+    assert not check.holds
+    assert check.reasons[0].startswith("position ")
