@@ -93,6 +93,42 @@ def read_json(path: Path | str) -> Any:
     return json.loads(raw.decode("utf-8"))
 
 
+class LineLog:
+    """A file of JSON records, one a line, that only grows; a line cut short by a crash is dropped.
+
+    Raises:
+        StorageError: the file cannot be written, or holds something else than JSON lines.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self._path = Path(path)
+        try:
+            with self._path.open("ab+") as stream:
+                stream.seek(0)
+                raw = stream.read()
+                whole = raw[: raw.rfind(b"\n") + 1]
+                self._records = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+                stream.truncate(len(whole))
+        except OSError as error:
+            raise StorageError(f"cannot write {path}: {_reason(error)}; name a writable file") from error
+        except ValueError as error:
+            raise StorageError(f"{path} is there and is not a file of JSON lines; name another file") from error
+        if not all(isinstance(record, dict) for record in self._records):
+            raise StorageError(f"{path} is there and is not a file of JSON records; name another file")
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return what the file held when it was opened."""
+        return self._records
+
+    def append(self, record: object) -> None:
+        """Write one record as a line, at once."""
+        try:
+            with self._path.open("a", encoding="utf-8", newline="") as stream:
+                stream.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        except OSError as error:
+            raise StorageError(f"cannot write {self._path}: {_reason(error)}; free some room and go on") from error
+
+
 def build_folder(target: Path, build: Callable[[Path], None]) -> Path:
     """Fill a new folder by `build(temporary)` and rename it to `target`; return `target`.
 

@@ -13,6 +13,7 @@ from sipit.errors import OptionError
 
 _MODEL = "pinned model (smollm2-135m, gemma-3-270m), folder, .gguf file or hub id"
 _POLICIES = ("auto", "likely", "gradient", "random", "vocabulary")
+_METHODS = ("auto", "auto-no-fit", "vocabulary-matching", "reference-sipit", "random")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -39,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     prompt = capture.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--text", help="the prompt")
     prompt.add_argument("--text-file", type=Path, metavar="F", help="UTF-8 file holding the prompt, byte for byte")
+    prompt.add_argument("--lines-file", type=Path, metavar="F", help="UTF-8 file, each line a prompt of its own")
     prompt.add_argument("--ids", metavar="IDS", help="token ids, separated by commas")
     capture.add_argument("--chat", action="store_true", help="wrap the text in the model's chat template")
     capture.add_argument("--layer", type=int, help="number of blocks run, 0 to n_layers")
@@ -60,14 +62,23 @@ def parser() -> argparse.ArgumentParser:
         "fit, or one only within --noise), unmatched (the whole vocabulary was tried at a position: usually "
         "another model, layer, site or dtype than the states came from).",
     )
-    invert.add_argument("file", type=Path, help="observation file")
+    invert.add_argument("file", type=Path, help="observation file, a file of many, or a folder of them")
     invert.add_argument("--policy", choices=_POLICIES, default="auto", help="order of candidates (default: auto)")
     invert.add_argument("--noise", type=float, default=0.0, metavar="L2", help="noise added to each state, if known")
     invert.add_argument("--exhaustive", action="store_true", help="check the whole vocabulary at every position")
     invert.add_argument("--max-batch", type=int, default=256, metavar="N", help="most candidates in one pass")
     invert.add_argument("--seed", type=int, default=0, help="of the random draws")
     invert.add_argument("--any-model", action="store_true", help="ignore the model fingerprint in the file")
-    invert.add_argument("--json", type=Path, metavar="OUT", help="write the record, which is a certificate")
+    invert.add_argument("--no-fit", action="store_true", help="neither use nor make a fitted inverse")
+    invert.add_argument(
+        "--json",
+        type=Path,
+        metavar="OUT",
+        help="write the record, which is a certificate; of many observations one a line, going on where it stopped",
+    )
+    invert.add_argument(
+        "--resume", type=Path, metavar="FILE", help="keep the recovered prefix in FILE, and start from what it holds"
+    )
     _model_options(invert, default=None)
 
     check = _command(
@@ -80,6 +91,33 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("file", type=Path, help="observation file")
     check.add_argument("--json", type=Path, metavar="OUT", help="write the outcome")
     _model_options(check, default=None)
+
+    fit = _command(
+        add,
+        "fit",
+        commands.fit,
+        "fit an inverse ahead of time, which makes every later inversion at that layer fast",
+        "Takes minutes, once per model, layer and site; goes on where it was interrupted. The inverse only orders "
+        "candidates: a bad one costs time, never correctness.",
+    )
+    fit.add_argument("--layer", action="append", required=True, metavar="L", help="blocks run, or 'final'; repeatable")
+    fit.add_argument("--text", action="append", type=Path, default=[], metavar="F", help="more text to fit on")
+    fit.add_argument("--json", type=Path, metavar="OUT", help="write the report: held-out ranks by kind of text, cost")
+    _model_options(fit, default="smollm2-135m")
+
+    bench = _command(add, "bench", commands.bench, "run methods of inversion side by side on the same observations")
+    bench.add_argument(
+        "--layer", action="append", required=True, metavar="L", help="blocks run, or 'final'; repeatable"
+    )
+    bench.add_argument("--text-file", type=Path, metavar="F", help="UTF-8 text to cut prompts from")
+    bench.add_argument("--random-ids", action="store_true", help="prompts of uniformly random ids instead")
+    bench.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens a prompt (default: 64)")
+    bench.add_argument("--prompts", type=int, default=20, metavar="N", help="number of prompts (default: 20)")
+    bench.add_argument("--method", action="append", metavar="A", help=f"{', '.join(_METHODS)}; repeatable")
+    bench.add_argument("--max-seconds", type=float, default=float("inf"), help="most seconds for one prompt")
+    bench.add_argument("--seed", type=int, default=0, help="of the random draws")
+    bench.add_argument("--json", type=Path, metavar="OUT", help="write the record")
+    _model_options(bench, default="smollm2-135m")
     return top
 
 

@@ -5,23 +5,27 @@ Everything heavy is imported inside, after the arguments were understood.
 
 from __future__ import annotations
 
+import json
 import sys
 from argparse import Namespace
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sipit.errors import InputError, OptionError, StorageError
 
 if TYPE_CHECKING:
     from sipit.inversion import Inversion
     from sipit.models import LanguageModel
-    from sipit.observations import Observation
+    from sipit.observations import Observation, Site
 
 _PARAGRAPH = (
     "Dear Maria, the results came back this morning and they are better than we feared. "
     "Please call me before you speak to anyone at the clinic; my new number ends in 4471."
 )
+
+
+_DEMO_OPTIONS = Namespace(policy="auto", noise=0.0, exhaustive=False, max_batch=256, seed=0, no_fit=False, resume=None)
 
 
 def demo(options: Namespace) -> int:
@@ -35,7 +39,7 @@ def demo(options: Namespace) -> int:
         f"One ordinary forward pass of a paragraph through {layer} of the {lm.n_layers} blocks of {lm.name} left "
         f"{seen.seq_len} vectors of {seen.d_model} numbers. The paragraph is forgotten; the vectors remain."
     )
-    found = _inverted(lm, seen, Namespace(policy="auto", noise=0.0, exhaustive=False, max_batch=256, seed=0))
+    found = _inverted(lm, seen, _DEMO_OPTIONS)
     _print_text(found)
     replay = check_certificate(certificate_of(found), seen, lm)
     if replay.largest_distance is not None:
@@ -51,39 +55,40 @@ def demo(options: Namespace) -> int:
 
 def capture(options: Namespace) -> int:
     """Run `sipit capture`."""
-    from sipit.observations import dtype_named, write_observation
+    from sipit.observations import dtype_named, write_observation, write_observations
     from sipit.storage import require_writable
 
     require_writable(options.out)
     if options.chat and options.ids is not None:
         raise OptionError("--chat wraps a text, but --ids gives token ids; leave one of them out")
-    text = _valid(options.text) if options.text_file is None else _text_of(options.text_file)
-    ids = None if options.ids is None else _ids_of(options.ids)
     if options.store_dtype is not None:
         dtype_named(options.store_dtype)
+    prompts = _prompts_of(options)
     lm = _loaded(options.model, options)
-    seen = lm.capture(
-        text,
-        input_ids=ids,
-        layer=options.layer,
-        site=options.site,
-        dtype=options.store_dtype,
-        chat=options.chat,
-    )
-    write_observation(seen, options.out)
+    observations = [
+        lm.capture(prompt, layer=options.layer, site=options.site, dtype=options.store_dtype, chat=options.chat)
+        for prompt in prompts
+    ]
+    if options.lines_file is None:
+        write_observation(observations[0], options.out)
+    else:
+        write_observations(observations, options.out)
+    first = observations[0]
     _say(
-        f"{options.out}: {seen.seq_len} states of width {seen.d_model} in {seen.dtype}, "
-        f"layer {seen.layer}, site {seen.site}, model {lm.name}"
+        f"{options.out}: {len(observations)} prompt{'s' if len(observations) > 1 else ''}, "
+        f"{sum(seen.seq_len for seen in observations)} states of width {first.d_model} in {first.dtype}, "
+        f"layer {first.layer}, site {first.site}, model {lm.name}"
     )
     return 0
 
 
 def invert(options: Namespace) -> int:
     """Run `sipit invert`."""
-    from sipit.inversion import write_certificate
-    from sipit.observations import read_observation
+    from sipit.observations import holds_many, read_observation
     from sipit.storage import require_writable
 
+    if holds_many(options.file):
+        return _invert_all(options)
     seen = read_observation(options.file)
     if options.json is not None:
         require_writable(options.json)
@@ -93,8 +98,115 @@ def invert(options: Namespace) -> int:
     found = _inverted(lm, seen, options)
     _print_text(found)
     if options.json is not None:
+        from sipit.inversion import write_certificate
+
         write_certificate(found, options.json)
     return 0 if found.verdict == "recovered" else 1
+
+
+def _invert_all(options: Namespace) -> int:
+    """Invert many observations: a line of JSON each, those already in the output passed over."""
+    from sipit.cli.display import CountDisplay
+    from sipit.inversion import invert_many
+    from sipit.inversion.certificate import certificate_of
+    from sipit.observations import read_observations
+    from sipit.storage import LineLog
+
+    named = [(n, replace(o, fingerprint=None) if options.any_model else o) for n, o in read_observations(options.file)]
+    log = LineLog(options.json) if options.json is not None else None
+    done = {record.get("observation"): record.get("verdict") for record in log.records()} if log else {}
+    waiting = [(name, seen) for name, seen in named if seen.digest() not in done]
+    if done:
+        _say(f"{options.json} already holds {len(named) - len(waiting)} of {len(named)} observations; going on")
+    n_recovered = sum(verdict == "recovered" for verdict in done.values())
+    if waiting:
+        lm = _loaded(_model_of(options, waiting[0][1]), options)
+        with CountDisplay(len(waiting)) as display:
+            found_all = invert_many(
+                lm,
+                [seen for _, seen in waiting],
+                use_fit=not options.no_fit,
+                on_fit=lambda cut, n: _say(
+                    f"fitting an inverse for layer {cut[0]}, site {cut[1]}: {n} tokens pay for it"
+                ),
+                on_fit_progress=display.fitting,
+                **_search_options(options),
+            )
+            for (name, _), found in zip(waiting, found_all, strict=True):
+                n_recovered += found.verdict == "recovered"
+                if log is not None:
+                    log.append({"file": name, **certificate_of(found)})
+                print(json.dumps({"file": name, "verdict": found.verdict, "text": found.text}, ensure_ascii=False))
+                display.step(found.seq_len)
+    _say(f"recovered {n_recovered} of {len(named)} prompts")
+    return 0 if n_recovered == len(named) else 1
+
+
+def fit(options: Namespace) -> int:
+    """Run `sipit fit`."""
+    from sipit.cli.display import CountDisplay
+    from sipit.inversion.fitting import fit_inverse, load_fit
+    from sipit.storage import require_writable, write_json
+
+    if options.json is not None:
+        require_writable(options.json)
+    texts = [_text_of(path) for path in options.text]
+    lm = _loaded(options.model, options)
+    cuts = [_cut_of(lm, layer) for layer in options.layer]
+    with CountDisplay(0) as display:
+        files = fit_inverse(lm, cuts, texts=texts, on_progress=display.fitting)
+    reports = []
+    for cut, path in files.items():
+        made = load_fit(lm, *cut)
+        if made is None:
+            raise StorageError(f"{path} was written but cannot be read back; fit again")
+        reports.append(made.report)
+        _say(f"{path}: {made.report['fit_block_tokens']} block-tokens, {made.report['seconds']:.0f} s")
+        print(f"layer {cut[0]}, site {cut[1]}, rank of the right token on held-out text (0 is best)")
+        for kind, both in made.report["held_out"].items():
+            own = both["alone"]
+            print(
+                f"  {kind:12s} first {100 * own['top_1']:5.1f} %   in 16 {100 * own['top_16']:5.1f} %   "
+                f"mean rank {own['mean_rank']:.2f}"
+            )
+    if options.json is not None:
+        write_json(options.json, {"model": lm.name, "fingerprint": lm.fingerprint, "fits": reports})
+    return 0
+
+
+def bench(options: Namespace) -> int:
+    """Run `sipit bench`."""
+    from sipit.cli.display import CountDisplay
+    from sipit.experiments import bench as experiment
+    from sipit.storage import require_writable, write_json
+
+    if options.json is not None:
+        require_writable(options.json)
+    if (options.text_file is None) != options.random_ids:
+        raise OptionError("bench needs prompts: pass either --text-file or --random-ids")
+    if options.tokens < 1 or options.prompts < 1:
+        raise OptionError("--tokens and --prompts must be at least 1")
+    text = None if options.random_ids else _text_of(options.text_file)
+    methods = options.method or ["auto", "auto-no-fit", "vocabulary-matching"]
+    experiment.require_methods(methods)
+    lm = _loaded(options.model, options)
+    cuts = [_cut_of(lm, layer) for layer in options.layer]
+    sizes = {"n_tokens": options.tokens, "n_prompts": options.prompts}
+    if text is None:
+        prompts = experiment.random_prompts(lm, seed=options.seed, **sizes)
+    else:
+        prompts = experiment.prompts_from_text(lm, text, **sizes)
+    runs = []
+    with CountDisplay(len(cuts) * len(prompts) * len(methods)) as display:
+        for run in experiment.bench(
+            lm, prompts, cuts=cuts, methods=methods, seed=options.seed, max_seconds=options.max_seconds
+        ):
+            runs.append(run)
+            display.step(run.seq_len)
+    print(experiment.table(runs))
+    if options.json is not None:
+        write_json(options.json, experiment.bench_record(lm, runs))
+    return 0 if all(run.exact for run in runs) else 1
 
 
 def check(options: Namespace) -> int:
@@ -132,33 +244,62 @@ def _loaded(name: str, options: Namespace) -> LanguageModel:
 
 
 def _inverted(lm: LanguageModel, seen: Observation, options: Namespace) -> Inversion:
-    """Run the search under the live display; on Ctrl-C print the recovered prefix first."""
+    """Run one search under the live display; on Ctrl-C print the recovered prefix first."""
     from sipit.cli.display import SearchDisplay
+    from sipit.inversion import PrefixFile
     from sipit.inversion import invert as run
 
+    kept = None if options.resume is None else PrefixFile(options.resume, seen)
     with SearchDisplay(lm, seen.seq_len) as display:
         try:
             found = run(
                 lm,
                 seen,
-                policy=options.policy,
-                noise=options.noise,
-                exhaustive=options.exhaustive,
-                max_batch=options.max_batch,
-                seed=options.seed,
-                on_progress=display.update,
+                use_fit=not options.no_fit,
+                hint=() if kept is None else kept.input_ids,
+                on_progress=display.update if kept is None else display.also(kept.update),
+                **_search_options(options),
             )
         except KeyboardInterrupt:
             display.close()
+            if kept is not None:
+                kept.save(display.input_ids)
             _print_bytes(lm.decode(display.input_ids) or _joined(display.input_ids))
             _say(f"stopped after {len(display.input_ids)} of {seen.seq_len} tokens; the prefix above is recovered")
             raise
+    if kept is not None:
+        kept.remove()
     _say(f"verdict   {found.summary()}")
     _say(
         f"cost      {found.seconds:.1f} s, {found.n_checked} candidates, {found.block_tokens} block-tokens: "
         f"{found.prefill_ratio:.2f} times the forward pass that made the states"
     )
     return found
+
+
+def _search_options(options: Namespace) -> dict[str, Any]:
+    names = ("policy", "noise", "exhaustive", "max_batch", "seed")
+    return {name: getattr(options, name) for name in names}
+
+
+def _cut_of(lm: LanguageModel, name: str) -> tuple[int, Site]:
+    """Return the layer and site that a --layer option names."""
+    if name == "final":
+        return lm.n_layers, "final"
+    if not name.isdigit():
+        raise OptionError(f"--layer takes a number of blocks or 'final', got {name!r}")
+    return lm.checked_layer(int(name), "block"), "block"
+
+
+def _prompts_of(options: Namespace) -> list[Any]:
+    if options.lines_file is not None:
+        lines = [line for line in _text_of(options.lines_file).split("\n") if line]
+        if not lines:
+            raise InputError(f"{options.lines_file} holds no line to capture; write one prompt a line")
+        return lines
+    if options.ids is not None:
+        return [_ids_of(options.ids)]
+    return [_valid(options.text) if options.text_file is None else _text_of(options.text_file)]
 
 
 def _model_of(options: Namespace, seen: Observation) -> str:

@@ -14,7 +14,8 @@ from rich.live import Live
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from sipit.inversion import Progress
+    from sipit.inversion import OnProgress, Progress
+    from sipit.inversion.fitting import FitProgress
     from sipit.models import LanguageModel
 
 _LINE_SECONDS = 5.0  # between progress lines where there is no terminal
@@ -68,6 +69,57 @@ class SearchDisplay:
             shown = self._lm.decode(progress.input_ids[-_SHOWN_TOKENS:]) or ""
             self._live.update(Text(f"{shown}\n", style="bold") + Text(line, style="dim"))
         elif time.monotonic() - self._last_line >= _LINE_SECONDS and len(progress.input_ids) < self._seq_len:
+            self._last_line = time.monotonic()
+            print(line, file=sys.stderr)
+
+    def also(self, other: OnProgress) -> OnProgress:
+        """Return a callback that calls another one too."""
+
+        def both(progress: Progress) -> None:
+            self.update(progress)
+            other(progress)
+
+        return both
+
+
+class CountDisplay:
+    """How many of several pieces of work are done, and the time left; or where a fit stands."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._console = Console(stderr=True)
+        self._live = Live(console=self._console, refresh_per_second=4, transient=True)
+        self._began = self._last_line = time.monotonic()
+        self._done = self._tokens = 0
+
+    def __enter__(self) -> CountDisplay:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def step(self, n_tokens: int) -> None:
+        """Count one piece of work."""
+        self._done += 1
+        self._tokens += n_tokens
+        seconds = time.monotonic() - self._began
+        left = seconds / self._done * (self._total - self._done)
+        self._show(f"{self._done}/{self._total} done, {self._tokens} tokens, {seconds:.0f} s, about {left:.0f} s left")
+
+    def fitting(self, progress: FitProgress) -> None:
+        """Show where a fit stands; an `on_progress` callback."""
+        left = progress.seconds / max(progress.done, 1) * (progress.total - progress.done)
+        share = 100 * progress.done / max(progress.total, 1)
+        self._show(f"{progress.phase}: {share:.0f} %, about {left:.0f} s left")
+
+    def _show(self, line: str) -> None:
+        if self._console.is_terminal:
+            self._live.update(Text(line, style="dim"))
+        elif time.monotonic() - self._last_line >= _LINE_SECONDS:
             self._last_line = time.monotonic()
             print(line, file=sys.stderr)
 

@@ -24,8 +24,13 @@ def _auto(lm: LanguageModel, seen: Observation, *, seed: int, on_progress: OnPro
     return invert(lm, seen, policy="auto", seed=seed, on_progress=on_progress)
 
 
+def _auto_no_fit(lm: LanguageModel, seen: Observation, *, seed: int, on_progress: OnProgress | None) -> Inversion:
+    return invert(lm, seen, policy="auto", use_fit=False, seed=seed, on_progress=on_progress)
+
+
 METHODS: dict[str, Method] = {
     "auto": _auto,
+    "auto-no-fit": _auto_no_fit,
     "vocabulary-matching": vocabulary_matching,
     "reference-sipit": reference_sipit,
     "random": random_order,
@@ -104,9 +109,7 @@ def bench(
     Raises:
         OptionError: an unknown method.
     """
-    unknown = [name for name in methods if name not in METHODS]
-    if unknown:
-        raise OptionError(f"method {unknown[0]!r} is unknown; choose from {', '.join(METHODS)}")
+    require_methods(methods)
     for layer, site in cuts:
         for number, ids in enumerate(prompts):
             seen = lm.capture(input_ids=ids, layer=layer, site=site)
@@ -154,6 +157,36 @@ def _run(
         n_checked=n_checked,
         prefill_seconds=prefill_seconds,
     )
+
+
+def require_methods(methods: Sequence[str]) -> None:
+    """Refuse a method that is not there.
+
+    Raises:
+        OptionError: an unknown method.
+    """
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown:
+        raise OptionError(f"method {unknown[0]!r} is unknown; choose from {', '.join(METHODS)}")
+
+
+def table(runs: Sequence[BenchRun]) -> str:
+    """Return a table of means for each layer and method."""
+    head = f"{'layer':>8}  {'method':20} {'exact':>7} {'ratio':>9} {'seconds':>9} {'x prefill':>10} {'checked':>9}"
+    lines = [head]
+    groups: dict[tuple[str, str], list[BenchRun]] = {}
+    for run in runs:
+        layer = "final" if run.site == "final" else str(run.layer)
+        groups.setdefault((layer, run.method), []).append(run)
+    for (layer, method), group in groups.items():
+        n = len(group)
+        exact = f"{sum(r.exact for r in group)}/{n}"
+        seconds = sum(r.seconds for r in group)
+        lines.append(
+            f"{layer:>8}  {method:20} {exact:>7} {sum(r.prefill_ratio for r in group) / n:>9.2f} {seconds / n:>9.2f} "
+            f"{seconds / sum(r.prefill_seconds for r in group):>10.1f} {sum(r.n_checked for r in group) / n:>9.0f}"
+        )
+    return "\n".join(lines)
 
 
 def bench_record(lm: LanguageModel, runs: Sequence[BenchRun]) -> dict[str, Any]:

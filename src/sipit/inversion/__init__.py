@@ -3,6 +3,7 @@
 from sipit.inversion.certificate import CertificateCheck, check_certificate, write_certificate
 from sipit.inversion.invert import invert
 from sipit.inversion.many import invert_many
+from sipit.inversion.prefix_file import PrefixFile
 from sipit.inversion.proposals import POLICIES, Policy
 from sipit.inversion.result import Candidate, Inversion, Miss, PositionEvidence, Verdict
 from sipit.inversion.search import OnProgress, Progress
@@ -16,6 +17,7 @@ __all__ = [
     "OnProgress",
     "Policy",
     "PositionEvidence",
+    "PrefixFile",
     "Progress",
     "Verdict",
     "check_certificate",

@@ -1,6 +1,7 @@
 """What leaked: the hidden states of one prompt, and the file they travel in."""
 
 from sipit.observations.file import read_observation, write_observation
+from sipit.observations.many import holds_many, read_observations, write_observations
 from sipit.observations.observation import DTYPES, SITES, Observation, Site, dtype_named
 
 __all__ = [
@@ -9,6 +10,9 @@ __all__ = [
     "Observation",
     "Site",
     "dtype_named",
+    "holds_many",
     "read_observation",
+    "read_observations",
     "write_observation",
+    "write_observations",
 ]

@@ -1,0 +1,87 @@
+"""Many observations: a folder of observation files, or one file that holds several."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from sipit.errors import InputError, SipitError, StorageError
+from sipit.observations.file import read_observation
+from sipit.observations.observation import Observation
+from sipit.storage import whole_file
+
+_FORMAT = "sipit.observations"
+_VERSION = "1"
+_DESCRIBED = ("site", "layer", "positions", "model", "fingerprint")
+
+
+def write_observations(observations: Sequence[Observation], path: Path | str) -> None:
+    """Write several observations into one file, whole or not at all.
+
+    Raises:
+        StorageError: the path cannot be written.
+    """
+    tensors = {f"states.{i:06d}": seen.states.detach().cpu().contiguous() for i, seen in enumerate(observations)}
+    described = [{key: getattr(seen, key) for key in _DESCRIBED} for seen in observations]
+    metadata = {"format": _FORMAT, "version": _VERSION, "observations": json.dumps(described)}
+    with whole_file(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(28, str(error)) from error
+
+
+def holds_many(path: Path | str) -> bool:
+    """Return whether a path is a folder, or a file of several observations."""
+    if Path(path).is_dir():
+        return True
+    try:
+        with safe_open(path, framework="pt") as stream:
+            return bool((stream.metadata() or {}).get("format") == _FORMAT)
+    except (SafetensorError, OSError):
+        return False
+
+
+def read_observations(path: Path | str) -> Iterator[tuple[str, Observation]]:
+    """Yield (name, observation) from a folder's .safetensors files by name, or from a file of several.
+
+    Raises:
+        StorageError, InputError: nothing there, or one of them cannot be read.
+    """
+    if Path(path).is_dir():
+        files = sorted(Path(path).glob("*.safetensors"))
+        if not files:
+            raise InputError(f"{path} holds no .safetensors file; make observations with 'sipit capture'")
+        for file in files:
+            if holds_many(file):
+                yield from ((f"{file.name}:{name}", seen) for name, seen in read_observations(file))
+            else:
+                yield file.name, read_observation(file)
+        return
+    try:
+        with safe_open(path, framework="pt") as stream:
+            described: Any = json.loads((stream.metadata() or {}).get("observations", "[]"))
+            keys = sorted(stream.keys())
+            if not isinstance(described, list) or len(described) != len(keys) or not keys:
+                raise InputError(f"{path} does not describe each of its {len(keys)} tensors; capture them again")
+            for key, about in zip(keys, described, strict=True):
+                if not isinstance(about, dict) or sorted(about) != sorted(_DESCRIBED):
+                    raise InputError(f"{path}: the description of {key} is not what a capture writes; capture again")
+                about["positions"] = tuple(about["positions"])
+                try:
+                    yield key, Observation(states=stream.get_tensor(key), **about)
+                except (SipitError, TypeError) as error:
+                    raise InputError(f"{path}: {key}: {error}") from error
+    except (SafetensorError, ValueError) as error:
+        if isinstance(error, SipitError):
+            raise
+        raise InputError(f"{path} is not a whole file of observations ({error}); copy or capture it again") from error
+    except OSError as error:
+        if isinstance(error, SipitError):
+            raise
+        raise StorageError(f"cannot read {path}: {error}; check its name and permissions") from error
