@@ -26,29 +26,29 @@ _CLEAR = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # what the kernel takes as "forget the high-water mark"
 
 
-def kilobytes(key: str) -> int:
-    """Return a figure of this process: "VmRSS" now, "VmHWM" at its peak. In units of 1,024 bytes."""
+def megabytes(key: str) -> float:
+    """Return resident memory of this process in 10^6 bytes: "VmRSS" now, "VmHWM" at its peak."""
     for line in _STATUS.read_text().splitlines():
         if line.startswith(f"{key}:"):
-            return int(line.split()[1])
+            return int(line.split()[1]) * 1024 / 1e6
     raise KeyError(key)
 
 
 def measure(observation: Path, *, use_fit: bool) -> str:
     """Invert one observation in this process and return its peak in one line."""
-    from sipit.inversion.fitting import fit_path
+    from sipit.inversion.fitting import load_fit
 
     lm = sipit.load(MODEL, device="cpu")
     _ = lm.fingerprint  # reads every weight
     seen = sipit.read_observation(observation)
-    source = "fit" if use_fit and fit_path(lm, seen.layer, seen.site).is_file() else "anchors"
+    source = "fit" if use_fit and load_fit(lm, seen.layer, seen.site) is not None else "anchors"
     _CLEAR.write_text(_RESET_PEAK)
-    before = kilobytes("VmRSS")
+    before = megabytes("VmRSS")
     found = sipit.invert(lm, seen, use_fit=use_fit)
-    peak = kilobytes("VmHWM")
+    peak = megabytes("VmHWM")
     return (
         f"{seen.seq_len} tokens, layer {seen.layer} of {MODEL}, {source}: {found.verdict}, "
-        f"peak {(peak - before) / 1024:.0f} MB above the loaded model ({before / 1024:.0f} MB)"
+        f"peak {peak - before:.0f} MB above the loaded model ({before:.0f} MB)"
     )
 
 

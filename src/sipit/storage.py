@@ -107,7 +107,10 @@ class LineLog:
                 stream.seek(0)
                 raw = stream.read()
                 whole = raw[: raw.rfind(b"\n") + 1]
-                self._records = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+                self._records = [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
+                cut_off = raw[len(whole) :]
+                if cut_off and not cut_off.startswith(b'{"'):
+                    raise ValueError("the last line is no record")
                 stream.truncate(len(whole))
         except OSError as error:
             raise StorageError(f"cannot write {path}: {_reason(error)}; name a writable file") from error

@@ -228,6 +228,11 @@ def check(options: Namespace) -> int:
         print(
             f"holds: {seen.seq_len} tokens, verdict {outcome.verdict}; one ordinary forward pass puts every state "
             f"within tolerance (largest distance {outcome.largest_distance:.2g}, tolerance {outcome.tolerance:.2g})"
+            + (
+                f"; the tolerance includes the noise of {record['noise']:.3g} that was declared"
+                if record["noise"]
+                else ""
+            )
         )
         return 0
     print(f"does not hold: {'; '.join(outcome.reasons)}")

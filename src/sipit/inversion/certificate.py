@@ -163,7 +163,7 @@ def check_certificate(
 def _mismatches(record: dict[str, Any], seen: Observation, lm: LanguageModel) -> list[str]:
     """Return what forbids the replay, before any state is computed."""
     reasons = []
-    body = {key: value for key, value in record.items() if key != "digest"}
+    body = {key: value for key, value in record.items() if key not in ("digest", "file")}
     if record["digest"] != _digest(body):
         reasons.append("the certificate was edited: its digest does not match its content")
     if record["fingerprint"] != lm.fingerprint:
@@ -188,6 +188,8 @@ def _mismatches(record: dict[str, Any], seen: Observation, lm: LanguageModel) ->
         )
     if not all(0 <= i < lm.vocab_size for i in record["input_ids"]):
         reasons.append(f"a claimed token id is outside the vocabulary (0 to {lm.vocab_size - 1})")
+    if not seen.is_complete:
+        reasons.append("the observation does not hold every position from 0 on")
     try:
         lm.checked_layer(seen.layer, seen.site)
         if seen.d_model != lm.width(seen.site):

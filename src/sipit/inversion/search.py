@@ -172,6 +172,7 @@ class _Run:
         if len(batch) == 0:
             limit = min(self._size, self.max_batch, self.proposal.batch_limit or self.max_batch)
             batch = self.proposal.next(limit, self._tried.untried)
+            batch = batch[self._tried.untried[batch]]  # whatever a proposal says, no token is tried twice
             self._size *= _GROWTH
         if len(batch) == 0:  # the proposal has no more: whatever it left out comes last
             batch = self._tried.untried.nonzero()[: self.max_batch, 0]

@@ -82,10 +82,8 @@ def _observation(path: Path | str, metadata: dict[str, str], states: object) -> 
             "capture it again or use the sipit that wrote it"
         )
     try:
-        layer = int(metadata["layer"])
-        positions = tuple(json.loads(metadata["positions"]))
-        if not all(type(p) is int for p in positions):
-            raise ValueError("a position is not a whole number")
+        layer = whole_number(metadata["layer"])
+        positions = positions_in(json.loads(metadata["positions"]))
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(
             f"{path}: layer must be a whole number and positions a list of them; got "
@@ -109,3 +107,17 @@ def _observation(path: Path | str, metadata: dict[str, str], states: object) -> 
 def _named(keys: list[str]) -> str:
     shown = ", ".join(keys[:3])
     return f"the tensors {shown}{', …' if len(keys) > 3 else ''}" if keys else "no tensors"
+
+
+def whole_number(text: str) -> int:
+    """Return the number that decimal digits name."""
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def positions_in(listed: object) -> tuple[int, ...]:
+    """Return the positions that a list of whole numbers names."""
+    if not isinstance(listed, list) or not all(type(p) is int for p in listed):
+        raise ValueError("positions are not a list of whole numbers")
+    return tuple(listed)

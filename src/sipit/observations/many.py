@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sipit.errors import InputError, SipitError, StorageError
-from sipit.observations.file import read_observation
+from sipit.observations.file import positions_in, read_observation
 from sipit.observations.observation import Observation
 from sipit.storage import whole_file
 
@@ -67,15 +67,22 @@ def read_observations(path: Path | str) -> Iterator[tuple[str, Observation]]:
         with safe_open(path, framework="pt") as stream:
             described: Any = json.loads((stream.metadata() or {}).get("observations", "[]"))
             keys = sorted(stream.keys())
+            version = (stream.metadata() or {}).get("version")
+            if version != _VERSION:
+                raise InputError(
+                    f"{path} has format version {version!r}, this sipit reads {_VERSION!r}; capture it again"
+                )
             if not isinstance(described, list) or len(described) != len(keys) or not keys:
                 raise InputError(f"{path} does not describe each of its {len(keys)} tensors; capture them again")
             for key, about in zip(keys, described, strict=True):
                 if not isinstance(about, dict) or sorted(about) != sorted(_DESCRIBED):
                     raise InputError(f"{path}: the description of {key} is not what a capture writes; capture again")
-                about["positions"] = tuple(about["positions"])
                 try:
+                    about["positions"] = positions_in(about["positions"])
+                    if not all(isinstance(about[key], str | None) for key in ("model", "fingerprint")):
+                        raise TypeError("model and fingerprint are not text")
                     yield key, Observation(states=stream.get_tensor(key), **about)
-                except (SipitError, TypeError) as error:
+                except (SipitError, TypeError, ValueError) as error:
                     raise InputError(f"{path}: {key}: {error}") from error
     except (SafetensorError, ValueError) as error:
         if isinstance(error, SipitError):

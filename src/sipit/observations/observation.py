@@ -59,10 +59,10 @@ class Observation:
             raise OptionError(f"site {self.site!r} is unknown; choose one of {', '.join(SITES)}")
         if self.layer < 0:
             raise OptionError(f"layer {self.layer} is negative; count the blocks run, from 0")
-        if states.ndim != 2 or not states.is_floating_point():
+        if states.ndim != 2 or states.dtype not in DTYPES.values():
             raise ShapeError(
-                f"states have shape {tuple(states.shape)} and dtype {states.dtype}, expected "
-                "floating-point (seq_len, d_model): pass one prompt, without a batch dimension"
+                f"states have shape {tuple(states.shape)} and dtype {states.dtype}, expected (seq_len, d_model) in "
+                f"{', '.join(DTYPES)}: pass one prompt, without a batch dimension"
             )
         if states.shape[0] == 0 or states.shape[1] == 0:
             raise ShapeError(f"states of shape {tuple(states.shape)} hold no position; the prompt is empty")
@@ -104,7 +104,7 @@ class Observation:
         return self.positions == tuple(range(self.seq_len))
 
     def digest(self) -> str:
-        """Return the SHA-256 of the stored values, their dtype and shape, as hexadecimal digits."""
+        """Return the SHA-256 of the stored values, dtype, shape, site, layer and positions, as hexadecimal digits."""
         states = self.states.detach().contiguous().cpu()
         head = f"{self.dtype} {tuple(states.shape)} {self.site} {self.layer} {self.positions}\n"
         raw = states.view(torch.uint8).numpy()

@@ -169,7 +169,7 @@ def test_file_with_bad_metadata_is_refused_by_name(tmp_path: Path, metadata: dic
 
 
 def test_negative_layer_in_a_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="negative"):
+    with pytest.raises(InputError, match="negative"):
         sipit.read_observation(_file(tmp_path / "x", layer="-1"))
 
 

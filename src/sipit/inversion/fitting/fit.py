@@ -20,8 +20,8 @@ from sipit.inversion.fitting.states import Cut, capture_windows
 from sipit.inversion.fitting.store import Fit, fit_folder, save_fit
 from sipit.inversion.fitting.training import Recipe, train
 from sipit.inversion.fitting.windows import OnStep, fitting_windows, held_out_windows
-from sipit.inversion.proposals.anchors import anchor_ids
-from sipit.inversion.proposals.token_keys import TokenKeys, token_keys
+from sipit.inversion.regression import spread_ids
+from sipit.inversion.token_keys import TokenKeys, token_keys
 from sipit.models import LanguageModel
 from sipit.storage import read_json, whole_file, write_json
 
@@ -29,7 +29,7 @@ _FIRSTS = 4096  # single tokens the first position is fitted on
 _FIRST_BATCH = 256
 _HELD_OUT_WINDOWS = 12  # of each kind of text
 _HELD_OUT_LENGTH = 64
-_TEMPERATURES = (0.7, 0.85, 1.0, 1.2, 1.5, 2.0)
+_TEMPERATURES = (0.4, 0.5, 0.6, 0.75, 0.9, 1.1, 1.4, 1.8)
 _LIKELIHOOD_WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5)
 
 
@@ -117,11 +117,13 @@ def _fit_in(
 class FittedScores:
     """A fit as an inverse: one query a position, the score of every token."""
 
+    fallibility = 1.0  # where it is wrong it is sure of it
+
     def __init__(self, keys: TokenKeys, fit: Fit) -> None:
         self.keys = keys
         self.fit = fit
         share = fit.likelihood_weight
-        self.weights: tuple[tuple[float, float], ...] = ((1.0, share), (1.0, 0.0)) if share else ((1.0, 0.0),)
+        self.weights: tuple[tuple[float, float], ...] = ((1.0, share), (1.0, 0.0), (0.6, share), (0.6, 1.0))
 
     def queries(self, states: Tensor) -> Tensor:
         """Return one query a position of one prompt. (T, D) → (T, K)."""
@@ -146,7 +148,7 @@ def _first_position(lm: LanguageModel, keys: TokenKeys, cut: Cut, seed: int) -> 
     In float64: the state can be 22,680 long and nearly constant, the token in its last digits.
     """
     generator = torch.Generator().manual_seed(seed + 2)
-    tokens = anchor_ids(lm.vocab_size, _FIRSTS, generator)
+    tokens = spread_ids(lm.vocab_size, _FIRSTS, generator)
     model = lm.cut(*cut)
     states = [
         model.packed(model.new_cache(), part, torch.zeros_like(part)).double() for part in tokens.split(_FIRST_BATCH)

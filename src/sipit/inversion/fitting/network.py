@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-OFFSETS = (-1, 0, 1)  # neighbours the network sees
+_N_SEEN = 3  # states the network sees: the one before, this one, the one after
 KEY_LENGTH = 8.0  # common length of all keys: with longer ones the softmax is sure of everything
 
 
@@ -27,7 +27,7 @@ class InverseNetwork(nn.Module):
 
     def __init__(self, d_state: int, d_key: int, vocab_size: int, d_hidden: int) -> None:
         super().__init__()
-        n_inputs = len(OFFSETS) * d_state
+        n_inputs = _N_SEEN * d_state
         self.register_buffer("mean", torch.zeros(d_state))
         self.register_buffer("whitener", torch.eye(d_state))
         self.linear = nn.Linear(n_inputs, d_key)
@@ -47,15 +47,6 @@ class InverseNetwork(nn.Module):
         """Return states at unit root mean square, whitened. (N, D) → (N, D)."""
         return (unit_rms(states) - self.mean) @ self.whitener
 
-    def gathered(self, white: Tensor, rows: Tensor, seq_len: int) -> Tensor:
-        """Return each row beside its neighbours, zero beyond the ends of its window. (N, D), (B,) → (B, 3 D)."""
-        place = rows % seq_len
-        parts = []
-        for offset in OFFSETS:
-            inside = (place + offset >= 0) & (place + offset < seq_len)  # (B,)
-            parts.append(white[(rows + offset).clamp(0, len(white) - 1)] * inside[:, None])
-        return torch.cat(parts, dim=1)
-
     def forward(self, x: Tensor) -> Tensor:
         """Return queries from gathered inputs. (B, 3 D) → (B, K)."""
         return cast(Tensor, self.linear(x) + self.down(F.gelu(self.up(x))))
@@ -63,8 +54,19 @@ class InverseNetwork(nn.Module):
     @torch.no_grad()
     def queries(self, states: Tensor) -> Tensor:
         """Return the query at every position of one prompt. (T, D) → (T, K)."""
-        rows = torch.arange(len(states), device=states.device)
-        return self(self.gathered(self.white(states), rows, len(states)))  # type: ignore[no-any-return]
+        white = self.white(states)
+        places = torch.arange(len(states), device=states.device)
+        return cast(Tensor, self(beside(white.roll(1, 0), white, white.roll(-1, 0), places, len(states))))
+
+
+def beside(before: Tensor, here: Tensor, after: Tensor, places: Tensor, length: int) -> Tensor:
+    """Return states next to their neighbours, zero where there is none worth having. (B, D) each → (B, 3 D).
+
+    The state at position 0 is left out before position 1: it is extreme, and seen too rarely to learn from.
+    """
+    has_before = (places >= 2)[:, None].to(here)
+    has_after = (places < length - 1)[:, None].to(here)
+    return torch.cat([before * has_before, here, after * has_after], dim=1)
 
 
 def unit_rms(states: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from sipit.observations import Site
 from sipit.storage import cache_dir, whole_file
 
 _FORMAT = "sipit.fit"
-_VERSION = "1"
+_VERSION = "2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,13 +94,15 @@ def _restored(lm: LanguageModel, tensors: dict[str, Tensor], metadata: dict[str,
     network = InverseNetwork(d_state, linear.shape[0], lm.vocab_size, up.shape[0])
     weights = {k.removeprefix("network."): v.float() for k, v in tensors.items() if k.startswith("network.")}
     network.load_state_dict(weights)
-    if not all(bool(torch.isfinite(t).all()) for t in weights.values()):
-        raise ValueError("weights are not finite")
+    temperature, share = float(metadata["temperature"]), float(metadata["likelihood_weight"])
+    is_sane = all(bool(torch.isfinite(t).all()) for t in tensors.values())
+    if not (is_sane and 0 < temperature < math.inf and 0 <= share < math.inf):
+        raise ValueError("the fit holds values that are not finite")
     return Fit(
         network=network.to(lm.device).eval().requires_grad_(False),
         first_mean=tensors["first.mean"].double().to(lm.device),
         first_weight=tensors["first.weight"].double().to(lm.device),
-        temperature=float(metadata["temperature"]),
-        likelihood_weight=float(metadata["likelihood_weight"]),
+        temperature=temperature,
+        likelihood_weight=share,
         report=json.loads(metadata["report"]),
     )

@@ -12,8 +12,8 @@ from sipit.inversion.proposals.hinted import Hinted
 from sipit.inversion.proposals.likely import Likely
 from sipit.inversion.proposals.proposal import Proposal, Scene
 from sipit.inversion.proposals.reader import Reader
-from sipit.inversion.proposals.token_keys import token_keys
 from sipit.inversion.proposals.vocabulary import RandomOrder, VocabularyOrder
+from sipit.inversion.token_keys import token_keys
 
 Policy = Literal["auto", "likely", "gradient", "random", "vocabulary"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)

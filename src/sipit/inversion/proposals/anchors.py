@@ -7,56 +7,21 @@ first position, whose states have extreme norms and no context, has a regression
 
 from __future__ import annotations
 
-import math
 import weakref
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sipit.inversion.proposals.token_keys import TokenKeys, token_keys
+from sipit.inversion.regression import Ridge, ridge, spread_ids
 from sipit.inversion.result import Meter
-from sipit.models import LanguageModel, TruncatedModel
+from sipit.inversion.token_keys import TokenKeys, token_keys
+from sipit.models import LanguageModel
 from sipit.observations import Site
 
-_LENGTH = 128  # tokens of one anchor prompt
-_PROMPTS = 16
+_PROMPTS = ((16, 112), (64, 4))  # number and length of the anchor prompts; the short ones for early positions
+_BATCH = 512  # tokens run at once
 _FIRSTS = 256  # anchors of the first position
-_RIDGE = 0.1  # of the mean squared norm of a standardised state
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ridge:
-    """A linear map from states to keys, on standardised states."""
-
-    mean: Tensor  # (D,)
-    scale: Tensor  # (D,)
-    weight: Tensor  # (D, K)
-    bias: Tensor  # (K,)
-
-    def __call__(self, states: Tensor) -> Tensor:
-        """Return unit queries. (N, D) → (N, K)."""
-        queries = ((states - self.mean) / self.scale) @ self.weight + self.bias
-        return nn.functional.normalize(queries, dim=1)
-
-
-def ridge(states: Tensor, keys: Tensor, strength: float = _RIDGE) -> Ridge:
-    """Return the ridge regression from states to keys. (N, D), (N, K)."""
-    mean, scale = states.mean(dim=0), states.std(dim=0)
-    scale = scale + 1e-6 * scale.max() + 1e-30
-    x = (states - mean) / scale  # (N, D)
-    bias = keys.mean(dim=0)
-    y = keys - bias
-    n_rows, width = x.shape
-    if n_rows < width:  # the dual form solves the smaller system
-        gram = x @ x.T
-        gram.diagonal().add_(strength * gram.diagonal().mean())
-        weight = x.T @ torch.linalg.solve(gram, y)
-    else:
-        gram = x.T @ x
-        gram.diagonal().add_(strength * x.square().sum() / n_rows)
-        weight = torch.linalg.solve(gram, x.T @ y)
-    return Ridge(mean=mean, scale=scale, weight=weight, bias=bias)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +32,7 @@ class AnchorInverse:
     first: Ridge
     rest: Ridge
     block_tokens: int  # what the anchors cost
+    fallibility: float = 0.0  # its scores stay worth having after many misses
     weights: tuple[tuple[float, float], ...] = (
         *((50.0, 1.0), (25.0, 1.0), (100.0, 1.0), (200.0, 1.0)),
         *((25.0, 0.0), (50.0, 0.0), (100.0, 0.0), (200.0, 0.0)),
@@ -89,37 +55,29 @@ def anchor_inverse(lm: LanguageModel, layer: int, site: Site, meter: Meter) -> A
     """Return the anchors' inverse of a cut, made once; the search that needs it first pays for it."""
     known = _made.setdefault(lm, {})
     if (layer, site) not in known:
-        known[(layer, site)] = _fit(lm, lm.cut(layer, site))
+        known[(layer, site)] = _fit(lm, layer, site)
         meter.block_tokens += known[(layer, site)].block_tokens
     return known[(layer, site)]
 
 
-def _fit(lm: LanguageModel, cut: TruncatedModel) -> AnchorInverse:
+def _fit(lm: LanguageModel, layer: int, site: Site) -> AnchorInverse:
     generator = torch.Generator().manual_seed(1)
     keys = token_keys(lm)
-    states, tokens = [], []
-    length = min(_LENGTH, lm.max_positions or _LENGTH)
-    for _ in range(_PROMPTS):
-        ids = anchor_ids(lm.vocab_size, length, generator)
-        states.append(cut.ordinary(ids)[1:].float())
-        tokens.append(ids[1:])
-    firsts = anchor_ids(lm.vocab_size, _FIRSTS, generator)
+    tapped = lm.tapped([(layer, site)])
+    states, tokens, spent = [], [], 0
+    for n_prompts, wanted in _PROMPTS:
+        length = min(wanted, lm.max_positions or wanted)
+        ids = spread_ids(lm.vocab_size, n_prompts * length, generator).view(n_prompts, length)
+        for batch in ids.split(max(1, _BATCH // length)):
+            states.append(tapped.states(batch)[0][:, 1:].flatten(0, 1).float())
+            tokens.append(batch[:, 1:].flatten())
+        spent += n_prompts * length
+    firsts = spread_ids(lm.vocab_size, _FIRSTS, generator)
+    cut = lm.cut(layer, site)
     alone = cut.packed(cut.new_cache(), firsts, torch.zeros_like(firsts)).float()  # (N, D)
     return AnchorInverse(
         keys=keys,
         first=ridge(alone, keys.keys(firsts), strength=1e-3),
         rest=ridge(torch.cat(states), keys.keys(torch.cat(tokens))),
-        block_tokens=(_PROMPTS * length + len(firsts)) * cut.layer,
+        block_tokens=(spent + len(firsts)) * layer,
     )
-
-
-def anchor_ids(vocab_size: int, n: int, generator: torch.Generator) -> Tensor:
-    """Return random tokens, half of them uniform, half log-uniform in the token id. (N,).
-
-    Tokenizers built by merging number their tokens by falling frequency, and the embeddings of
-    frequent tokens lie apart from the others.
-    """
-    uniform = torch.rand(n, generator=generator)
-    ids = (uniform * vocab_size).long()
-    frequent = torch.exp(torch.rand(n, generator=generator) * math.log(vocab_size)).long()
-    return torch.where(torch.rand(n, generator=generator) < 0.5, ids, frequent).clamp_(max=vocab_size - 1)

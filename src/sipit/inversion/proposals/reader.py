@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from sipit.inversion.check import Checked
-from sipit.inversion.proposals.anchors import ridge
 from sipit.inversion.proposals.likely import Likely
 from sipit.inversion.proposals.proposal import Scene
-from sipit.inversion.proposals.token_keys import TokenKeys
+from sipit.inversion.regression import ridge
+from sipit.inversion.token_keys import TokenKeys
 from sipit.inversion.tree import Outlook, worthwhile
 
 _BLOCK = 16  # positions scored at a time
@@ -27,7 +27,9 @@ _MAX_SCORES = 1 << 25  # scores held at once, over all positions ahead
 _WIDTH = 8  # guesses kept for each position ahead
 _PATIENCE = 48  # candidates checked in vain before a regression on them joins
 _PRIOR_NATS = 2.0  # evidence needed to leave the first pair of weights
+_HALF_DOUBT = 128  # candidates checked in vain at which the inverse counts half
 _LOCAL_RIDGE = 1e-3
+_LOCAL_GAIN = 75.0  # of a cosine, beside a log-probability
 
 
 class Inverse(Protocol):
@@ -40,6 +42,10 @@ class Inverse(Protocol):
     @property
     def weights(self) -> tuple[tuple[float, float], ...]:
         """Pairs (of the inverse's score, of the log-probability) to choose from as evidence comes in."""
+
+    @property
+    def fallibility(self) -> float:
+        """How much misses at a position speak against its scores there, 0 to 1."""
 
     def queries(self, states: Tensor) -> Tensor:
         """Return one query a position of one prompt. (T, D) → (T, K)."""
@@ -83,14 +89,14 @@ class Reader:
         self._checked = []
 
     def next(self, n: int, untried: Tensor) -> Tensor:
-        logits = self._logits(self.scene.position)  # (V,)
         n_checked = sum(len(c.token_ids) for c in self._checked)
-        if n_checked >= _PATIENCE:
-            logits = logits + self._local_logits(n_checked)
-        logits = logits.masked_fill(~untried.to(logits.device), -torch.inf)
+        logits = self._doubtful_logits(n_checked) if n_checked >= _PATIENCE else self._logits(self.scene.position)
+        logits = logits.masked_fill(~untried.to(logits.device), -torch.inf)  # (V,)
         n_left = int(untried.sum())
+        if n_left == 0:
+            return untried.nonzero()[:, 0]
         chances, order = logits.softmax(dim=0).topk(min(n, n_left))
-        self._first = float(chances[0]) if n_left else 0.0
+        self._first = float(chances[0])
         return order[: max(worthwhile(chances), min(n_checked, len(order)))].cpu()
 
     def outlook(self) -> Outlook | None:
@@ -137,11 +143,20 @@ class Reader:
             self._logs[start] = self._likely.log_probabilities(start, stop)
         return row, self._logs[start][position - start]
 
-    def _local_logits(self, n_checked: int) -> Tensor:
-        """Return scores by a regression on the candidates checked behind this prefix. (V,)."""
+    def _doubtful_logits(self, n_checked: int) -> Tensor:
+        """Return logits where many candidates were checked in vain: the inverse is wrong here. (V,).
+
+        The more were checked, the less the inverse counts, and the more the likelihood and a regression
+        on the candidates checked behind this very prefix.
+        """
+        doubt = n_checked / (n_checked + _HALF_DOUBT)
+        of_score, of_log = self._inverse.weights[int(self._nats.argmin())]
+        row, logs = self._rows(self.scene.position)
+        logits = (1 - self._inverse.fallibility * doubt) * of_score * row
+        if logs is not None and of_log:
+            logits = logits + (of_log + doubt * (1 - of_log)) * logs
         states = torch.cat([c.states for c in self._checked]).float()
         tokens = torch.cat([c.token_ids for c in self._checked])
         keys = self._inverse.keys
         query = ridge(states, keys.keys(tokens), _LOCAL_RIDGE)(self.scene.target[None].float())
-        weight = self._inverse.weights[0][0] * n_checked / (n_checked + 128)
-        return weight * keys.scores(query)[0]
+        return logits + doubt * _LOCAL_GAIN * keys.scores(query)[0]

@@ -1,0 +1,57 @@
+"""Ridge regression from states to token keys, and the random tokens it is made on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+_RIDGE = 0.1  # of the mean squared norm of a standardised state
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ridge:
+    """A linear map from states to keys, on standardised states."""
+
+    mean: Tensor  # (D,)
+    scale: Tensor  # (D,)
+    weight: Tensor  # (D, K)
+    bias: Tensor  # (K,)
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Return unit queries. (N, D) → (N, K)."""
+        queries = ((states - self.mean) / self.scale) @ self.weight + self.bias
+        return nn.functional.normalize(queries, dim=1)
+
+
+def ridge(states: Tensor, keys: Tensor, strength: float = _RIDGE) -> Ridge:
+    """Return the ridge regression from states to keys. (N, D), (N, K)."""
+    mean, scale = states.mean(dim=0), states.std(dim=0)
+    scale = scale + 1e-6 * scale.max() + 1e-30
+    x = (states - mean) / scale  # (N, D)
+    bias = keys.mean(dim=0)
+    y = keys - bias
+    n_rows, width = x.shape
+    if n_rows < width:  # the dual form solves the smaller system
+        gram = x @ x.T
+        gram.diagonal().add_(strength * gram.diagonal().mean())
+        weight = x.T @ torch.linalg.solve(gram, y)
+    else:
+        gram = x.T @ x
+        gram.diagonal().add_(strength * x.square().sum() / n_rows)
+        weight = torch.linalg.solve(gram, x.T @ y)
+    return Ridge(mean=mean, scale=scale, weight=weight, bias=bias)
+
+
+def spread_ids(vocab_size: int, n: int, generator: torch.Generator) -> Tensor:
+    """Return random tokens, half of them uniform, half log-uniform in the token id. (N,).
+
+    Tokenizers built by merging number their tokens by falling frequency, and the embeddings of
+    frequent tokens lie apart from the others.
+    """
+    uniform = torch.rand(n, generator=generator)
+    ids = (uniform * vocab_size).long()
+    frequent = torch.exp(torch.rand(n, generator=generator) * math.log(vocab_size)).long()
+    return torch.where(torch.rand(n, generator=generator) < 0.5, ids, frequent).clamp_(max=vocab_size - 1)
