@@ -18,10 +18,10 @@ from sipit.models import LanguageModel
 from sipit.observations import Site
 
 _SENTENCES = (
-    "When the last ferry had left the harbour, Ingrid counted the coins in her pocket and decided to walk home instead.",
+    "When the last ferry had left the harbour, Ingrid counted the coins in her pocket and decided to walk home.",
     "The committee will publish its findings on water quality in three coastal districts before the end of next month.",
 )
-_CODE = "def merge(left, right):\n    out = []\n    while left and right:\n        out.append(left.pop(0))\n    return out\n"
+_CODE = "def merge(left, right):\n    out = []\n    while left:\n        out.append(left.pop(0))\n    return out\n"
 _SCRIPTS = "Grüße 😀 from 東京! Привет, мир 🌍 ¿qué tal? नमस्ते 🚀✨"
 
 
