@@ -10,6 +10,7 @@ order covers the whole vocabulary, so the search always ends.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -28,6 +29,7 @@ _WIDTH = 8  # guesses kept for each position ahead
 _PATIENCE = 48  # candidates checked in vain before a regression on them joins
 _PRIOR_NATS = 2.0  # evidence needed to leave the first pair of weights
 _HALF_DOUBT = 128  # candidates checked in vain at which the inverse counts half
+_SURE = 0.99  # a guess that proves right at this chance teaches nothing
 _LOCAL_RIDGE = 1e-3
 _LOCAL_GAIN = 75.0  # of a cosine, beside a log-probability
 
@@ -54,6 +56,20 @@ class Inverse(Protocol):
         """Return the score of every token. (N, K) → (N, V)."""
 
 
+@dataclass(frozen=True)
+class _Guesses:
+    """The best tokens of a block of positions."""
+
+    weights: tuple[float, float]  # of the sum they were made with
+    has_logs: bool
+    token_ids: Tensor  # (W, K)
+    chances: Tensor  # (W, K)
+
+    def was_sure_of(self, row: int, token_id: int) -> bool:
+        """Whether the token was guessed with hardly any doubt."""
+        return int(self.token_ids[row, 0]) == token_id and float(self.chances[row, 0]) > _SURE
+
+
 class Reader:
     """A proposal that reads every position from the observed states.
 
@@ -78,6 +94,7 @@ class Reader:
         self._n_blocks = max(2, _MAX_SCORES // (_BLOCK * scene.lm.vocab_size))
         self._scores: dict[int, Tensor] = {}  # first position of a block → (W, V)
         self._logs: dict[int, Tensor] = {}  # first position of a block → (W, V)
+        self._guesses: dict[int, _Guesses] = {}  # first position of a block → its best tokens
         self._checked: list[Checked] = []
         self._first = 0.0
 
@@ -104,10 +121,25 @@ class Reader:
 
     def _ahead(self) -> Iterator[tuple[Tensor, Tensor]]:
         n_positions = min(self.scene.seen.seq_len, self.scene.position + self._n_blocks * _BLOCK)
-        width = min(_WIDTH, self.scene.lm.vocab_size)
         for position in range(self.scene.position + 1, n_positions):
-            best = self._logits(position).softmax(dim=0).topk(width)
-            yield best.indices.cpu(), best.values.cpu()
+            guesses = self._guesses_at(position)
+            yield guesses.token_ids[position % _BLOCK], guesses.chances[position % _BLOCK]
+
+    def _guesses_at(self, position: int) -> _Guesses:
+        """Return the best tokens of the block of positions that holds this one, by today's weights."""
+        self._rows(position)
+        start = position - position % _BLOCK
+        weights = self._inverse.weights[int(self._nats.argmin())]
+        logs = self._logs.get(start) if self._uses_likelihood else None
+        known = self._guesses.get(start)
+        if known is None or known.weights != weights or known.has_logs != (logs is not None):
+            logits = weights[0] * self._scores[start]  # (W, V)
+            logits = logits if logs is None else logits + weights[1] * logs
+            best = logits.topk(min(_WIDTH, logits.shape[1]), dim=1)
+            chances = (best.values - logits.logsumexp(dim=1, keepdim=True)).exp()
+            known = _Guesses(weights, logs is not None, best.indices.cpu(), chances.cpu())
+            self._guesses[start] = known
+        return known
 
     def learn(self, checked: Checked) -> None:
         self._checked.append(checked)
@@ -115,8 +147,9 @@ class Reader:
 
     def settle(self, token_id: int) -> None:
         position = self.scene.position
-        if position == 0:
-            return
+        guesses = self._guesses.get(position - position % _BLOCK)
+        if position == 0 or (guesses is not None and guesses.was_sure_of(position % _BLOCK, token_id)):
+            return  # says nothing about the weights
         row, logs = self._rows(position)
         for i, (of_score, of_log) in enumerate(self._inverse.weights):
             logits = of_score * row if logs is None else of_score * row + of_log * logs
@@ -134,6 +167,7 @@ class Reader:
         for old in [s for s in self._scores if s + _BLOCK <= self.scene.position]:
             del self._scores[old]
             self._logs.pop(old, None)
+            self._guesses.pop(old, None)
         if start not in self._scores:
             self._scores[start] = self._inverse.scores(self._queries[start:stop])
         row = self._scores[start][position - start]

@@ -1,0 +1,162 @@
+"""Many observations, fits and benchmarks from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import sipit
+from sipit import LanguageModel
+from sipit.cli import main
+from sipit.errors import InputError, StorageError
+from sipit.inversion import many
+from sipit.observations import read_observations, write_observations
+from sipit.storage import LineLog
+
+_LINES = ["first prompt", "a second\u2028one", "third: 😀"]
+
+
+@pytest.fixture
+def many_file(tmp_path: Path, text_folder: Path) -> Path:
+    lines = tmp_path / "lines.txt"
+    lines.write_bytes("\n".join(_LINES).encode())
+    out = tmp_path / "many.safetensors"
+    args = ["capture", "--lines-file", str(lines), "--model", str(text_folder), "--layer", "2", "--out", str(out)]
+    assert main(args) == 0
+    return out
+
+
+def test_every_line_comes_back(many_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.jsonl"
+    capfd.readouterr()
+    assert main(["invert", str(many_file), "--json", str(out)]) == 0
+    printed = [json.loads(line) for line in capfd.readouterr().out.rstrip("\n").split("\n")]
+    records = [json.loads(line) for line in out.read_text(encoding="utf-8").rstrip("\n").split("\n")]
+    assert [p["text"] for p in printed] == [r["text"] for r in records] == _LINES
+    assert all(r["verdict"] == "recovered" for r in records)
+
+
+def test_second_run_goes_on_where_the_first_stopped(
+    many_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.jsonl"
+    assert main(["invert", str(many_file), "--json", str(out)]) == 0
+    whole = out.read_bytes()
+    lines = whole.split(b"\n")
+    out.write_bytes(b"\n".join(lines[:1]) + b"\n" + lines[1][:30])  # killed while it wrote the second
+    capfd.readouterr()
+    assert main(["invert", str(many_file), "--json", str(out)]) == 0
+    captured = capfd.readouterr()
+    assert len(captured.out.rstrip("\n").split("\n")) == 2
+    assert "already holds 1 of 3" in captured.err
+    texts = [json.loads(line)["text"] for line in out.read_text(encoding="utf-8").rstrip("\n").split("\n")]
+    assert texts == _LINES
+
+
+def test_line_of_the_output_is_a_certificate(many_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    main(["invert", str(many_file), "--json", str(out)])
+    (tmp_path / "one.json").write_text(out.read_text(encoding="utf-8").split("\n")[0], encoding="utf-8")
+    (_, first), *_ = read_observations(many_file)
+    sipit.write_observation(first, tmp_path / "one.safetensors")
+    assert main(["check", str(tmp_path / "one.json"), str(tmp_path / "one.safetensors")]) == 0
+
+
+@pytest.mark.parametrize("content", ["my notes", "my notes\nmore\n", "[1]\n", "12\n"])
+def test_output_that_is_something_else_is_kept(many_file: Path, tmp_path: Path, content: str) -> None:
+    out = tmp_path / "notes.txt"
+    out.write_text(content)
+    assert main(["invert", str(many_file), "--json", str(out)]) == 2
+    assert out.read_text() == content
+
+
+def test_folder_is_read_by_name(text_lm: LanguageModel, tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        sipit.write_observation(text_lm.capture(name, layer=1), tmp_path / f"{name}.safetensors")
+    write_observations([text_lm.capture("x", layer=1)], tmp_path / "c.safetensors")
+    names = [name for name, _ in read_observations(tmp_path)]
+    assert names == ["a.safetensors", "b.safetensors", "c.safetensors:states.000000"]
+
+
+def test_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no \.safetensors"):
+        list(read_observations(tmp_path))
+
+
+def test_truncated_file_of_many_is_refused(text_lm: LanguageModel, tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    write_observations([text_lm.capture("x", layer=1)], path)
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(InputError, match="whole"):
+        list(read_observations(path))
+
+
+def test_line_log_keeps_what_it_held(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    LineLog(path).append({"a": "\u2028\x85"})
+    log = LineLog(path)
+    log.append({"b": 2})
+    assert LineLog(path).records() == [{"a": "\u2028\x85"}, {"b": 2}]
+
+
+def test_line_log_refuses_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(StorageError):
+        LineLog(tmp_path)
+
+
+def test_only_work_that_pays_is_worth_fitting(
+    text_lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SIPIT_CACHE", str(tmp_path))
+    seen = [text_lm.capture("ten tokens", layer=layer) for layer in (0, 1, 1, 2)]
+    monkeypatch.setattr(many, "FIT_PAYS_AFTER", 15)
+    assert many.worth_fitting(text_lm, seen) == [(1, "block")]
+
+
+def test_resume_file_is_used_and_removed(text_lm: LanguageModel, text_folder: Path, tmp_path: Path) -> None:
+    from sipit.inversion import PrefixFile
+
+    file = tmp_path / "o.safetensors"
+    main(["capture", "--text", "resumed text", "--model", str(text_folder), "--layer", "2", "--out", str(file)])
+    seen = sipit.read_observation(file)
+    PrefixFile(tmp_path / "p.json", seen).save(text_lm.encode("resumed te").tolist())
+    out = tmp_path / "r.json"
+    args = ["invert", str(file), "--policy", "vocabulary", "--resume", str(tmp_path / "p.json"), "--json", str(out)]
+    assert main(args) == 0
+    assert not (tmp_path / "p.json").exists()
+    record = json.loads(out.read_text())
+    assert [p["n_checked"] for p in record["positions"][:10]] == [1] * 10
+
+
+def test_bench_writes_the_agreed_keys(text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "t.txt"
+    text.write_text("some words to cut prompts from, and a few more of them")
+    out = tmp_path / "bench.json"
+    methods = ["auto", "auto-no-fit", "vocabulary-matching", "reference-sipit", "random"]
+    args = ["bench", "--model", str(text_folder), "--layer", "2", "--layer", "final", "--text-file", str(text)]
+    args += ["--tokens", "5", "--prompts", "2", "--json", str(out)]
+    assert main([*args, *(a for m in methods for a in ("--method", m))]) == 0
+    runs = json.loads(out.read_text())["runs"]
+    keys = {"method", "layer", "prompt", "seq_len", "exact", "seconds", "block_tokens", "prefill_ratio", "n_checked"}
+    assert len(runs) == 2 * 2 * len(methods)
+    assert all(keys <= set(run) and run["exact"] and run["seq_len"] == 5 for run in runs)
+    assert all(run["prefill_ratio"] == pytest.approx(run["block_tokens"] / (5 * run["layer"])) for run in runs)
+    table = capsys.readouterr().out
+    assert all(method in table for method in methods)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--layer", "2"],
+        ["--layer", "2", "--random-ids", "--method", "magic"],
+        ["--layer", "two", "--random-ids"],
+        ["--layer", "99", "--random-ids"],
+        ["--layer", "2", "--random-ids", "--tokens", "0"],
+    ],
+)
+def test_bench_refuses_bad_options(text_folder: Path, extra: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--model", str(text_folder), *extra]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,37 @@
+"""The README's promises: its Python runs, its commands and files exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from sipit.cli.arguments import parser
+
+_ROOT = Path(__file__).parents[2]
+_README = (_ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.real
+def test_python_example_recovers_its_prompt(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", _README, flags=re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("recovered A prompt. (")
+
+
+def test_every_command_it_shows_parses() -> None:
+    commands = set(re.findall(r"`sipit (\w+)", _README))
+    assert {"demo", "capture", "invert", "check", "fit", "bench"} <= commands
+    help_text = parser().format_help()
+    assert all(f"    {command} " in help_text for command in commands)
+
+
+def test_every_file_it_links_exists() -> None:
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)", _README)
+    assert links
+    assert [link for link in links if not (_ROOT / link).exists()] == []
+
+
+def test_no_placeholder_is_left() -> None:
+    assert "{{" not in _README

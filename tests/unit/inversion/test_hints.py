@@ -1,0 +1,109 @@
+"""Hints, kept prefixes, trees of guesses: they may be wrong, the result may not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sipit import LanguageModel, invert
+from sipit.errors import InputError, OptionError
+from sipit.inversion import PrefixFile, Progress
+from sipit.inversion.tree import Outlook, grow, worthwhile
+from tests.tiny_models import VOCAB, random_ids
+
+_IDS = random_ids(14, seed=21)
+
+
+def test_right_hint_costs_one_forward_pass(llama: LanguageModel) -> None:
+    seen = llama.capture(input_ids=_IDS, layer=3)
+    found = invert(llama, seen, hint=_IDS.tolist(), policy="vocabulary")
+    assert (found.verdict, found.input_ids) == ("recovered", tuple(_IDS.tolist()))
+    assert found.block_tokens == len(_IDS) * 3
+
+
+@pytest.mark.parametrize("wrong_at", [0, 5, 13])
+@pytest.mark.parametrize("policy", ["auto", "vocabulary", "gradient"])
+def test_wrong_hint_is_put_right(llama: LanguageModel, policy: str, wrong_at: int) -> None:
+    hint = _IDS.clone()
+    hint[wrong_at] = (hint[wrong_at] + 1) % VOCAB
+    seen = llama.capture(input_ids=_IDS, layer=2)
+    found = invert(llama, seen, hint=hint.tolist(), policy=policy)  # type: ignore[arg-type]
+    assert (found.verdict, found.input_ids) == ("recovered", tuple(_IDS.tolist()))
+
+
+def test_hint_longer_than_the_prompt_is_cut(llama: LanguageModel) -> None:
+    seen = llama.capture(input_ids=_IDS, layer=2)
+    assert invert(llama, seen, hint=[*_IDS.tolist(), 3, 4]).input_ids == tuple(_IDS.tolist())
+
+
+def test_hint_outside_the_vocabulary_is_refused(llama: LanguageModel) -> None:
+    seen = llama.capture(input_ids=_IDS, layer=2)
+    with pytest.raises(OptionError, match="hint"):
+        invert(llama, seen, hint=[VOCAB])
+
+
+def _progress(ids: tuple[int, ...]) -> Progress:
+    return Progress(seq_len=14, input_ids=ids, n_checked=0, block_tokens=0, seconds=0.0)
+
+
+def test_kept_prefix_comes_back(llama: LanguageModel, tmp_path: Path) -> None:
+    seen = llama.capture(input_ids=_IDS, layer=2)
+    path = tmp_path / "prefix.json"
+    PrefixFile(path, seen).save((1, 2, 3))
+    assert PrefixFile(path, seen).input_ids == (1, 2, 3)
+
+
+def test_prefix_is_not_written_at_every_step(llama: LanguageModel, tmp_path: Path) -> None:
+    kept = PrefixFile(tmp_path / "prefix.json", llama.capture(input_ids=_IDS, layer=2))
+    kept.update(_progress((1,)))
+    assert not (tmp_path / "prefix.json").exists()
+
+
+def test_prefix_of_another_observation_is_refused(llama: LanguageModel, tmp_path: Path) -> None:
+    path = tmp_path / "prefix.json"
+    PrefixFile(path, llama.capture(input_ids=_IDS, layer=2)).save((1,))
+    with pytest.raises(InputError, match="another observation"):
+        PrefixFile(path, llama.capture(input_ids=_IDS, layer=1))
+
+
+@pytest.mark.parametrize("content", ["no json", "{}", '{"format": "sipit.prefix"}', "[]"])
+def test_file_that_is_no_prefix_is_refused(llama: LanguageModel, tmp_path: Path, content: str) -> None:
+    path = tmp_path / "prefix.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match="does not hold a recovered prefix"):
+        PrefixFile(path, llama.capture(input_ids=_IDS, layer=2))
+    assert path.read_text() == content
+
+
+def test_removed_prefix_leaves_nothing(llama: LanguageModel, tmp_path: Path) -> None:
+    path = tmp_path / "prefix.json"
+    kept = PrefixFile(path, llama.capture(input_ids=_IDS, layer=2))
+    kept.save((4,))
+    assert json.loads(path.read_text())["input_ids"] == [4]
+    kept.remove()
+    assert not path.exists()
+
+
+@given(chances=st.lists(st.floats(0.0, 1.0), min_size=1, max_size=8))
+def test_at_least_one_guess_is_always_worthwhile(chances: list[float]) -> None:
+    ordered = torch.tensor(sorted(chances, reverse=True))
+    assert 1 <= worthwhile(ordered) <= len(chances)
+
+
+@given(n_batch=st.integers(1, 6), n_ahead=st.integers(0, 6), first=st.floats(0, 1), limit=st.integers(6, 20))
+def test_tree_shows_each_guess_its_chain_and_nothing_else(n_batch: int, n_ahead: int, first: float, limit: int) -> None:
+    ahead = iter([(torch.tensor([7, 8]), torch.tensor([0.9, 0.05]))] * n_ahead)
+    tree = grow(torch.arange(n_batch), 5, Outlook(first=first, ahead=ahead), limit)
+    assert len(tree.token_ids) <= limit
+    assert len(tree.levels) == len(tree.chain)
+    for depth, level in enumerate(tree.levels):
+        for column in level:
+            assert int(tree.positions[column]) == 5 + depth
+            if tree.sees is not None:
+                expected = {column, *tree.chain[:depth]}
+                assert set(tree.sees[column].nonzero()[:, 0].tolist()) == expected
