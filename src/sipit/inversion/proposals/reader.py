@@ -23,12 +23,13 @@ from sipit.inversion.regression import ridge
 from sipit.inversion.token_keys import TokenKeys
 from sipit.inversion.tree import Outlook, worthwhile
 
-_BLOCK = 16  # positions scored at a time
+_BLOCK = 32  # positions scored at a time
 _MAX_SCORES = 1 << 25  # scores held at once, over all positions ahead
 _WIDTH = 8  # guesses kept for each position ahead
 _PATIENCE = 48  # candidates checked in vain before a regression on them joins
 _PRIOR_NATS = 2.0  # evidence needed to leave the first pair of weights
 _HALF_DOUBT = 128  # candidates checked in vain at which the inverse counts half
+_PRIOR_RIGHT = 60  # right guesses assumed to have been seen, and one wrong
 _SURE = 0.99  # a guess that proves right at this chance teaches nothing
 _LOCAL_RIDGE = 1e-3
 _LOCAL_GAIN = 75.0  # of a cosine, beside a log-probability
@@ -94,6 +95,7 @@ class Reader:
         self._n_blocks = max(2, _MAX_SCORES // (_BLOCK * scene.lm.vocab_size))
         self._scores: dict[int, Tensor] = {}  # first position of a block → (W, V)
         self._logs: dict[int, Tensor] = {}  # first position of a block → (W, V)
+        self._n_settled = self._n_right = 0
         self._guesses: dict[int, _Guesses] = {}  # first position of a block → its best tokens
         self._checked: list[Checked] = []
         self._first = 0.0
@@ -123,7 +125,7 @@ class Reader:
         n_positions = min(self.scene.seen.seq_len, self.scene.position + self._n_blocks * _BLOCK)
         for position in range(self.scene.position + 1, n_positions):
             guesses = self._guesses_at(position)
-            yield guesses.token_ids[position % _BLOCK], guesses.chances[position % _BLOCK]
+            yield guesses.token_ids[position % _BLOCK], guesses.chances[position % _BLOCK] * self._hit_rate
 
     def _guesses_at(self, position: int) -> _Guesses:
         """Return the best tokens of the block of positions that holds this one, by today's weights."""
@@ -145,9 +147,17 @@ class Reader:
         self._checked.append(checked)
         self._n_wasted += len(checked.token_ids)
 
+    @property
+    def _hit_rate(self) -> float:
+        """How often the best guess proved right: no single guess may claim to be surer than that."""
+        return (self._n_right + _PRIOR_RIGHT) / (self._n_settled + _PRIOR_RIGHT + 1)
+
     def settle(self, token_id: int) -> None:
         position = self.scene.position
         guesses = self._guesses.get(position - position % _BLOCK)
+        if guesses is not None:
+            self._n_settled += 1
+            self._n_right += int(guesses.token_ids[position % _BLOCK, 0]) == token_id
         if position == 0 or (guesses is not None and guesses.was_sure_of(position % _BLOCK, token_id)):
             return  # says nothing about the weights
         row, logs = self._rows(position)
