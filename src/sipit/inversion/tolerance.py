@@ -20,7 +20,7 @@ from sipit.models import LanguageModel, TruncatedModel
 from sipit.observations import Observation, Site
 
 SAFETY = 8.0  # the tolerance is this many times the largest noise seen in calibration
-_LENGTHS = (64, 23)  # tokens of the calibration prompts
+_LENGTHS = (48, 17)  # tokens of the calibration prompts
 _SHORT, _FIRSTS = 5, 8  # length and number of prompts for more first tokens, whose norm is extreme
 _SHAPES = ((1, 0), (2, 15), (1, 1), (8, 3), (1, 2), (1, 63), (16, 0), (2, 0))  # tokens right in a row, wrong beside
 
