@@ -45,6 +45,24 @@ def ridge(states: Tensor, keys: Tensor, strength: float = _RIDGE) -> Ridge:
     return Ridge(mean=mean, scale=scale, weight=weight, bias=bias)
 
 
+def sink_cosine(firsts: Tensor, rests: Tensor) -> float:
+    """Return the cosine to the mean first state above which a later state is one of its kind. (N, D), (M, D).
+
+    The first token's state serves attention as a sink, and so do a few later ones: a delimiter at
+    position 1, the repeats of one token. They are long, alike, and read by the first position's
+    inverse, not by the others'. Where the two kinds cannot be told apart, no cosine is high enough.
+    """
+    mean = firsts.mean(dim=0).float()
+    low = cosine_to(rests, mean).quantile(0.95)
+    high = cosine_to(firsts, mean).quantile(0.05)
+    return float((low + high) / 2) if high > low + 0.1 else 2.0
+
+
+def cosine_to(states: Tensor, mean: Tensor) -> Tensor:
+    """Return the cosine of each state with one vector. (N, D), (D,) → (N,)."""
+    return nn.functional.cosine_similarity(states.float(), mean.float()[None], dim=1)
+
+
 def spread_ids(vocab_size: int, n: int, generator: torch.Generator) -> Tensor:
     """Return random tokens, half of them uniform, half log-uniform in the token id. (N,).
 

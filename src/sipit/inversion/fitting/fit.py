@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from sipit.inversion.fitting.states import Cut, capture_windows
 from sipit.inversion.fitting.store import Fit, fit_folder, save_fit
 from sipit.inversion.fitting.training import Recipe, train
 from sipit.inversion.fitting.windows import OnStep, fitting_windows, held_out_windows
-from sipit.inversion.regression import spread_ids
+from sipit.inversion.regression import cosine_to, sink_cosine, spread_ids
 from sipit.inversion.token_keys import TokenKeys, token_keys
 from sipit.models import LanguageModel
 from sipit.storage import read_json, whole_file, write_json
@@ -101,8 +101,7 @@ def _fit_in(
         checkpoint = work / f"training-{site}-{layer}.safetensors"
         phase = told.phase(f"training {site} {layer}")
         network = train(path, windows, keys, recipe, checkpoint, phase)
-        first_mean, first_weight = _first_position(lm, keys, (layer, site), recipe.seed)
-        fit = _calibrated(lm, keys, (layer, site), network, first_mean, first_weight, held_out)
+        fit = _calibrated(lm, keys, (layer, site), network, held_out, recipe.seed)
         report = {
             **fit.report,
             "recipe": asdict(recipe),
@@ -110,7 +109,7 @@ def _fit_in(
             "seconds": shared_seconds / len(cuts) + time.perf_counter() - began,
             "n_windows": len(windows),
         }
-        fits[(layer, site)] = save_fit(lm, layer, site, Fit(**{**fit.__dict__, "report": report}))
+        fits[(layer, site)] = save_fit(lm, layer, site, replace(fit, report=report))
     return fits
 
 
@@ -129,8 +128,10 @@ class FittedScores:
         """Return one query a position of one prompt. (T, D) → (T, K)."""
         fit = self.fit
         queries = fit.network.queries(states.float())
-        first = (states[0].double() - fit.first_mean) @ fit.first_weight
-        queries[0] = torch.nn.functional.normalize(first, dim=0).float() * _FIRST_GAIN
+        is_sink = cosine_to(states, fit.first_mean) > fit.sink_cosine  # (T,)
+        is_sink[0] = True
+        first = (states[is_sink].double() - fit.first_mean) @ fit.first_weight
+        queries[is_sink] = torch.nn.functional.normalize(first, dim=1).float() * _FIRST_GAIN
         return queries
 
     def scores(self, queries: Tensor) -> Tensor:
@@ -142,8 +143,10 @@ class FittedScores:
 _FIRST_GAIN = 12.0  # of a unit query at position 0: cosines of 1 against at most 0.5
 
 
-def _first_position(lm: LanguageModel, keys: TokenKeys, cut: Cut, seed: int) -> tuple[Tensor, Tensor]:
-    """Fit the position without a prefix, where the state depends on one token alone. (D,), (D, K).
+def _first_position(lm: LanguageModel, keys: TokenKeys, cut: Cut, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Fit the position without a prefix, where the state depends on one token alone.
+
+    Returns the states it is fitted on (N, D), their mean (D,), and the map from state to query (D, K).
 
     In float64: the state can be 22,680 long and nearly constant, the token in its last digits.
     """
@@ -161,7 +164,7 @@ def _first_position(lm: LanguageModel, keys: TokenKeys, cut: Cut, seed: int) -> 
     x = (rows - mean) @ whitener
     gram = x.T @ x
     gram.diagonal().add_(0.1 * len(x))
-    return mean, whitener @ torch.linalg.solve(gram, x.T @ keys.keys(tokens).double())
+    return rows, mean, whitener @ torch.linalg.solve(gram, x.T @ keys.keys(tokens).double())
 
 
 @torch.no_grad()
@@ -170,23 +173,23 @@ def _calibrated(
     keys: TokenKeys,
     cut: Cut,
     network: InverseNetwork,
-    first_mean: Tensor,
-    first_weight: Tensor,
     held_out: dict[str, Tensor],
+    seed: int,
 ) -> Fit:
     """Choose temperature and likelihood weight on held-out windows, and measure the ranks there."""
     layer, site = cut
-    raw = FittedScores(
-        keys,
-        Fit(
-            network=network,
-            first_mean=first_mean,
-            first_weight=first_weight,
-            temperature=1.0,
-            likelihood_weight=0.0,
-            report={},
-        ),
+    firsts, first_mean, first_weight = _first_position(lm, keys, cut, seed)
+    rests = torch.cat([lm.cut(*cut).ordinary(ids)[1:] for windows in held_out.values() for ids in windows[:4]])
+    untuned = Fit(
+        network=network,
+        first_mean=first_mean,
+        first_weight=first_weight,
+        sink_cosine=sink_cosine(firsts, rests),
+        temperature=1.0,
+        likelihood_weight=0.0,
+        report={},
     )
+    raw = FittedScores(keys, untuned)
     nats = torch.zeros(len(_TEMPERATURES), len(_LIKELIHOOD_WEIGHTS))
     for windows in held_out.values():
         for ids in windows:
@@ -207,14 +210,7 @@ def _calibrated(
         alone, together = torch.cat(ranks, dim=1)
         kinds[kind] = {"alone": _figures(alone), "with_likelihood": _figures(together)}
     report: dict[str, Any] = {"layer": layer, "site": site, "held_out": kinds}
-    return Fit(
-        network=network,
-        first_mean=first_mean,
-        first_weight=first_weight,
-        temperature=temperature,
-        likelihood_weight=weight,
-        report=report,
-    )
+    return replace(untuned, temperature=temperature, likelihood_weight=weight, report=report)
 
 
 def _held_out_scores(lm: LanguageModel, raw: FittedScores, cut: Cut, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ from sipit.observations import Site
 from sipit.storage import cache_dir, whole_file
 
 _FORMAT = "sipit.fit"
-_VERSION = "2"
+_VERSION = "3"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,7 @@ class Fit:
     network: InverseNetwork
     first_mean: Tensor  # (D,) float64, of the states at position 0
     first_weight: Tensor  # (D, K) float64, from such a state to a query
+    sink_cosine: float  # states nearer than this to first_mean are read as first ones
     temperature: float  # scores are divided by it, so that the softmax tells how often it is right
     likelihood_weight: float  # of the model's log-probabilities beside the scores
     report: dict[str, Any]  # held-out ranks by kind of text, cost, recipe
@@ -58,6 +59,7 @@ def save_fit(lm: LanguageModel, layer: int, site: Site, fit: Fit) -> Path:
         "format": _FORMAT,
         "version": _VERSION,
         "fingerprint": lm.fingerprint,
+        "sink_cosine": repr(fit.sink_cosine),
         "temperature": repr(fit.temperature),
         "likelihood_weight": repr(fit.likelihood_weight),
         "report": json.dumps(fit.report),
@@ -102,6 +104,7 @@ def _restored(lm: LanguageModel, tensors: dict[str, Tensor], metadata: dict[str,
         network=network.to(lm.device).eval().requires_grad_(False),
         first_mean=tensors["first.mean"].double().to(lm.device),
         first_weight=tensors["first.weight"].double().to(lm.device),
+        sink_cosine=float(metadata["sink_cosine"]),
         temperature=temperature,
         likelihood_weight=share,
         report=json.loads(metadata["report"]),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sipit.inversion.regression import Ridge, ridge, spread_ids
+from sipit.inversion.regression import Ridge, cosine_to, ridge, sink_cosine, spread_ids
 from sipit.inversion.result import Meter
 from sipit.inversion.token_keys import TokenKeys, token_keys
 from sipit.models import LanguageModel
@@ -31,6 +31,7 @@ class AnchorInverse:
     keys: TokenKeys
     first: Ridge
     rest: Ridge
+    sink_cosine: float  # states nearer than this to the mean first state are read as first ones
     block_tokens: int  # what the anchors cost
     fallibility: float = 0.0  # its scores stay worth having after many misses
     weights: tuple[tuple[float, float], ...] = (
@@ -41,7 +42,9 @@ class AnchorInverse:
     def queries(self, states: Tensor) -> Tensor:
         """Return one unit query a position of one prompt. (T, D) → (T, K)."""
         states = states.float()
-        return torch.cat([self.first(states[:1]), self.rest(states[1:])])
+        is_sink = cosine_to(states, self.first.mean) > self.sink_cosine  # (T,)
+        is_sink[0] = True
+        return torch.where(is_sink[:, None], self.first(states), self.rest(states))
 
     def scores(self, queries: Tensor) -> Tensor:
         """Return the cosine of each query with every token's key. (N, K) → (N, V)."""
@@ -79,5 +82,6 @@ def _fit(lm: LanguageModel, layer: int, site: Site) -> AnchorInverse:
         keys=keys,
         first=ridge(alone, keys.keys(firsts), strength=1e-3),
         rest=ridge(torch.cat(states), keys.keys(torch.cat(tokens))),
+        sink_cosine=sink_cosine(alone, torch.cat(states)),
         block_tokens=(spent + len(firsts)) * layer,
     )
