@@ -55,7 +55,7 @@ def sink_cosine(firsts: Tensor, rests: Tensor) -> float:
     mean = firsts.mean(dim=0).float()
     low = cosine_to(rests, mean).quantile(0.95)
     high = cosine_to(firsts, mean).quantile(0.05)
-    return float((low + high) / 2) if high > low + 0.1 else 2.0
+    return float(low + 0.8 * (high - low)) if high > low + 0.1 else 2.0
 
 
 def cosine_to(states: Tensor, mean: Tensor) -> Tensor:
