@@ -36,7 +36,7 @@ def prompts(lm: LanguageModel, n_tokens: int) -> dict[str, Tensor]:
         "random ids": torch.randint(lm.vocab_size, (n_tokens,), generator=generator),
         "repeated": lm.encode(" the")[-1:].repeat(n_tokens),
         "newlines": newlines[:n_tokens],
-        "emoji, scripts": lm.encode(_SCRIPTS)[:n_tokens],
+        "emoji and scripts": lm.encode(_SCRIPTS)[:n_tokens],
         "chat template": lm.encode("Who are you?", chat=True)[-n_tokens:],
     }
 
