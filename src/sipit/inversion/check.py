@@ -70,10 +70,6 @@ class PackedCheck:
         """Largest distance that arithmetic alone explains at a position."""
         return float(self._limit[position])
 
-    def candidates(self, token_ids: Tensor) -> Checked:
-        """Check tokens for the next position, each on its own behind the prefix. (Q,)."""
-        return self.tree(token_ids, torch.full_like(token_ids, self.position), None)
-
     def tree(self, token_ids: Tensor, positions: Tensor, sees: Tensor | None) -> Checked:
         """Check tokens at several positions in one pass; token i attends to packed token j where sees[i, j]."""
         states = self.cut.packed(self.cache, token_ids, positions, sees).to(self.observed.dtype)

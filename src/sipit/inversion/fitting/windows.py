@@ -15,7 +15,6 @@ from sipit.corpora import library_code, library_prose
 from sipit.inversion.fitting.arithmetic import fast_arithmetic
 from sipit.models import LanguageModel
 
-KINDS = ("prose", "code", "random ids", "inserted", "own samples", "user text")
 _SHARES = {"prose": 0.21, "code": 0.17, "random ids": 0.19, "inserted": 0.18, "own samples": 0.25}
 _HELD_OUT = ("asyncio", "email", "xml", "unittest")  # packages of the library kept for the report
 _SAMPLE_BATCH = 256

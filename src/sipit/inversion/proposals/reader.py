@@ -131,12 +131,11 @@ class Reader:
         """Return the best tokens of the block of positions that holds this one, by today's weights."""
         self._rows(position)
         start = position - position % _BLOCK
-        weights = self._inverse.weights[int(self._nats.argmin())]
+        weights = self._weights
         logs = self._logs.get(start) if self._uses_likelihood else None
         known = self._guesses.get(start)
         if known is None or known.weights != weights or known.has_logs != (logs is not None):
-            logits = weights[0] * self._scores[start]  # (W, V)
-            logits = logits if logs is None else logits + weights[1] * logs
+            logits = _fused(weights, self._scores[start], logs)  # (W, V)
             best = logits.topk(min(_WIDTH, logits.shape[1]), dim=1)
             chances = (best.values - logits.logsumexp(dim=1, keepdim=True)).exp()
             known = _Guesses(weights, logs is not None, best.indices.cpu(), chances.cpu())
@@ -161,14 +160,17 @@ class Reader:
         if position == 0 or (guesses is not None and guesses.was_sure_of(position % _BLOCK, token_id)):
             return  # says nothing about the weights
         row, logs = self._rows(position)
-        for i, (of_score, of_log) in enumerate(self._inverse.weights):
-            logits = of_score * row if logs is None else of_score * row + of_log * logs
+        for i, weights in enumerate(self._inverse.weights):
+            logits = _fused(weights, row, logs)
             self._nats[i] += float(logits.logsumexp(dim=0) - logits[token_id])
 
     def _logits(self, position: int) -> Tensor:
-        of_score, of_log = self._inverse.weights[int(self._nats.argmin())]
-        row, logs = self._rows(position)
-        return of_score * row if logs is None else of_score * row + of_log * logs  # (V,)
+        return _fused(self._weights, *self._rows(position))  # (V,)
+
+    @property
+    def _weights(self) -> tuple[float, float]:
+        """The pair of weights that the recovered positions speak for."""
+        return self._inverse.weights[int(self._nats.argmin())]
 
     def _rows(self, position: int) -> tuple[Tensor, Tensor | None]:
         """Return the inverse's scores and the log-probabilities at a position. (V,), (V,)."""
@@ -194,7 +196,7 @@ class Reader:
         on the candidates checked behind this very prefix.
         """
         doubt = n_checked / (n_checked + _HALF_DOUBT)
-        of_score, of_log = self._inverse.weights[int(self._nats.argmin())]
+        of_score, of_log = self._weights
         row, logs = self._rows(self.scene.position)
         logits = (1 - self._inverse.fallibility * doubt) * of_score * row
         if logs is not None and of_log:
@@ -204,3 +206,8 @@ class Reader:
         keys = self._inverse.keys
         query = ridge(states, keys.keys(tokens), _LOCAL_RIDGE)(self.scene.target[None].float())
         return logits + doubt * _LOCAL_GAIN * keys.scores(query)[0]
+
+
+def _fused(weights: tuple[float, float], scores: Tensor, logs: Tensor | None) -> Tensor:
+    """Return the weighted sum of scores and log-probabilities, where there are any."""
+    return weights[0] * scores if logs is None else weights[0] * scores + weights[1] * logs
