@@ -183,9 +183,11 @@ def test_ctrl_c_prints_the_recovered_prefix_and_exits_with_130(tmp_path: Path, t
     text = "x" * 200  # long, and in an order that needs many passes a token
     lm = sipit.load(text_folder)
     sipit.write_observation(lm.capture(text, layer=3), tmp_path / "seen")
-    # a progress line after every step, so that the test knows when something was recovered
+    # a progress line after every step, so that the test knows when something was recovered; a test run
+    # started in the background hands on an ignored SIGINT, which no terminal would
     code = (
-        "import sys, sipit.cli.display as d, sipit.cli; d._LINE_SECONDS = 0.0; sys.exit(sipit.cli.main(sys.argv[1:]))"
+        "import signal, sys, sipit.cli.display as d, sipit.cli; d._LINE_SECONDS = 0.0; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(sipit.cli.main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, "invert", str(tmp_path / "seen"), "--policy", "gradient"]
     json_path = tmp_path / "c.json"
