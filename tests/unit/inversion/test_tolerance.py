@@ -186,7 +186,7 @@ def test_packed_pass_that_computes_another_model_is_refused(monkeypatch: pytest.
     seen = lm.capture(input_ids=IDS, layer=2)
     cut = lm.cut(2)
     real = cut.packed
-    monkeypatch.setattr(cut, "packed", lambda *a, **k: real(*a, **k) + torch.randn(32))
+    monkeypatch.setattr(cut, "packed", lambda *a, **k: real(*a, **k).flip(-1))  # unseeded noise fell short at times
     with pytest.raises(sipit.SipitError, match="packed check does not"):
         sipit.invert(lm, seen, policy="vocabulary")
 
