@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from sipit import __version__
-from sipit.cli import commands
+from sipit.cli import collisions, commands
 from sipit.errors import OptionError
 
 _MODEL = "pinned model (smollm2-135m, gemma-3-270m), folder, .gguf file or hub id"
@@ -118,13 +118,14 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--seed", type=int, default=0, help="of the random draws")
     bench.add_argument("--json", type=Path, metavar="OUT", help="write the record")
     _model_options(bench, default="smollm2-135m")
+    collisions.add_collisions(add, _command, _model_options)
     return top
 
 
 def _command(
     add: argparse._SubParsersAction[_Parser],
     name: str,
-    run: Callable[[argparse.Namespace], int],
+    run: Callable[[argparse.Namespace], int] | None,
     summary: str,
     epilog: str | None = None,
 ) -> _Parser:

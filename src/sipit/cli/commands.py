@@ -32,7 +32,7 @@ def demo(options: Namespace) -> int:
     """Run `sipit demo`."""
     from sipit.inversion.certificate import certificate_of, check_certificate
 
-    lm = _loaded(options.model, options)
+    lm = loaded(options.model, options)
     layer = lm.n_layers // 2 if options.layer is None else options.layer
     seen = lm.capture(_PARAGRAPH, layer=layer)
     _say(
@@ -64,7 +64,7 @@ def capture(options: Namespace) -> int:
     if options.store_dtype is not None:
         dtype_named(options.store_dtype)
     prompts = _prompts_of(options)
-    lm = _loaded(options.model, options)
+    lm = loaded(options.model, options)
     observations = [
         lm.capture(prompt, layer=options.layer, site=options.site, dtype=options.store_dtype, chat=options.chat)
         for prompt in prompts
@@ -94,7 +94,7 @@ def invert(options: Namespace) -> int:
         require_writable(options.json)
     if options.any_model:
         seen = replace(seen, fingerprint=None)
-    lm = _loaded(_model_of(options, seen), options)
+    lm = loaded(_model_of(options, seen), options)
     found = _inverted(lm, seen, options)
     _print_text(found)
     if options.json is not None:
@@ -120,7 +120,7 @@ def _invert_all(options: Namespace) -> int:
         _say(f"{options.json} already holds {len(named) - len(waiting)} of {len(named)} observations; going on")
     n_recovered = sum(verdict == "recovered" for verdict in done.values())
     if waiting:
-        lm = _loaded(_model_of(options, waiting[0][1]), options)
+        lm = loaded(_model_of(options, waiting[0][1]), options)
         with CountDisplay(len(waiting)) as display:
             found_all = invert_many(
                 lm,
@@ -151,8 +151,8 @@ def fit(options: Namespace) -> int:
     if options.json is not None:
         require_writable(options.json)
     texts = [_text_of(path) for path in options.text]
-    lm = _loaded(options.model, options)
-    cuts = [_cut_of(lm, layer) for layer in options.layer]
+    lm = loaded(options.model, options)
+    cuts = [cut_of(lm, layer) for layer in options.layer]
     with CountDisplay(0) as display:
         files = fit_inverse(lm, cuts, texts=texts, on_progress=display.fitting)
     reports = []
@@ -189,8 +189,8 @@ def bench(options: Namespace) -> int:
     text = None if options.random_ids else _text_of(options.text_file)
     methods = options.method or ["auto", "auto-no-fit", "vocabulary-matching"]
     experiment.require_methods(methods)
-    lm = _loaded(options.model, options)
-    cuts = [_cut_of(lm, layer) for layer in options.layer]
+    lm = loaded(options.model, options)
+    cuts = [cut_of(lm, layer) for layer in options.layer]
     sizes = {"n_tokens": options.tokens, "n_prompts": options.prompts}
     if text is None:
         prompts = experiment.random_prompts(lm, seed=options.seed, **sizes)
@@ -220,7 +220,7 @@ def check(options: Namespace) -> int:
     seen = read_observation(options.file)
     if options.json is not None:
         require_writable(options.json)
-    lm = _loaded(options.model or record["model"], options)
+    lm = loaded(options.model or record["model"], options)
     outcome = check_certificate(record, seen, lm)
     if options.json is not None:
         write_json(options.json, asdict(outcome))
@@ -239,7 +239,7 @@ def check(options: Namespace) -> int:
     return 1
 
 
-def _loaded(name: str, options: Namespace) -> LanguageModel:
+def loaded(name: str, options: Namespace) -> LanguageModel:
     from sipit.cli.display import waiting
 
     with waiting(f"loading {name}"):
@@ -287,7 +287,7 @@ def _search_options(options: Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names}
 
 
-def _cut_of(lm: LanguageModel, name: str) -> tuple[int, Site]:
+def cut_of(lm: LanguageModel, name: str) -> tuple[int, Site]:
     """Return the layer and site that a --layer option names."""
     if name == "final":
         return lm.n_layers, "final"

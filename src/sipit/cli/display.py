@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -115,6 +115,19 @@ class CountDisplay:
         left = progress.seconds / max(progress.done, 1) * (progress.total - progress.done)
         share = 100 * progress.done / max(progress.total, 1)
         self._show(f"{progress.phase}: {share:.0f} %, about {left:.0f} s left")
+
+    def phase(self, what: str) -> Callable[[int, int], None]:
+        """Return a callback that shows how much of one phase is done, from now on, and the time left."""
+        began, first = time.monotonic(), -1
+
+        def tell(done: int, total: int) -> None:
+            nonlocal first
+            first = done if first < 0 else first  # what an earlier run left is done at once
+            seconds = time.monotonic() - began
+            left = f", about {seconds / (done - first) * (total - done):.0f} s left" if done > first else ""
+            self._show(f"{what}: {done:,} of {total:,}{left}")
+
+        return tell
 
     def _show(self, line: str) -> None:
         if self._console.is_terminal:

@@ -145,20 +145,32 @@ class TruncatedModel:
         Returns:
             (Q, D)
         """
-        return self._packed_row(cache, positions, sees, input_ids=token_ids.to(self.device)[None])
+        return self._packed_row(self._packed, cache, positions, sees, input_ids=token_ids.to(self.device)[None])
+
+    @torch.no_grad()
+    def packed_at(
+        self, cache: PrefixCache, token_ids: Tensor, positions: Tensor, cuts: Sequence[tuple[int, bool]]
+    ) -> list[Tensor]:
+        """As `packed`, each token alone behind the prefix, at several (layer, is_final) cuts. (Q, D) each."""
+        taps = [_Tap(block) for block in cast(nn.ModuleList, getattr(self._packed, self._family.blocks))]
+        tapped = _clone(self._packed, {self._family.blocks: nn.ModuleList(taps)})
+        last = self._packed_row(tapped, cache, positions, None, input_ids=token_ids.to(self.device)[None])
+        return [states.reshape(len(token_ids), -1) for states in _at_cuts(taps, last, cuts, self.is_final)]
 
     def packed_embeddings(self, cache: PrefixCache, embeddings: Tensor, positions: Tensor) -> Tensor:
         """As `packed`, from embedding vectors (Q, D), each alone behind the prefix; differentiable."""
-        return self._packed_row(cache, positions, None, inputs_embeds=embeddings[None])
+        return self._packed_row(self._packed, cache, positions, None, inputs_embeds=embeddings[None])
 
-    def _packed_row(self, cache: PrefixCache, positions: Tensor, sees: Tensor | None, **tokens: Tensor) -> Tensor:
+    def _packed_row(
+        self, model: nn.Module, cache: PrefixCache, positions: Tensor, sees: Tensor | None, **tokens: Tensor
+    ) -> Tensor:
         positions = positions.to(self.device)
         n_packed = positions.shape[0]
         if sees is None:
             sees = torch.eye(n_packed, dtype=torch.bool)
         visible = torch.ones(n_packed, cache.length + n_packed, dtype=torch.bool, device=self.device)
         visible[:, cache.length :] = sees  # (Q, P + Q)
-        output = self._packed(
+        output = model(
             **tokens,
             position_ids=positions[None],
             attention_mask=self._masks(visible, positions, cache.length),
@@ -264,13 +276,10 @@ class TappedModel:
         """Return the states at each cut, in their order. (B, L) → one (B, L, D) a cut."""
         device = next(self._trunk.parameters()).device
         last = self._trunk(input_ids=input_ids.to(device), use_cache=False)[0]
-        found = []
-        for layer, is_final in self.cuts:
-            at_end = layer == self.layer and (is_final or not self._is_final)
-            found.append(last if at_end else self._taps[layer].entered if layer < self.layer else self._taps[-1].left)
+        found = _at_cuts(self._taps, last, self.cuts, self._is_final)
         for tap in self._taps:
             tap.entered = tap.left = None
-        return cast(list[Tensor], found)
+        return found
 
 
 class _Tap(nn.Module):
@@ -295,6 +304,17 @@ class _Tap(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("block"), name)
+
+
+def _at_cuts(taps: Sequence[_Tap], last: Tensor, cuts: Sequence[tuple[int, bool]], ends_final: bool) -> list[Tensor]:
+    """Return what the taps of one pass saw at each (layer, is_final); `last` is what came out at its end."""
+    found: list[Tensor | None] = []
+    for layer, is_final in cuts:
+        if layer < len(taps):
+            found.append(taps[layer].entered)
+        else:
+            found.append(last if is_final or not ends_final else taps[-1].left)
+    return cast(list[Tensor], found)
 
 
 class _Skip(nn.Module):

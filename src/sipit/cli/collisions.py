@@ -1,0 +1,321 @@
+"""The commands under `sipit collisions`: their options, one public call each, and the result in print."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sipit.errors import OptionError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sipit.collisions import StateFolder
+    from sipit.collisions.states import Cut
+    from sipit.models import LanguageModel
+
+Adder = Callable[..., Any]
+
+_GIB = 1 << 30
+
+
+def add_collisions(add: Any, command: Adder, model_options: Adder) -> None:
+    """Add `collisions` and its own commands to the parser."""
+    group = command(add, "collisions", None, "measure how far apart the states of different prompts lie")
+    inner = group.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=type(group))
+
+    survey = command(inner, "survey", run_survey, "the closest pairs among many prompts' last states, at every layer")
+    survey.add_argument("--folder", type=Path, required=True, help="keeps the captured states; run again to go on")
+    _corpus_options(survey, n_prompts=2000, lengths="4,6,8,10,12")
+    _layer_option(survey, "default: every layer from 1 on, and final")
+    survey.add_argument("--k", type=int, default=10, help="closest pairs to report (default: 10)")
+    survey.add_argument("--full", action="store_true", help="distribution over all pairs, and the farthest pair")
+    survey.add_argument("--shard", type=int, default=2048, metavar="N", help="prompts a file (default: 2048)")
+    survey.add_argument("--figure", type=Path, metavar="FILE", help="draw distances by layer and by length")
+    _search_options(survey)
+    model_options(survey, default="smollm2-135m")
+
+    continued = command(inner, "continuations", run_continuations, "every next token behind the closest prompts")
+    continued.add_argument("--folder", type=Path, required=True, help="keeps the captured states; run again to go on")
+    continued.add_argument("--survey", type=Path, metavar="FOLDER", help="take the closest prompts of this survey")
+    continued.add_argument("--text", action="append", default=[], metavar="T", help="a prefix; repeatable")
+    continued.add_argument("--prefixes", type=int, default=10, metavar="N", help="prompts of --survey (default: 10)")
+    _layer_option(continued, "default: the middle one and the last")
+    _search_options(continued)
+    model_options(continued, default="smollm2-135m")
+
+    margins = command(inner, "margins", run_margins, "how far apart the next tokens of a prefix lie, at every layer")
+    _corpus_options(margins, n_prompts=100, lengths="4,8,12")
+    margins.add_argument(
+        "--tokens", type=int, default=256, metavar="N", help="next tokens tried, 0 for all (default: 256, at random)"
+    )
+    _layer_option(margins, "default: every layer from 1 on, and final")
+    margins.add_argument("--json", type=Path, metavar="OUT", help="write the record")
+    model_options(margins, default="smollm2-135m")
+
+
+def _corpus_options(command: argparse.ArgumentParser, *, n_prompts: int, lengths: str) -> None:
+    command.add_argument(
+        "--corpus",
+        default="library",
+        metavar="C",
+        help="library, library-prose, library-code, a file or folder, or from the hub: wikipedia, c4, "
+        "pile-uncopyrighted, python-github-code (default: library)",
+    )
+    command.add_argument("--revision", help="commit of a hub data set (default: its newest)")
+    command.add_argument("--prompts", type=int, default=n_prompts, metavar="N", help=f"(default: {n_prompts})")
+    command.add_argument("--lengths", default=lengths, metavar="L", help=f"tokens, by commas (default: {lengths})")
+    command.add_argument("--per-text", type=int, default=256, metavar="N", help="most prompts from one text")
+    command.add_argument("--seed", type=int, default=0, help="of the random draws")
+
+
+def _layer_option(command: argparse.ArgumentParser, default: str) -> None:
+    command.add_argument("--layer", action="append", metavar="L", help=f"blocks run, or 'final'; repeatable; {default}")
+
+
+def _search_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--threshold", type=float, default=1e-6, metavar="L2", help="a collision is this near (1e-6)")
+    command.add_argument("--memory", type=float, default=2.0, metavar="GIB", help="of a search (default: 2)")
+    command.add_argument("--json", type=Path, metavar="OUT", help="write the record")
+
+
+def run_survey(options: argparse.Namespace) -> int:
+    """Run `sipit collisions survey`."""
+    from sipit.cli.display import CountDisplay
+    from sipit.collisions import capture_states, survey
+    from sipit.report.collisions import draw_survey, require_matplotlib
+    from sipit.storage import LineLog, require_writable
+
+    if options.json is not None:
+        require_writable(options.json)
+    if options.figure is not None:
+        require_matplotlib()
+        require_writable(options.figure)
+    memory = _memory_of(options)
+    lm = _loaded(options)
+    cuts = _cuts_of(lm, options, default=_every_layer(lm))
+    prompts, source = _prompts_of(lm, options)
+    with CountDisplay(0) as display:
+        folder = capture_states(
+            lm, prompts, cuts, options.folder, source=source, shard_prompts=options.shard,
+            on_step=display.phase("prompts captured"),
+        )  # fmt: skip
+        settings = {"k": options.k, "threshold": options.threshold, "is_full": options.full}
+        log = LineLog(options.folder / "survey.jsonl")
+        layers = {_key(line): line for line in log.records() if line.get("settings") == settings}
+        waiting = [cut for cut in cuts if cut not in layers]
+        print(_SURVEY_HEAD)
+        for cut in cuts:
+            if cut in layers:
+                print(_survey_line(layers[cut]))
+        found = survey(
+            folder, cuts=waiting, k=options.k, threshold=options.threshold, memory=memory, is_full=options.full
+        )
+        tell = display.phase("layers searched")
+        for number, layer in enumerate(found, start=1):
+            record = {"settings": settings, **_with_texts(asdict(layer), folder, lm)}
+            log.append(record)
+            layers[_key(record)] = record
+            print(_survey_line(record), flush=True)
+            tell(number, len(waiting))
+    done = [layers[cut] for cut in cuts]
+    record = {**_head(lm), "source": folder.manifest["source"], "n_prompts": len(folder), "layers": done}
+    _write(options.json, record)
+    if options.figure is not None:
+        draw_survey(record, options.figure)
+    n_collisions = sum(int(layer["n_collisions"]) for layer in done)
+    _say(
+        f"{sum(int(layer['n_pairs']) for layer in done):,} pairs in {len(done)} layers: {n_collisions} at distance "
+        f"{options.threshold:g} or nearer"
+    )
+    return 0
+
+
+def run_continuations(options: argparse.Namespace) -> int:
+    """Run `sipit collisions continuations`."""
+    from sipit.cli.display import CountDisplay
+    from sipit.collisions import StateFolder, capture_continuations, closest_prompts, continuations
+    from sipit.storage import require_writable
+
+    if (options.survey is None) == (not options.text):
+        raise OptionError("continuations need prefixes: pass either --survey FOLDER or --text, which may be repeated")
+    if options.json is not None:
+        require_writable(options.json)
+    memory = _memory_of(options)
+    lm = _loaded(options)
+    cuts = _cuts_of(lm, options, default=[(max(lm.n_layers // 2, 1), "block"), (lm.n_layers, "block")])
+    if options.survey is None:
+        prefixes = [lm.encode(text) for text in options.text]
+    else:
+        prefixes = closest_prompts(StateFolder(options.survey), cuts[-1], n=options.prefixes, memory=memory)
+    records = []
+    with CountDisplay(0) as display:
+        folder = capture_continuations(
+            lm, prefixes, cuts, options.folder, on_step=display.phase("continuations captured")
+        )
+        for layer in continuations(
+            lm, folder, threshold=options.threshold, memory=memory, on_step=display.phase("searches done")
+        ):
+            records.append(asdict(layer))
+            for kind, summary in (("within a prefix", layer.within), ("across prefixes", layer.across)):
+                if summary.closest is not None:
+                    near = summary.closest
+                    print(
+                        f"layer {_layer_name(layer.layer, layer.site)}, {kind}: {summary.n_pairs:,} pairs, closest "
+                        f"{near.distance:.6g} ({near.ordinary_distance:.6g} by ordinary passes, "
+                        f"{near.relative_to_norm:.2g} of the norm), {summary.n_collisions} collisions: "
+                        f"{_shown(lm, near.first)} | {_shown(lm, near.second)}",
+                        flush=True,
+                    )
+    texts = [lm.decode(prefix) for prefix in prefixes]
+    _write(options.json, {**_head(lm), "prefixes": texts, "layers": records})
+    return 0
+
+
+def run_margins(options: argparse.Namespace) -> int:
+    """Run `sipit collisions margins`."""
+    from sipit.cli.display import CountDisplay
+    from sipit.collisions import margins
+    from sipit.storage import require_writable
+
+    if options.json is not None:
+        require_writable(options.json)
+    lm = _loaded(options)
+    cuts = _cuts_of(lm, options, default=_every_layer(lm))
+    prefixes, source = _prompts_of(lm, options)
+    with CountDisplay(0) as display:
+        found = margins(
+            lm, prefixes, cuts, n_tokens=options.tokens or None, seed=options.seed,
+            on_step=display.phase("prefixes done"),
+        )  # fmt: skip
+    print(f"{'layer':>8} {'least':>10} {'median':>10} {'mean':>10} {'least/norm':>11} {'median/norm':>11}  closest")
+    for layer in found:
+        print(
+            f"{_layer_name(layer.layer, layer.site):>8} {layer.least:10.4g} {dict(layer.percentiles)[50]:10.4g} "
+            f"{layer.mean:10.4g} {layer.least_relative_to_norm:11.2g} {layer.median_relative_to_norm:11.2g}  "
+            f"{' | '.join(_shown(lm, [token]) for token in layer.least_tokens)}"
+        )
+    _write(options.json, {**_head(lm), "source": source, "layers": [asdict(layer) for layer in found]})
+    return 0
+
+
+_SURVEY_HEAD = (
+    f"{'layer':>8} {'prompts':>8} {'pairs':>15} {'closest':>11} {'/ norm':>9} {'/ median':>9} {'median':>9} "
+    f"{'equal':>6} {'collide':>8} {'multiplied':>11} {'seconds':>8}"
+)
+
+
+def _survey_line(layer: dict[str, Any]) -> str:
+    near = layer["closest"][0]
+    return (
+        f"{_layer_name(layer['layer'], layer['site']):>8} {layer['n_prompts']:>8} {layer['n_pairs']:>15,} "
+        f"{near['distance']:11.6g} {_short(near['relative_to_norm'])} {_short(near['relative_to_median'])} "
+        f"{layer['spread']['median']:9.4g} {layer['n_equal']:>6} {layer['n_collisions']:>8} "
+        f"{layer['n_multiplied'] / max(layer['n_pairs'], 1):>10.2%} {layer['seconds']:8.1f}"
+    )
+
+
+def _short(value: float | None) -> str:
+    return f"{'-' if value is None else format(value, '.2g'):>9}"
+
+
+def _with_texts(layer: dict[str, Any], folder: StateFolder, lm: LanguageModel) -> dict[str, Any]:
+    """Add the two prompts to each closest pair, and the median, which a reader wants by name."""
+    for pair in layer["closest"]:
+        for end in ("first", "second"):
+            ids = folder.prompt(pair[end])
+            pair |= {f"{end}_ids": ids.tolist(), f"{end}_text": lm.decode(ids)}
+    layer["spread"]["median"] = dict(layer["spread"]["percentiles"])[50]
+    return layer
+
+
+def _key(record: dict[str, Any]) -> Any:
+    return record.get("layer"), record.get("site")
+
+
+def _layer_name(layer: int, site: str) -> str:
+    return "final" if site == "final" else str(layer)
+
+
+def _shown(lm: LanguageModel, ids: Iterable[int]) -> str:
+    ids = list(ids)
+    text = lm.decode(ids)
+    return str(ids) if text is None else repr(text)
+
+
+def _loaded(options: argparse.Namespace) -> LanguageModel:
+    from sipit.cli.commands import loaded
+
+    return loaded(options.model, options)
+
+
+def _every_layer(lm: LanguageModel) -> list[Cut]:
+    return [*((layer, "block") for layer in range(1, lm.n_layers + 1)), (lm.n_layers, "final")]
+
+
+def _cuts_of(lm: LanguageModel, options: argparse.Namespace, *, default: list[Any]) -> list[Cut]:
+    from sipit.cli.commands import cut_of
+
+    return default if not options.layer else [cut_of(lm, name) for name in dict.fromkeys(options.layer)]
+
+
+def _memory_of(options: argparse.Namespace) -> int:
+    if not 0.01 <= options.memory < 1e6:
+        raise OptionError(f"--memory is {options.memory} GiB; a search needs at least 0.01")
+    return int(options.memory * _GIB)
+
+
+def _prompts_of(lm: LanguageModel, options: argparse.Namespace) -> tuple[list[Tensor], dict[str, Any]]:
+    """Return the prompts that the corpus options ask for, and where they come from."""
+    from sipit.cli.display import waiting
+    from sipit.corpora import corpus, exact_prompts, special_start
+
+    parts = [part.strip() for part in options.lengths.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise OptionError(f"--lengths takes numbers of tokens separated by commas, got {options.lengths!r}")
+    lengths = [int(part) for part in parts]
+    texts = corpus(options.corpus, seed=options.seed, revision=options.revision)
+    with waiting("reading prompts"):
+        prompts = exact_prompts(
+            lm.encode,
+            texts.texts,
+            n_prompts=options.prompts,
+            lengths=lengths,
+            seed=options.seed,
+            start=special_start(lm.encode),
+            per_text=options.per_text,
+        )
+    return prompts, {**texts.describe(), "lengths": lengths, "per_text": options.per_text}
+
+
+def _head(lm: LanguageModel) -> dict[str, Any]:
+    import torch
+
+    from sipit import __version__
+
+    return {
+        "sipit": __version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "model": lm.name,
+        "fingerprint": lm.fingerprint,
+        "device": str(lm.device),
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "made": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def _write(path: Path | None, record: dict[str, Any]) -> None:
+    from sipit.storage import write_json
+
+    if path is not None:
+        write_json(path, record)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)

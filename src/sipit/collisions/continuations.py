@@ -1,0 +1,235 @@
+"""Every next token behind some prefixes: the closest states within a prefix and across prefixes, exactly.
+
+States come from packed passes behind the prefix's cache; the closest pairs are computed again by
+ordinary forward passes, and both distances are reported.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sipit.collisions.nearest import MEMORY, OnStep, PairSearch, search_between, search_pairs
+from sipit.collisions.scales import THRESHOLD
+from sipit.collisions.spread import Spread, sampled_spread
+from sipit.collisions.states import Cut, last_states
+from sipit.collisions.store import (
+    FORMAT,
+    VERSION,
+    Shard,
+    StateFolder,
+    cut_name,
+    prompts_sha256,
+    whole_shards,
+    write_manifest,
+    write_shard,
+)
+from sipit.errors import OptionError
+from sipit.models import LanguageModel
+from sipit.observations import Site
+
+_BATCH = 256  # continuations in one packed pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinuedPair:
+    """Two continued prompts whose states lie close."""
+
+    first: tuple[int, ...]  # token ids
+    second: tuple[int, ...]
+    distance: float  # L2 of the states from packed passes, decided by float64 differences
+    ordinary_distance: float  # L2 of the states from one ordinary forward pass each
+    relative_to_norm: float  # distance over the mean norm of the two states
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSummary:
+    """One kind of pairs at one layer."""
+
+    n_pairs: int  # all of them are covered
+    n_equal: int  # pairs equal in every value
+    n_collisions: int  # pairs at distance <= threshold, equal ones included
+    n_multiplied: int  # pairs whose whole rows were multiplied
+    n_decided: int  # pairs whose float64 distance was computed
+    closest: ContinuedPair | None  # None where there are no pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinuationSurvey:
+    """The states behind every next token of some prefixes, at one layer."""
+
+    layer: int
+    site: Site
+    n_prefixes: int
+    n_tokens: int  # next tokens tried behind each
+    threshold: float  # L2
+    within: PairSummary  # both behind one prefix
+    across: PairSummary  # behind two different ones
+    least_by_prefix: tuple[float, ...]  # L2, closest pair within each: half of it is the noise SIPIT bears there
+    spread: Spread  # of pairs drawn within and across, as they come
+    seconds: float
+
+
+def capture_continuations(
+    lm: LanguageModel,
+    prefixes: Sequence[Tensor],
+    cuts: Sequence[Cut],
+    folder: Path | str,
+    *,
+    token_ids: Tensor | None = None,
+    batch: int = _BATCH,
+    on_step: OnStep | None = None,
+) -> StateFolder:
+    """Write the states of every next token behind each prefix, a shard a prefix; resumable as `capture_states`.
+
+    Args:
+        lm: the model.
+        prefixes: token ids, all different.
+        cuts: (layer, site) pairs, of layers 1 to n_layers.
+        folder: made where it is not there.
+        token_ids: the next tokens; the whole vocabulary where None.
+        batch: continuations in one packed pass.
+        on_step: told the continuations done and in all.
+    """
+    if len({tuple(p.tolist()) for p in prefixes}) < len(prefixes) or not prefixes:
+        raise OptionError("the prefixes must be different prompts, at least one; drop the repeated ones")
+    if any(layer < 1 for layer, _ in cuts) or not cuts:
+        raise OptionError("continuations need layers of 1 or more: at layer 0 a state depends on the last token alone")
+    tokens = torch.arange(lm.vocab_size) if token_ids is None else token_ids
+    path = Path(folder)
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": lm.name,
+        "fingerprint": lm.fingerprint,
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "cuts": [cut_name(cut) for cut in cuts],
+        "n_prompts": len(prefixes) * len(tokens),
+        "prompts_sha256": prompts_sha256([*prefixes, tokens]),
+        "shard_size": len(tokens),
+        "source": {"name": "continuations", "prefixes": [p.tolist() for p in prefixes]},
+        "shards": [],
+    }
+    shards: dict[int, Shard] = whole_shards(path, manifest)
+    for number, prefix in enumerate(prefixes):
+        if number not in shards:
+            states = continued_states(lm, prefix, tokens, cuts, batch=batch)
+            prompts = [torch.cat([prefix, token[None]]) for token in tokens]
+            named = {cut_name(cut): rows for cut, rows in zip(cuts, states, strict=True)}
+            shards[number] = write_shard(path, number, prompts, named)
+            manifest["shards"] = [asdict(shards[i]) for i in sorted(shards)]
+            write_manifest(path, manifest)
+        if on_step is not None:
+            on_step((number + 1) * len(tokens), len(prefixes) * len(tokens))
+    return StateFolder(path)
+
+
+def continued_states(
+    lm: LanguageModel, prefix: Tensor, token_ids: Tensor, cuts: Sequence[Cut], *, batch: int = _BATCH
+) -> list[Tensor]:
+    """Return the states of each next token behind one prefix. (P,), (N,) → one (N, D) a cut, on the CPU."""
+    layer = max(layer for layer, _ in cuts)
+    model = lm.cut(layer, "final" if any(site == "final" for _, site in cuts) else "block")
+    cache = model.new_cache()
+    sees = torch.ones(len(prefix), len(prefix), dtype=torch.bool).tril()
+    model.packed(cache, prefix, torch.arange(len(prefix)), sees)
+    cache.keep(range(len(prefix)))
+    flags = [(layer, site == "final") for layer, site in cuts]
+    parts = [
+        [rows.cpu() for rows in model.packed_at(cache, part, torch.full_like(part, len(prefix)), flags)]
+        for part in token_ids.split(batch)
+    ]
+    return [torch.cat(rows) for rows in zip(*parts, strict=True)]
+
+
+def continuations(
+    lm: LanguageModel,
+    folder: StateFolder,
+    *,
+    cuts: Sequence[Cut] | None = None,
+    threshold: float = THRESHOLD,
+    memory: int = MEMORY,
+    on_step: OnStep | None = None,
+) -> Iterator[ContinuationSurvey]:
+    """Yield, for each captured layer, the closest continuations within one prefix and across prefixes.
+
+    Args:
+        lm: the model they were captured from; the closest pairs go through it again.
+        folder: as `capture_continuations` wrote it, a shard a prefix.
+        cuts: (layer, site) pairs; all that were captured where None.
+        threshold: L2 distance at or below which a pair counts as a collision.
+        memory: bytes a search may use, about.
+        on_step: told the searches done at a layer, and in all.
+    """
+    for cut in folder.cuts if cuts is None else cuts:
+        started = time.perf_counter()
+        blocks = folder.blocks(cut)
+        n_searches = len(blocks) * (len(blocks) + 1) // 2
+        within: list[PairSearch] = []
+        across: list[PairSearch] = []
+        for i, block in enumerate(blocks):
+            within.append(search_pairs([block], within=threshold, memory=memory))
+            for other in blocks[i + 1 :]:
+                across.append(search_between([block], [other], within=threshold, memory=memory))
+                if on_step is not None:
+                    on_step(len(within) + len(across), n_searches)
+        numbers = [(i, i) for i in range(len(blocks))]
+        mixed = [(i, j) for i in range(len(blocks)) for j in range(i + 1, len(blocks))]
+        yield ContinuationSurvey(
+            layer=cut[0],
+            site=cut[1],
+            n_prefixes=len(blocks),
+            n_tokens=len(blocks[0]),
+            threshold=threshold,
+            within=_summary(lm, folder, cut, len(blocks[0]), numbers, within),
+            across=_summary(lm, folder, cut, len(blocks[0]), mixed, across),
+            least_by_prefix=tuple(found.pairs[0].distance for found in within),
+            spread=sampled_spread(blocks),
+            seconds=time.perf_counter() - started,
+        )
+
+
+def _summary(
+    lm: LanguageModel,
+    folder: StateFolder,
+    cut: Cut,
+    size: int,
+    numbers: list[tuple[int, int]],
+    searches: list[PairSearch],
+) -> PairSummary:
+    """Sum up searches within a prefix (i, i) or between two (i, j), of `size` continuations each."""
+    closest: ContinuedPair | None = None
+    if searches:
+        least = min(range(len(searches)), key=lambda n: searches[n].pairs[0].distance)
+        pair, (i, j) = searches[least].pairs[0], numbers[least]
+        first, second = i * size + pair.first, j * size + pair.second - (size if i != j else 0)
+        closest = _continued_pair(lm, folder, cut, first, second, pair.distance)
+    return PairSummary(
+        n_pairs=sum(found.n_covered for found in searches),
+        n_equal=sum(found.n_equal for found in searches),
+        n_collisions=sum(found.n_within for found in searches),
+        n_multiplied=sum(found.n_multiplied for found in searches),
+        n_decided=sum(found.n_decided for found in searches),
+        closest=closest,
+    )
+
+
+def _continued_pair(
+    lm: LanguageModel, folder: StateFolder, cut: Cut, first: int, second: int, distance: float
+) -> ContinuedPair:
+    prompts = [folder.prompt(number) for number in (first, second)]
+    a, b = (last_states(lm, [ids], [cut])[0][0].double() for ids in prompts)
+    norm = float(a.norm() + b.norm()) / 2
+    return ContinuedPair(
+        first=tuple(prompts[0].tolist()),
+        second=tuple(prompts[1].tolist()),
+        distance=distance,
+        ordinary_distance=float((a - b).norm()),
+        relative_to_norm=distance / norm if norm else 0.0,
+    )

@@ -1,0 +1,183 @@
+"""Does rounding the weights bring states together? Closest pairs per precision, with the scale taken out.
+
+Weight-only and simulated: every linear map inside the blocks of a copy of the model is rounded, its
+values are held as floats in the model's own dtype, and all arithmetic stays in that dtype.
+Embeddings, norms and biases are left as they are. No quantised kernel is run, so what activations
+lose in one is not measured here.
+
+The states of a rounded model may be longer, and their distances larger for that alone; hence each
+distance is also given relative to the mean norm and to the median distance.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from sipit.collisions.scales import THRESHOLD, closeness, ratio
+from sipit.collisions.states import Cut, OnStep, last_states
+from sipit.errors import OptionError
+from sipit.models import LanguageModel
+from sipit.models.families import family_of, module_at
+from sipit.observations import Site
+
+Precision = Literal["float32", "bfloat16", "float16", "int8", "int4"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+_LEVELS = {"int8": 127, "int4": 7}  # largest code of the symmetric grid; the lowest code is not used
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionResult:
+    """The closest pair of states under one precision of the weights, at one cut."""
+
+    precision: Precision  # of the linear weights inside the blocks
+    layer: int
+    site: Site
+    n_prompts: int
+    n_pairs: int  # of prompts with finite states
+    n_not_finite: int  # prompts whose state holds NaN or infinity; they take no part
+    n_equal: int  # pairs of states equal in every value
+    n_within: int  # pairs at or below the threshold, the equal ones included
+    threshold: float  # L2
+    weight_error: float  # ‖rounded − given‖ / ‖given‖ over the weights rounded
+    mean_norm: float | None  # of the states
+    median_distance: float | None  # of the pairs
+    median_is_exact: bool  # over all pairs, not over a seeded sample of them
+    distance: float | None  # L2 of the closest pair; None without a pair
+    distance_over_mean_norm: float | None
+    distance_over_median: float | None
+    first: int | None  # the closest pair: numbers of its prompts
+    second: int | None
+
+
+def precision_survey(
+    lm: LanguageModel,
+    prompts: Sequence[Tensor],
+    cuts: Sequence[Cut],
+    *,
+    precisions: Sequence[Precision] = ("float32", "bfloat16", "int8", "int4"),
+    threshold: float = THRESHOLD,
+    seed: int = 0,
+    on_step: OnStep | None = None,
+) -> list[PrecisionResult]:
+    """Return the closest pair of last-token states under each precision of the weights and at each cut.
+
+    Args:
+        lm: the model; a copy is rounded, one precision at a time.
+        prompts: token ids, no two the same. N of (T,)
+        cuts: (layer, site) pairs.
+        precisions: in the order wanted. "float32" rounds nothing in a float32 model.
+        threshold: largest L2 distance counted as a collision.
+        seed: of the sample of pairs the median is taken from, above 2,000 prompts.
+        on_step: told the prompts done and in all, over all precisions.
+
+    Raises:
+        OptionError: a precision is unknown, or two prompts are the same.
+    """
+    if len({tuple(ids.tolist()) for ids in prompts}) < len(prompts):
+        raise OptionError("two prompts have the same token ids, so they would collide; pass each prompt once")
+    total = len(precisions) * len(prompts)
+    results = []
+    for number, precision in enumerate(precisions):
+
+        def step(n: int, _: int, before: int = number * len(prompts)) -> None:
+            if on_step is not None:
+                on_step(before + n, total)
+
+        rounded, error = with_rounded_weights(lm, precision)
+        captured = last_states(rounded, prompts, cuts, on_step=step)
+        for states, (layer, site) in zip(captured, cuts, strict=True):
+            found = closeness(states, threshold=threshold, seed=seed)
+            closest = found.pairs[0] if found.pairs else None
+            distance = closest.distance if closest else None
+            results.append(
+                PrecisionResult(
+                    precision=precision,
+                    layer=layer,
+                    site=site,
+                    n_prompts=len(prompts),
+                    n_pairs=found.n_pairs,
+                    n_not_finite=found.n_not_finite,
+                    n_equal=found.n_equal,
+                    n_within=found.n_within,
+                    threshold=threshold,
+                    weight_error=error,
+                    mean_norm=found.mean_norm,
+                    median_distance=found.median_distance,
+                    median_is_exact=found.median_is_exact,
+                    distance=distance,
+                    distance_over_mean_norm=None if distance is None else ratio(distance, found.mean_norm),
+                    distance_over_median=None if distance is None else ratio(distance, found.median_distance),
+                    first=closest.first if closest else None,
+                    second=closest.second if closest else None,
+                )
+            )
+    return results
+
+
+def with_rounded_weights(lm: LanguageModel, precision: Precision) -> tuple[LanguageModel, float]:
+    """Return a copy of the model with rounded linear weights inside its blocks, and their relative error.
+
+    Raises:
+        OptionError: the precision is unknown.
+    """
+    if precision not in PRECISIONS:
+        raise OptionError(f"precision {precision!r} is unknown; choose from {', '.join(PRECISIONS)}")
+    model = copy.deepcopy(lm.model)
+    error = size = 0.0
+    for weight, outputs in _linear_weights(model):
+        rounded = rounded_weight(weight, precision, outputs=outputs)
+        error += float((rounded.double() - weight.double()).square().sum())
+        size += float(weight.double().square().sum())
+        weight.copy_(rounded)
+    return LanguageModel(model, lm.tokenizer, name=f"{lm.name} {precision}"), (error / size) ** 0.5 if size else 0.0
+
+
+def rounded_weight(weight: Tensor, precision: Precision, *, outputs: int = 0) -> Tensor:
+    """Return a matrix rounded to a precision, in its own dtype.
+
+    int8 and int4: each output channel has its own symmetric grid, which spans its largest absolute
+    value in 127 or 7 equal steps to either side.
+
+    Args:
+        weight: of a linear map, two-dimensional.
+        precision: see above.
+        outputs: the dimension that counts output channels.
+    """
+    if precision in _DTYPES:
+        return weight.to(_DTYPES[precision]).to(weight.dtype)
+    levels = _LEVELS[precision]
+    step = weight.abs().amax(dim=1 - outputs, keepdim=True) / levels
+    codes = (weight / step.masked_fill(step == 0, 1.0)).round().clamp(-levels, levels)
+    return codes * step
+
+
+@torch.no_grad()
+def float64_distances(lm: LanguageModel, pairs: Sequence[tuple[Tensor, Tensor]], cut: Cut) -> list[float]:
+    """Return the distances of pairs of prompts when the same weights are run in float64, one prompt at a time.
+
+    Tells a collision in exact arithmetic from a close pair: the distance of the former falls with the
+    precision, about 1e-9-fold from float32, the latter's stays. Parts a model computes in float32
+    whatever its dtype (most RMS norms) keep the distance from falling further. Takes twice the memory of
+    the float32 model.
+    """
+    wide = LanguageModel(copy.deepcopy(lm.model).double(), lm.tokenizer, name=f"{lm.name} float64").cut(*cut)
+    return [float((wide.ordinary(a)[-1].double() - wide.ordinary(b)[-1].double()).norm()) for a, b in pairs]
+
+
+def _linear_weights(model: nn.Module) -> Iterator[tuple[Tensor, int]]:
+    """Yield the weight of each linear map inside the blocks, and which of its dimensions counts outputs."""
+    family = family_of(model)
+    blocks = cast(nn.ModuleList, getattr(module_at(model, family.trunk), family.blocks))
+    for module in blocks.modules():
+        if isinstance(module, nn.Linear):
+            yield module.weight.detach(), 0
+        elif isinstance(module, Conv1D):  # GPT-2 keeps its weights as (inputs, outputs)
+            yield module.weight.detach(), 1

@@ -1,0 +1,141 @@
+"""Survey of captured states: at every layer the closest pairs, exactly, and how they compare with the rest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sipit.collisions.farthest import farthest_pair
+from sipit.collisions.nearest import MEMORY, OnStep, search_pairs
+from sipit.collisions.scales import THRESHOLD, ScaledPair, scaled_pairs
+from sipit.collisions.spread import Spread, full_spread, sampled_spread
+from sipit.collisions.states import Cut
+from sipit.collisions.store import StateFolder
+from sipit.errors import OptionError
+from sipit.observations import Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthSurvey:
+    """The closest pair among prompts of one length."""
+
+    length: int  # tokens
+    n_prompts: int
+    least: float  # L2, exact
+    median: float  # L2, of a sample of pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSurvey:
+    """What the states at one layer say."""
+
+    layer: int
+    site: Site
+    n_prompts: int
+    n_pairs: int  # all of them are covered
+    threshold: float  # L2
+    n_equal: int  # pairs equal in every value
+    n_collisions: int  # pairs at distance <= threshold, equal ones included
+    closest: tuple[ScaledPair, ...]
+    farthest: float | None  # L2, exact; None where it was not asked for
+    spread: Spread
+    median_norm: float  # L2 norm of a state
+    by_length: tuple[LengthSurvey, ...]
+    n_projected: int  # pairs whose projections were compared
+    n_multiplied: int  # pairs whose whole rows were multiplied
+    n_decided: int  # pairs whose float64 distance was computed
+    seconds: float
+
+
+def survey(
+    folder: StateFolder,
+    *,
+    cuts: Sequence[Cut] | None = None,
+    k: int = 10,
+    threshold: float = THRESHOLD,
+    memory: int = MEMORY,
+    is_full: bool = False,
+    on_step: OnStep | None = None,
+) -> Iterator[LayerSurvey]:
+    """Yield the survey of each captured layer, as it is done.
+
+    Args:
+        folder: captured states.
+        cuts: (layer, site) pairs; all that were captured where None.
+        k: closest pairs to report.
+        threshold: L2 distance at or below which a pair counts as a collision.
+        memory: bytes a search may use, about.
+        is_full: compute the distribution over all pairs and the farthest pair, not over a sample.
+        on_step: told the pairs covered at a layer, and in all.
+    """
+    if len(folder) < 2:
+        raise OptionError(f"{folder.path} holds {len(folder)} prompt; a survey compares at least two")
+    lengths = folder.lengths()
+    for cut in folder.cuts if cuts is None else cuts:
+        yield _surveyed(folder.blocks(cut), lengths, cut, k, threshold, memory, is_full, on_step)
+
+
+def _surveyed(
+    blocks: list[Tensor],
+    lengths: Tensor,
+    cut: Cut,
+    k: int,
+    threshold: float,
+    memory: int,
+    is_full: bool,
+    on_step: OnStep | None,
+) -> LayerSurvey:
+    started = time.perf_counter()
+    found = search_pairs(blocks, k=k, within=threshold, memory=memory, on_step=on_step)
+    farthest = farthest_pair(blocks, memory=memory).distance if is_full else None
+    spread = sampled_spread(blocks) if farthest is None else full_spread(blocks, farthest=farthest)
+    norms = torch.cat([torch.linalg.vector_norm(block.double(), dim=1).cpu() for block in blocks])
+    return LayerSurvey(
+        layer=cut[0],
+        site=cut[1],
+        n_prompts=found.n_rows,
+        n_pairs=found.n_covered,
+        threshold=threshold,
+        n_equal=found.n_equal,
+        n_collisions=found.n_within,
+        closest=scaled_pairs(found.pairs, norms, spread.median),
+        farthest=farthest,
+        spread=spread,
+        median_norm=float(norms.median()),
+        by_length=tuple(_by_length(blocks, lengths, memory)),
+        n_projected=found.n_projected,
+        n_multiplied=found.n_multiplied,
+        n_decided=found.n_decided,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def closest_prompts(folder: StateFolder, cut: Cut, *, n: int, memory: int = MEMORY) -> list[Tensor]:
+    """Return n different prompts out of the closest pairs at a layer, the closest pair's first. (T,) each."""
+    n = min(n, len(folder))
+    k = n
+    while True:
+        pairs = search_pairs(folder.blocks(cut), k=k, memory=memory).pairs
+        numbers = list(dict.fromkeys(number for pair in pairs for number in (pair.first, pair.second)))
+        if len(numbers) >= n or len(pairs) < k:
+            return [folder.prompt(number) for number in numbers[:n]]
+        k *= 2
+
+
+def _by_length(blocks: list[Tensor], lengths: Tensor, memory: int) -> Iterator[LengthSurvey]:
+    """Yield the closest pair among prompts of each length that two or more have."""
+    stops = torch.tensor([len(block) for block in blocks]).cumsum(0).tolist()
+    for length in lengths.unique().tolist():
+        parts = [block[lengths[stop - len(block) : stop] == length] for block, stop in zip(blocks, stops, strict=True)]
+        n_prompts = sum(len(part) for part in parts)
+        if n_prompts > 1:
+            yield LengthSurvey(
+                length=length,
+                n_prompts=n_prompts,
+                least=search_pairs(parts, memory=memory).pairs[0].distance,
+                median=sampled_spread(parts, n_pairs=20_000).median,
+            )

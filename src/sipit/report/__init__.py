@@ -1,0 +1,1 @@
+"""Figures from records. Reads nothing but records: no model, no search."""
