@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sipit.collisions.constructions import MIN_VOCAB, Construction, Expected, constructions_on, tiny_llama
+from sipit.collisions.constructions import LENGTH, MIN_VOCAB, Construction, Expected, constructions_on, tiny_llama
 from sipit.collisions.scales import THRESHOLD, closeness
 from sipit.collisions.states import OnStep, last_states
 from sipit.errors import OptionError
@@ -58,10 +58,13 @@ def constructed_cases(
         on_step: told the groups of cases done and in all.
 
     Raises:
-        OptionError: the model has fewer than three layers or too few tokens to vary.
+        OptionError: the model has too few layers, tokens or positions.
     """
-    if lm is not None and (lm.n_layers < 3 or lm.vocab_size < MIN_VOCAB):
-        raise OptionError(f"constructed cases need a model of 3 layers and {MIN_VOCAB} tokens or more, or none")
+    if lm is not None and (lm.n_layers < 3 or lm.vocab_size < MIN_VOCAB or (lm.max_positions or LENGTH) < LENGTH):
+        raise OptionError(
+            f"constructed cases need a model of 3 layers, {MIN_VOCAB} tokens and {LENGTH} positions or more, or none; "
+            f"{lm.name!r} has {lm.n_layers}, {lm.vocab_size} and {lm.max_positions or 'no limit'}"
+        )
     constructions = constructions_on(lm or tiny_llama(seed), seed)
     results: list[ConstructedCase] = []
     for number, build in enumerate(constructions, start=1):

@@ -21,6 +21,7 @@ from sipit.models.families import family_of, module_at
 
 Expected = Literal["collides", "does not"]
 MIN_VOCAB = 128  # tokens
+LENGTH = 60  # tokens of the prompts that differ at one early place
 
 _VOCAB = MIN_VOCAB
 _WIDTH = 32
@@ -35,7 +36,6 @@ _SHAPE: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
-_LENGTH = 24  # tokens of the prompts that differ at one early place
 _FLOAT16_MAX = 65504.0
 _SHIFT = 8.0  # well above every state of the tiny OPT
 _CLIPPED = 0.999  # share of absolute values an activation grid spans; the rest saturates
@@ -251,10 +251,6 @@ def _rounded_states(base: LanguageModel, seed: int) -> list[Construction]:
 def _float16(seed: int) -> list[Construction]:
     config = LlamaConfig(**_SHAPE, intermediate_size=48)
     prompts = _one_place(_VOCAB, 3, seed)
-    heavy = [int(prompts[i][3]) for i in (5, 17)]
-
-    def overflow(model: Any) -> None:
-        model.model.embed_tokens.weight.data[heavy] *= 1e6  # beyond 65,504: infinite once cast
 
     def saturate(model: Any) -> None:
         mlp = model.model.layers[0].mlp
@@ -262,31 +258,29 @@ def _float16(seed: int) -> list[Construction]:
         mlp.down_proj.weight.data *= 1e4
         _alter_states(model, lambda states, _: states.nan_to_num(0.0).clamp(-_FLOAT16_MAX, _FLOAT16_MAX))
 
-    rows: tuple[tuple[str, str, Expected, Callable[[Any], None]], ...] = (
-        (
-            "float16, overflow",
-            "two rows overflow when cast to float16: states that saw them are not finite, which is no collision",
-            "does not",
-            overflow,
-        ),
-        (
-            "float16, overflow clamped",
-            "the first MLP overflows in float16 and is clamped to ±65,504: only signs are left of most values",
-            "collides",
-            saturate,
-        ),
+    name = "float16, overflow"
+    lm = _tiny(config, seed=seed, name=f"tiny llama, {name}", dtype=torch.float16)
+    shared = {*prompts[0][:3].tolist(), *prompts[0][4:].tolist()}
+    heavy = [token for token in (int(ids[3]) for ids in prompts) if token not in shared][:2]
+    cast(Any, lm.model).model.embed_tokens.weight.data[heavy] *= 1e6  # now: the check at load refuses infinite states
+    overflow = Construction(
+        name=name,
+        what="two rows overflow when cast to float16: states that saw them are not finite, which is no collision",
+        expected="does not",
+        lm=lm,
+        prompts=prompts,
+        cut=(1, "block"),
     )
-    return [
-        Construction(
-            name=name,
-            what=what,
-            expected=expected,
-            lm=_tiny(config, seed=seed, name=f"tiny llama, {name}", change=change, dtype=torch.float16),
-            prompts=prompts,
-            cut=(1, "block"),
-        )
-        for name, what, expected, change in rows
-    ]
+    name = "float16, overflow clamped"
+    clamped = Construction(
+        name=name,
+        what="the first MLP overflows in float16 and is clamped to ±65,504: only signs are left of most values",
+        expected="collides",
+        lm=_tiny(config, seed=seed, name=f"tiny llama, {name}", change=saturate, dtype=torch.float16),
+        prompts=prompts,
+        cut=(1, "block"),
+    )
+    return [overflow, clamped]
 
 
 def _tiny(
@@ -325,9 +319,9 @@ def _alter_states(model: nn.Module, change: Callable[[Tensor, int], Tensor]) -> 
 
 def _one_place(vocab_size: int, place: int, seed: int) -> list[Tensor]:
     """Return 96 prompts that differ in the token at one place."""
-    ids = _distinct(vocab_size, 96 + _LENGTH, seed)
-    tail = ids[96:]
-    return [torch.cat([tail[:place], token[None], tail[place + 1 :]]) for token in ids[:96]]
+    tail = torch.randint(vocab_size, (LENGTH,), generator=torch.Generator().manual_seed(seed))
+    tokens = _distinct(vocab_size, 96, seed)
+    return [torch.cat([tail[:place], token[None], tail[place + 1 :]]) for token in tokens]
 
 
 def _distinct(vocab_size: int, n: int, seed: int) -> Tensor:

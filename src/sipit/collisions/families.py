@@ -28,6 +28,8 @@ RUNS = (*range(1, 17), *(n + d for n in (32, 64, 128, 256) for d in (-1, 0, 1)),
 
 _DELIMITERS = ("\n", "\t", "  ", ", ", "; ", " | ", " - ", "\n\n")
 _NUMBER = "7250914368"
+# Enough to choose from; reading the docstrings of the whole library takes a minute.
+_PACKAGES = ("argparse", "asyncio", "collections", "email", "json", "logging", "statistics", "textwrap")
 _SHORTEST, _LONGEST = 120, 320  # characters of a sample text
 
 
@@ -75,10 +77,10 @@ class FamilyResult:
 
 def sample_texts(*, n_prose: int = 3, n_code: int = 2, seed: int = 0) -> list[str]:
     """Return short passages of the standard library's prose, of two sentences or more, and of its code."""
-    prose = (_passage(_sentences(text), " ") for text in library_prose(seed=seed))
+    prose = (_passage(_sentences(text), " ") for text in library_prose(seed=seed, only=_PACKAGES))
     code = (
         _passage(lines[start:], "\n")
-        for lines in (source.splitlines() for source in library_code(seed=seed))
+        for lines in (source.splitlines() for source in library_code(seed=seed, only=_PACKAGES))
         for start in [next((i for i, line in enumerate(lines) if line.startswith("def ")), len(lines))]
     )
     kept_prose = (text for text in prose if len(_sentences(text)) > 1 and len(text) >= _SHORTEST)

@@ -77,6 +77,8 @@ def _search(one: Panel, other: Panel, best: _Farthest) -> None:
         if one is other:
             far[:i] = False
         leaves = far.nonzero()[:, 0]
+        if not len(leaves):
+            continue
         for part in leaves.split(max(1, TILE // (one.numbers.shape[1] * other.numbers.shape[1]))):
             radii = one.radius[i] + other.radius[part].max()
             squared = squared_distances(one.x[i], one.x_squared[i], other.x[part], other.x_squared[part])

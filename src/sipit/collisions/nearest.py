@@ -92,7 +92,7 @@ def search_pairs(
     """
     _check_options(k, within, memory)
     rows = Rows(blocks)
-    groups = equal_groups(rows)
+    groups = equal_groups(rows) if len(rows) > 1 else []
     is_first = torch.ones(len(rows), dtype=torch.bool)
     for group in groups:
         is_first[group[1:]] = False
@@ -237,6 +237,8 @@ def _search(one: Panel, other: Panel, best: _Best) -> None:
         if one is other:
             near[:i] = False
         leaves = near.nonzero()[:, 0]
+        if not len(leaves):
+            continue
         leaves = leaves[gaps[leaves].argsort()]  # the nearest first: they tighten the limit for the rest
         size = max(1, TILE // (one.numbers.shape[1] * other.numbers.shape[1]))
         for part in leaves.split(size):
@@ -301,12 +303,11 @@ def _first_bound(one: Panel, other: Panel, best: _Best) -> float:
         squared = squared_distances(one.x[i], one.x_squared[i], other.x[j : j + 1], other.x_squared[j : j + 1])
         if one is other:
             squared = squared.masked_fill_(torch.ones_like(squared, dtype=torch.bool).tril(), torch.inf)
-        flat = squared.reshape(-1).topk(wanted, largest=False).indices.cpu()
-        first.append(one.numbers[i][flat // squared.shape[1]])
+        values, flat = squared.reshape(-1).topk(wanted, largest=False)
+        flat = flat[values.isfinite()].cpu()
+        first.append(one.numbers[i][torch.div(flat, squared.shape[1], rounding_mode="floor")])
         second.append(other.numbers[j][flat % squared.shape[1]])
     rows_a, rows_b = torch.cat(first), torch.cat(second)
-    is_pair = (rows_a >= 0) & (rows_b >= 0) & (rows_a != rows_b)
-    rows_a, rows_b = rows_a[is_pair], rows_b[is_pair]
     if len(rows_a) < best.k:
         return torch.inf
     parts = zip(rows_a.split(4096), rows_b.split(4096), strict=True)

@@ -51,7 +51,7 @@ def frame_of(rows: Rows) -> Frame:
     basis = torch.linalg.qr(basis).Q
     for _ in range(_ITERATIONS):
         basis = torch.linalg.qr(sample.T @ (sample @ basis)).Q  # (D, P)
-    error = 2.0**-50 * float(centre.norm()) * scale
+    error = 2.0**-50 * float((centre * scale).norm())
     return Frame(centre=centre, scale=scale, basis=basis, origin_error=error)
 
 

@@ -5,6 +5,7 @@ Knows nothing of language models. N rows in all, D = width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -37,6 +38,7 @@ class Rows:
         self.device = first.device
         sizes = torch.tensor([len(block) for block in self._blocks])
         self._starts = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])  # (n_blocks + 1,)
+        largest = 0.0
         for start, rows in self.slices():
             finite = torch.isfinite(rows).all(dim=1)
             if not bool(finite.all()):
@@ -44,6 +46,8 @@ class Rows:
                     f"row {start + int((~finite).nonzero()[0, 0])} holds NaN or infinity, so it has no distance to "
                     "others; leave it out, or capture in a wider dtype"
                 )
+            largest = max(largest, float(rows.abs().max())) if rows.numel() else largest
+        self._scale = 2.0 ** -math.frexp(largest)[1]  # no value above 1: squares do not overflow
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -76,8 +80,9 @@ class Rows:
 
     def distances(self, first: Tensor, second: Tensor) -> Tensor:
         """Return the L2 distances of pairs of rows by float64 differences. (N,), (N,) → (N,) on the CPU."""
-        apart: Tensor = torch.linalg.vector_norm(self.take(first) - self.take(second), dim=1)
-        return apart.cpu()
+        apart = (self.take(first) - self.take(second)) * self._scale  # exact: a power of two
+        lengths: Tensor = torch.linalg.vector_norm(apart, dim=1) / self._scale
+        return lengths.cpu()
 
 
 def _check_block(number: int, block: Tensor, first: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+from collections import deque
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -50,25 +51,23 @@ class LocalTexts(Iterator[str]):
         return next(self._texts)
 
     def _in_rounds(self, paths: list[Path]) -> Iterator[str]:
-        waiting = [(path, 0) for path in paths]
+        waiting = deque((path, 0) for path in paths)
         while waiting:
-            longer: list[tuple[Path, int]] = []
-            for path, start in waiting:
-                with _readable(path):
-                    if start == 0:
-                        is_text = _is_text(path)
-                        self.n_files += is_text
-                        self.n_skipped += not is_text
-                        if not is_text:
-                            continue
-                    piece, end = _piece(path, start)
-                if len(piece) == PIECE:
-                    longer.append((path, end))
+            path, start = waiting.popleft()
+            with _readable(path):
                 if start == 0:
-                    piece = piece.removeprefix("\ufeff")  # byte order mark
-                if piece:
-                    yield piece
-            waiting = longer
+                    is_text = _is_text(path)
+                    self.n_files += is_text
+                    self.n_skipped += not is_text
+                    if not is_text:
+                        continue
+                piece, end = _piece(path, start)
+            if len(piece) == PIECE:
+                waiting.append((path, end))
+            if start == 0:
+                piece = piece.removeprefix("\ufeff")  # byte order mark
+            if piece:
+                yield piece
 
 
 def _files_below(root: Path, endings: tuple[str, ...]) -> list[Path]:

@@ -44,7 +44,7 @@ def test_each_step_is_a_true_distance_and_falls(edits: tuple[Edit, ...]) -> None
         assert step.distance == pytest.approx(gap, rel=1e-3)
         assert step.relative_to_norm == pytest.approx(relative, rel=1e-3)
         assert step.first_ids != step.second_ids
-        assert 0 < min(len(step.first_ids), len(step.second_ids))
+        assert min(len(step.first_ids), len(step.second_ids)) > 0
         assert max(len(step.first_ids), len(step.second_ids)) <= 8
         assert all(0 <= i < 150 for i in step.first_ids + step.second_ids)
     relatives = [step.relative_to_norm for step in found.steps]
@@ -108,4 +108,4 @@ def test_bad_options_are_refused() -> None:
         climb(lm, FIRST, FIRST.clone(), (2, "block"))
     for options in ({"rounds": -1}, {"n_candidates": 0}, {"edits": ()}, {"edits": ("turn",)}, {"sources": ("x",)}):
         with pytest.raises(OptionError):
-            climb(lm, FIRST, SECOND, (2, "block"), **options)  # type: ignore[arg-type]
+            climb(lm, FIRST, SECOND, (2, "block"), **options)

@@ -89,7 +89,7 @@ def _last(lm: LanguageModel, member: Member, key: Cut) -> torch.Tensor:
             output = model(input_ids=member.ids[None], output_hidden_states=True)
         last: torch.Tensor = output.hidden_states[key[0]][0, -1]
     else:
-        norm: torch.nn.Module = model.model.norm  # type: ignore[union-attr, assignment]
+        norm: torch.nn.Module = model.model.norm  # type: ignore[assignment]
         seen: list[torch.Tensor] = []
         hook = norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0, -1]))
         with torch.no_grad():

@@ -79,4 +79,4 @@ def test_sampled_median_is_near_the_exact_one_and_says_so(monkeypatch: pytest.Mo
 def test_bad_options_are_refused() -> None:
     for options in ({"k": 0}, {"threshold": -1.0}, {"threshold": float("nan")}):
         with pytest.raises(OptionError, match="need k of 1"):
-            closeness(_rows(3), **options)  # type: ignore[arg-type]
+            closeness(_rows(3), **options)

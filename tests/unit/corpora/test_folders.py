@@ -43,7 +43,12 @@ def test_suffixes_choose_files(folder: Path) -> None:
     texts = LocalTexts(folder, seed=0, suffixes=(".py", ".md"))
     assert set(texts) == CODE
     assert (texts.n_files, texts.n_skipped) == (2, 0)
-    assert set(LocalTexts(folder, seed=0, suffixes=".txt")) == TEXTS
+
+
+def test_one_suffix_may_stand_alone(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.rst"):  # of one letter at the end
+        (tmp_path / name).write_text(name)
+    assert list(LocalTexts(tmp_path, seed=0, suffixes=".txt")) == ["a.txt"]
 
 
 def test_order_follows_the_seed(folder: Path) -> None:

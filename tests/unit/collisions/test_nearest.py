@@ -1,0 +1,213 @@
+"""The closest pairs against brute force in float64 and scipy: every screen may only drop what cannot matter."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sipit.collisions import nearest_pairs, panel, search_between, search_pairs
+from sipit.collisions.equal import equal_groups
+from sipit.collisions.nearest import NearPair
+from sipit.collisions.rows import Rows
+from sipit.errors import NonFiniteError, OptionError, ShapeError
+
+SMALL = 1 << 20  # bytes: so little that rows are searched in several panels
+
+
+def brute(rows: Tensor, k: int) -> list[tuple[float, int, int]]:
+    """Return the k closest pairs by float64 differences, all pairs, ties to the lower numbers."""
+    wide = rows.double()
+    pairs = itertools.combinations(range(len(rows)), 2)
+    distances = torch.cat([torch.linalg.vector_norm(wide[i + 1 :] - wide[i], dim=1) for i in range(len(rows))])
+    return sorted((float(d), i, j) for (i, j), d in zip(pairs, distances.tolist(), strict=True))[:k]
+
+
+def as_tuples(pairs: list[NearPair] | tuple[NearPair, ...]) -> list[tuple[float, int, int]]:
+    return [(pair.distance, pair.first, pair.second) for pair in pairs]
+
+
+def assert_same(found: list[tuple[float, int, int]], expected: list[tuple[float, int, int]]) -> None:
+    assert [(i, j) for _, i, j in found] == [(i, j) for _, i, j in expected]
+    assert [d for d, _, _ in found] == pytest.approx([d for d, _, _ in expected], rel=1e-12, abs=0)
+
+
+def clustered(n_rows: int, width: int, *, seed: int = 0, offset: float = 0.0, scale: float = 1.0) -> Tensor:
+    """Return rows in clusters within clusters, which boxes can tell apart."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(12, width, generator=generator) * 10
+    rows = centres[torch.randint(12, (n_rows,), generator=generator)]
+    return (rows + torch.randn(n_rows, width, generator=generator)) * scale + offset
+
+
+@pytest.mark.parametrize("memory", [1 << 31, SMALL])
+@pytest.mark.parametrize("k", [1, 7, 400])
+def test_closest_pairs_equal_brute_force(k: int, memory: int) -> None:
+    rows = clustered(900, 24)
+    assert_same(as_tuples(search_pairs([rows], k=k, memory=memory).pairs), brute(rows, k))
+
+
+def test_boxes_drop_most_pairs_and_none_that_matters() -> None:
+    rows = clustered(1500, 8)
+    found = search_pairs([rows])
+    assert found.n_covered == 1500 * 1499 // 2
+    assert found.n_projected < found.n_covered / 3
+    assert found.n_decided < 2000
+    assert_same(as_tuples(found.pairs), brute(rows, 1))
+
+
+@pytest.mark.parametrize("memory", [1 << 31, SMALL])
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e6])
+def test_planted_pair_is_found_beside_a_large_common_offset(offset: float, memory: int) -> None:
+    rows = torch.randn(1500, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + offset
+    rows[1200] = rows[31] + 1e-7 * rows[31].norm() * torch.nn.functional.one_hot(torch.tensor(5), 64)
+    [pair] = search_pairs([rows], memory=memory).pairs
+    assert (pair.first, pair.second) == (31, 1200)
+    assert pair.distance == pytest.approx(float((rows[31] - rows[1200]).norm()), rel=1e-12)
+
+
+def test_scale_and_units_do_not_matter() -> None:
+    rows = clustered(300, 6).double()
+    expected = [(i, j) for _, i, j in brute(rows, 5)]
+    for scale in (1e-280, 1e-30, 1e30, 1e280):
+        assert [(p.first, p.second) for p in nearest_pairs([rows * scale], k=5)] == expected
+
+
+def test_one_far_row_hides_no_near_pair() -> None:
+    rows = clustered(700, 16)
+    rows[0] = 3e7  # the first position's states lie like that
+    assert_same(as_tuples(nearest_pairs([rows], k=6)), brute(rows, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_every_dtype_is_decided_by_its_stored_values(dtype: torch.dtype) -> None:
+    rows = clustered(400, 12).to(dtype)
+    assert_same(as_tuples(nearest_pairs([rows], k=9)), brute(rows, 9))
+
+
+@given(st.integers(0, 10**6), st.integers(2, 120), st.integers(1, 40), st.integers(1, 5))
+@settings(max_examples=40, deadline=None)
+def test_blocks_and_panels_change_nothing(seed: int, n_rows: int, k: int, n_blocks: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(-2, 3, (n_rows, 4), generator=generator).float()  # full of equal rows and ties
+    whole = search_pairs([rows], k=k)
+    assert as_tuples(whole.pairs) == brute(rows, k)
+    split = search_pairs(list(rows.tensor_split(n_blocks)), k=k, memory=SMALL)
+    assert as_tuples(split.pairs) == as_tuples(whole.pairs)
+    assert (split.n_equal, split.n_covered) == (whole.n_equal, n_rows * (n_rows - 1) // 2)
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=20, deadline=None)
+def test_order_of_rows_does_not_matter(seed: int) -> None:
+    rows = clustered(150, 5, seed=seed % 7)
+    order = torch.randperm(150, generator=torch.Generator().manual_seed(seed))
+    [pair], [moved] = nearest_pairs([rows]), nearest_pairs([rows[order]])
+    assert moved.distance == pair.distance
+    assert sorted(order[[moved.first, moved.second]].tolist()) == [pair.first, pair.second]
+
+
+@pytest.mark.parametrize("memory", [1 << 31, SMALL])
+def test_pairs_within_a_distance_are_counted_once_each(memory: int) -> None:
+    rows = clustered(600, 3)
+    rows[50:60] = rows[40]
+    rows[300] = rows[7]
+    radius = brute(rows, 4000)[-1][0]
+    found = search_pairs([rows], k=3, within=radius, memory=memory)
+    assert found.n_within == sum(d <= radius for d, _, _ in brute(rows, 5000))
+    assert found.n_equal == 11 * 10 // 2 + 1
+    assert as_tuples(found.pairs) == brute(rows, 3)
+
+
+def test_signed_zeros_are_equal() -> None:
+    rows = torch.tensor([[0.0, 1.0], [3.0, 4.0], [-0.0, 1.0]])
+    assert [group.tolist() for group in equal_groups(Rows([rows]))] == [[0, 2]]
+
+
+def test_rows_that_share_a_hash_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sipit.collisions.equal._hashes", lambda part: torch.zeros(len(part), dtype=torch.long))
+    rows = torch.tensor([[1.0], [2.0], [1.0], [3.0], [2.0], [2.0]])
+    assert [group.tolist() for group in equal_groups(Rows([rows]))] == [[0, 2], [1, 4, 5]]
+
+
+@pytest.mark.parametrize("memory", [1 << 31, SMALL])
+def test_search_between_pairs_a_row_of_each_side(memory: int) -> None:
+    left = clustered(300, 10, seed=1)
+    right = torch.cat([left, left[:50] + 0.01])
+    found = search_between([left], [right], k=400, within=0.0, memory=memory)
+    distances = (left.double()[:, None] - right.double()[None]).norm(dim=2)
+    order = distances.flatten().argsort(stable=True)[:400]
+    assert [(p.first, p.second - 300) for p in found.pairs] == [(int(n) // 350, int(n) % 350) for n in order]
+    assert (found.n_equal, found.n_covered, found.n_within) == (300, 300 * 350, 300)
+
+
+def test_reduced_product_precision_widens_the_screens(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = float(panel.product_error(64, torch.tensor(1.0)))
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    assert float(panel.product_error(64, torch.tensor(1.0))) > 1000 * exact
+
+
+def test_product_error_bounds_what_products_do() -> None:
+    generator = torch.Generator().manual_seed(3)
+    for width in (3, 64, 576):
+        a, b = (torch.randn(200, width, generator=generator) * 0.02 + 0.3 for _ in range(2))
+        exact = (a.double() - b.double()).square().sum(dim=1)
+        computed = a.square().sum(dim=1) + b.square().sum(dim=1) - 2 * (a @ b.T).diagonal()
+        radii = a.double().norm(dim=1) + b.double().norm(dim=1)
+        errors = (computed.double() - exact).abs()
+        assert bool((errors <= panel.product_error(width, radii)).all())
+        assert float(errors.max()) > 0
+
+
+def test_projections_never_exceed_distances() -> None:
+    rows = Rows([clustered(500, 80, offset=50.0)])
+    frame = panel.frame_of(rows)
+    placed = panel.Panel(rows, torch.arange(500), frame)
+    z, numbers = placed.z.flatten(0, 1).double(), placed.numbers.flatten()
+    i, j = torch.triu_indices(500, 500, offset=1)
+    shown = (z[i] - z[j]).norm(dim=1)
+    true = rows.distances(numbers[i], numbers[j]) * frame.scale
+    slack = placed.projection_error(placed.radius.max()) * 2
+    assert bool((shown <= true + slack).all())
+    assert bool((shown > 0.9 * true).any())
+
+
+@pytest.mark.parametrize("n_rows", [0, 1])
+def test_too_few_rows_have_no_pairs(n_rows: int) -> None:
+    assert nearest_pairs([torch.randn(n_rows, 3)], k=2) == []
+
+
+def test_fewer_pairs_than_asked_for_are_all_returned() -> None:
+    rows = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    assert_same(as_tuples(nearest_pairs([rows], k=50)), brute(rows, 50))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "error", "words"),
+    [
+        ([], ShapeError, "no block"),
+        ([torch.zeros(3)], ShapeError, "block 0 has shape"),
+        ([torch.zeros(3, 2), torch.zeros(3, 4)], ShapeError, "block 1 is 4 wide"),
+        ([torch.zeros(3, 2), torch.zeros(3, 2).double()], ShapeError, "float64"),
+        ([torch.zeros(3, 2, dtype=torch.long)], ShapeError, "floating"),
+        ([torch.zeros(3, 2), torch.tensor([[0.0, 1.0], [0.0, float("nan")]])], NonFiniteError, "row 4 "),
+        ([torch.tensor([[float("inf"), 0.0]])], NonFiniteError, "row 0 "),
+    ],
+)
+def test_bad_rows_are_refused_in_one_sentence(blocks: list[Tensor], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        nearest_pairs(blocks)
+
+
+def test_bad_options_are_refused() -> None:
+    rows = torch.zeros(2, 2)
+    with pytest.raises(OptionError, match="k is 0"):
+        nearest_pairs([rows], k=0)
+    with pytest.raises(OptionError, match="memory"):
+        search_pairs([rows], memory=10)
+    with pytest.raises(OptionError, match="within"):
+        search_pairs([rows], within=-1.0)
