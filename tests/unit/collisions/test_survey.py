@@ -1,0 +1,164 @@
+"""Survey, continuations and margins of tiny models against all pairs of states from ordinary passes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sipit import LanguageModel
+from sipit.collisions import (
+    capture_continuations,
+    capture_states,
+    closest_prompts,
+    continuations,
+    last_states,
+    margins,
+    survey,
+)
+from sipit.collisions.continuations import continued_states
+from sipit.collisions.states import Cut
+from sipit.errors import OptionError
+from tests.tiny_models import FAMILIES, N_LAYERS, VOCAB, random_ids, text_model, tiny_model, true_states, twin_model
+from tests.unit.collisions.test_nearest import brute
+
+CUTS: list[Cut] = [(2, "block"), (N_LAYERS, "block"), (N_LAYERS, "final")]
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    return LanguageModel(tiny_model("gpt2"), name="gpt2")
+
+
+def _prompts() -> list[Tensor]:
+    return [random_ids(2 + i % 3, seed=i) for i in range(60)]
+
+
+def test_survey_reports_the_closest_pairs_and_their_scales(lm: LanguageModel, tmp_path: Path) -> None:
+    given = _prompts()
+    folder = capture_states(lm, given, CUTS, tmp_path / "s", shard_prompts=17)
+    for cut, rows, layer in zip(CUTS, last_states(lm, given, CUTS), survey(folder, k=4, is_full=True), strict=True):
+        expected = brute(rows, 10**6)
+        norms = rows.double().norm(dim=1)
+        assert (layer.layer, layer.site, layer.n_prompts, layer.n_pairs) == (*cut, 60, 1770)
+        assert [(p.first, p.second) for p in layer.closest] == [(i, j) for _, i, j in expected[:4]]
+        near, (distance, i, j) = layer.closest[0], expected[0]
+        median = expected[len(expected) // 2][0]
+        assert near.distance == pytest.approx(distance, rel=1e-9)
+        assert near.relative_to_norm == pytest.approx(distance / float(norms[i] + norms[j]) * 2, rel=1e-9)
+        assert near.relative_to_median == pytest.approx(distance / median, rel=1e-2)
+        assert layer.farthest == pytest.approx(expected[-1][0], rel=1e-9)
+        assert (layer.n_equal, layer.n_collisions) == (0, 0)
+        assert [b.length for b in layer.by_length] == [2, 3, 4]
+        of_three = [n for n, ids in enumerate(given) if len(ids) == 3]
+        assert layer.by_length[1].least == pytest.approx(brute(rows[of_three], 1)[0][0], rel=1e-9)
+
+
+def test_collisions_are_counted_and_equal_states_apart(tmp_path: Path) -> None:
+    lm = LanguageModel(twin_model("llama", 40, 97), name="twins")
+    given = [torch.tensor([5, 40]), torch.tensor([5, 97]), *_prompts()]
+    folder = capture_states(lm, given, [(2, "block")], tmp_path / "s")
+    [layer] = survey(folder, k=1)
+    assert (layer.closest[0].first, layer.closest[0].second) == (0, 1)
+    assert layer.n_collisions == 1
+    assert layer.n_equal == int(torch.equal(*folder.blocks((2, "block"))[0][:2]))
+    [wide] = survey(folder, k=1, threshold=brute(folder.blocks((2, "block"))[0], 9)[-1][0])
+    assert wide.n_collisions == 9
+
+
+def test_closest_prompts_come_from_the_closest_pairs(lm: LanguageModel, tmp_path: Path) -> None:
+    given = _prompts()
+    folder = capture_states(lm, given, CUTS, tmp_path / "s")
+    rows = last_states(lm, given, CUTS[:1])[0]
+    numbers = list(dict.fromkeys(n for _, i, j in brute(rows, 60) for n in (i, j)))[:5]
+    found = closest_prompts(folder, CUTS[0], n=5)
+    assert [ids.tolist() for ids in found] == [given[n].tolist() for n in numbers]
+    assert len(closest_prompts(folder, CUTS[0], n=1000)) == 60
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_continued_states_are_those_of_ordinary_passes(family: str) -> None:
+    model = tiny_model(family)
+    lm = LanguageModel(model, name=family)
+    prefix, tokens = random_ids(6, seed=3), torch.tensor([4, 9, 149, 0, 77])
+    cuts: list[Cut] = [(1, "block"), *CUTS]
+    found = continued_states(lm, prefix, tokens, cuts, batch=2)
+    expected = true_states(model, family, torch.stack([torch.cat([prefix, t[None]]) for t in tokens]))
+    for rows, cut in zip(found, cuts, strict=True):
+        torch.testing.assert_close(rows, expected[cut][:, -1], rtol=1e-3, atol=1e-3)
+
+
+def test_continuations_decide_every_pair_within_and_across(lm: LanguageModel, tmp_path: Path) -> None:
+    prefixes = [random_ids(3, seed=1), random_ids(4, seed=2), random_ids(3, seed=5)]
+    folder = capture_continuations(lm, prefixes, CUTS, tmp_path / "c")
+    prompts = [torch.cat([p, torch.tensor([t])]) for p in prefixes for t in range(VOCAB)]
+    expected_rows = last_states(lm, prompts, CUTS)
+    for cut, rows, layer in zip(CUTS, expected_rows, continuations(lm, folder), strict=True):
+        pairs = brute(rows, 10**7)
+        inner = [(d, i, j) for d, i, j in pairs if i // VOCAB == j // VOCAB]
+        outer = [(d, i, j) for d, i, j in pairs if i // VOCAB != j // VOCAB]
+        assert (layer.layer, layer.site, layer.n_prefixes, layer.n_tokens) == (*cut, 3, VOCAB)
+        for summary, (distance, i, j), n in (
+            (layer.within, inner[0], len(inner)),
+            (layer.across, outer[0], len(outer)),
+        ):
+            assert (summary.n_pairs, summary.n_equal, summary.n_collisions) == (n, 0, 0)
+            near = summary.closest
+            assert near is not None
+            assert (near.first, near.second) == (tuple(prompts[i].tolist()), tuple(prompts[j].tolist()))
+            assert near.distance == pytest.approx(distance, rel=1e-3)
+            assert near.ordinary_distance == pytest.approx(distance, rel=1e-6)
+        least = [min(d for d, i, _ in inner if i // VOCAB == n) for n in range(3)]
+        assert list(layer.least_by_prefix) == pytest.approx(least, rel=1e-3)
+
+
+def test_continuations_go_on_where_they_stopped(lm: LanguageModel, tmp_path: Path) -> None:
+    prefixes = [random_ids(3, seed=1), random_ids(4, seed=2)]
+    tokens = torch.arange(20)
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        capture_continuations(lm, prefixes, CUTS, tmp_path / "c", token_ids=tokens, on_step=stop)
+    first = (tmp_path / "c" / "states-00000.safetensors").stat().st_mtime_ns
+    folder = capture_continuations(lm, prefixes, CUTS, tmp_path / "c", token_ids=tokens)
+    assert len(folder) == 40
+    assert (tmp_path / "c" / "states-00000.safetensors").stat().st_mtime_ns == first
+
+
+def test_equal_prefixes_and_layer_zero_are_refused(lm: LanguageModel, tmp_path: Path) -> None:
+    one = random_ids(3, seed=1)
+    with pytest.raises(OptionError, match="different prompts"):
+        capture_continuations(lm, [one, one.clone()], CUTS, tmp_path / "c")
+    with pytest.raises(OptionError, match="layers of 1 or more"):
+        capture_continuations(lm, [one], [(0, "block")], tmp_path / "c")
+
+
+def test_margins_over_the_whole_vocabulary_equal_brute_force(lm: LanguageModel) -> None:
+    prefixes = [random_ids(3, seed=1), random_ids(5, seed=2)]
+    found = margins(lm, prefixes, CUTS, n_tokens=None)
+    for cut, layer in zip(CUTS, found, strict=True):
+        least = []
+        for prefix in prefixes:
+            prompts = [torch.cat([prefix, torch.tensor([t])]) for t in range(VOCAB)]
+            least.append(brute(last_states(lm, prompts, [cut])[0], 1)[0])
+        assert (layer.n_prefixes, layer.n_tokens, layer.is_whole_vocabulary) == (2, VOCAB, True)
+        assert layer.least == pytest.approx(min(least)[0], rel=1e-3)
+        assert layer.mean == pytest.approx(sum(d for d, _, _ in least) / 2, rel=1e-3)
+        assert layer.least_tokens == min(least)[1:]
+        assert layer.least_prefix == tuple(prefixes[least.index(min(least))].tolist())
+
+
+def test_margins_over_some_tokens_say_so_and_are_no_smaller() -> None:
+    lm = text_model()
+    prefixes = [random_ids(3, seed=n) for n in range(4)]
+    [whole] = margins(lm, prefixes, [(2, "block")], n_tokens=None)
+    [some] = margins(lm, prefixes, [(2, "block")], n_tokens=40, seed=3)
+    assert not some.is_whole_vocabulary
+    assert some.n_tokens == 40
+    assert some.least >= whole.least * (1 - 1e-3)
+    with pytest.raises(OptionError, match="at least 2"):
+        margins(lm, prefixes, [(2, "block")], n_tokens=1)
