@@ -57,22 +57,19 @@ def test_every_case_turns_out_as_expected() -> None:
     assert {case.expected for case in _cases().values()} == {"collides", "does not"}
 
 
-@pytest.mark.parametrize("name", sorted(_constructions()))
-def test_case_is_what_brute_force_finds(name: str) -> None:
-    one, case = _constructions()[name], _cases()[name]
-    states = _brute_states(one)
-    finite = [bool(torch.isfinite(state).all()) for state in states]
-    gaps = {
-        (i, j): float((states[i] - states[j]).norm())
-        for i, j in itertools.combinations(range(len(states)), 2)
-        if finite[i] and finite[j]
-    }
-    assert (case.n_prompts, case.n_pairs, case.n_not_finite) == (len(states), len(gaps), finite.count(False))
-    assert case.found == any(gap <= 1e-6 for gap in gaps.values())
-    if case.dtype == "float64":
-        assert case.n_within == sum(gap <= 1e-6 for gap in gaps.values())
-        assert case.distance == pytest.approx(min(gaps.values()), rel=1e-9, abs=1e-12)
-    assert len({tuple(ids.tolist()) for ids in one.prompts}) == len(one.prompts)
+def test_cases_are_what_brute_force_finds() -> None:
+    assert list(_constructions()) == list(_cases())
+    for name, one in _constructions().items():
+        case, states = _cases()[name], _brute_states(one)
+        finite = [bool(torch.isfinite(state).all()) for state in states]
+        pairs = [(i, j) for i, j in itertools.combinations(range(len(states)), 2) if finite[i] and finite[j]]
+        gaps = [float((states[i] - states[j]).norm()) for i, j in pairs]
+        assert (case.n_prompts, case.n_pairs, case.n_not_finite) == (len(states), len(gaps), finite.count(False)), name
+        assert case.found == any(gap <= 1e-6 for gap in gaps), name
+        if case.dtype == "float64":
+            assert case.n_within == sum(gap <= 1e-6 for gap in gaps), name
+            assert case.distance == pytest.approx(min(gaps), rel=1e-9, abs=1e-12), name
+        assert len({tuple(ids.tolist()) for ids in one.prompts}) == len(one.prompts), name
 
 
 def test_equal_rows_are_found_without_being_named() -> None:

@@ -51,6 +51,22 @@ def test_closest_pairs_equal_brute_force(k: int, memory: int) -> None:
     assert_same(as_tuples(search_pairs([rows], k=k, memory=memory).pairs), brute(rows, k))
 
 
+def test_closest_pair_equals_scipy_and_faiss() -> None:
+    import faiss
+    from scipy.spatial.distance import pdist
+
+    rows = clustered(1000, 40, seed=4)
+    [pair] = nearest_pairs([rows])
+    distances = pdist(rows.double().numpy())
+    i, j = torch.triu_indices(1000, 1000, offset=1)[:, int(distances.argmin())].tolist()
+    assert (pair.first, pair.second, pair.distance) == (i, j, pytest.approx(distances.min(), rel=1e-12))
+    index = faiss.IndexFlatL2(40)
+    index.add(rows.numpy())
+    squared, neighbours = index.search(rows.numpy(), 2)
+    best = int(squared[:, 1].argmin())
+    assert sorted((best, int(neighbours[best, 1]))) == [pair.first, pair.second]
+
+
 def test_boxes_drop_most_pairs_and_none_that_matters() -> None:
     rows = clustered(1500, 8)
     found = search_pairs([rows])
