@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sipit.inversion.result import Meter
-from sipit.inversion.tolerance import Tolerance
+from sipit.inversion.tolerance import SAFETY, Tolerance, local_noise
 from sipit.models import LanguageModel
 from sipit.observations import Observation
 
@@ -55,9 +55,10 @@ class PackedCheck:
         device = self.cut.device
         wide = torch.float64 if torch.float64 in (lm.dtype, seen.states.dtype) else torch.float32
         self.observed = seen.states.to(device, wide)  # (T, D)
+        self._seq_len = seen.seq_len
         self._tolerance = tolerance
-        self._floor = tolerance.noise.to(device)  # (T,)
-        self._limit = tolerance.total.to(device)  # (T,)
+        self._floor = tolerance.noise.to(device, copy=True)  # (T,)
+        self._limit = tolerance.total.to(device, copy=True)  # (T,)
         self._noise = noise
         self._meter = meter
 
@@ -87,6 +88,16 @@ class PackedCheck:
             fits=(excess <= self._floor[rows]) & (distances <= limit),
             is_near=(excess <= self._floor[rows] + self._noise) & (distances <= limit + self._noise),
         )
+
+    def remeasure(self, prefix: Sequence[int], token_id: int) -> None:
+        """Measure the noise of this very token's state, and raise the tolerance here to what it explains."""
+        place = len(prefix)
+        ids = torch.tensor(prefix, dtype=torch.long)
+        noise, spent = local_noise(self.cut, self.cache, ids, token_id, self._seq_len)
+        self._meter.spend(spent, self.cut.layer)
+        more = max(0.0, SAFETY * noise - float(self._floor[place]))
+        self._floor[place] += more
+        self._limit[place] += more
 
     def accept(self, columns: Sequence[int]) -> None:
         """Append tokens of the last pass to the prefix, without computing them again."""

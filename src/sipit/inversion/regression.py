@@ -45,6 +45,9 @@ def ridge(states: Tensor, keys: Tensor, strength: float = _RIDGE) -> Ridge:
     return Ridge(mean=mean, scale=scale, weight=weight, bias=bias)
 
 
+DOUBTFUL_COSINE = 0.1  # below the sink cosine by less, a state that is hard to read may be of the first kind
+
+
 def sink_cosine(firsts: Tensor, rests: Tensor) -> float:
     """Return the cosine to the mean first state above which a later state is one of its kind. (N, D), (M, D).
 

@@ -24,6 +24,8 @@ from sipit.observations import Observation
 
 _FIRST_BATCH = 16
 _GROWTH = 4
+_STANDS_OUT = 16.0  # a token this many times nearer than all others is worth a second look
+_AMPLIFIED = 256.0  # at most this many tolerances away
 _MAX_RIVALS = 16  # tokens that fit as well, named in the evidence of one position
 
 
@@ -153,6 +155,7 @@ class _Run:
     miss: Miss | None = None
     accepted_by_noise: bool = False
     _tried: _Tried = field(init=False)
+    _doubted: set[int] = field(init=False)  # tokens whose own noise was measured
     _size: int = field(init=False)
     _certain: Tensor = field(init=False)  # a token that fits, to be run with its twins
 
@@ -194,6 +197,7 @@ class _Run:
             best = self._tried.best()
             if not best.is_near or (self.exhaustive and len(self._certain) == 0):
                 self.proposal.learn(here)
+                self._doubt(best)
                 break
             twins = [t for t in self.scene.lm.embeddings.twins(best.token_id) if self._tried.untried[t]]
             if twins:  # the next pass checks them beside it, behind the same prefix
@@ -209,6 +213,19 @@ class _Run:
             if column != continued:
                 break
         self.scene.check.accept(accepted)
+
+    def _doubt(self, best: _Best) -> None:
+        """Where one token is far nearer than all others and yet too far, measure the noise of its own state."""
+        runner_up = self._tried.runner_up(best.token_id)
+        limit = self.scene.check.limit(self.scene.position)
+        stands_out = runner_up is not None and best.distance * _STANDS_OUT < runner_up
+        if best.is_near or not stands_out or best.distance > _AMPLIFIED * limit or best.token_id in self._doubted:
+            return
+        self._doubted.add(best.token_id)
+        self.scene.check.remeasure(self.scene.prefix, best.token_id)
+        limit = self.scene.check.limit(self.scene.position)
+        if best.distance <= limit:  # its own noise explains the distance: check again all that lies so near
+            self._certain = self._tried.take_back(limit)[: self.max_batch]
 
     def _conclude(self) -> None:
         """With the whole vocabulary tried: accept the nearest token in the next pass, or describe the miss."""
@@ -249,6 +266,7 @@ class _Run:
 
     def _begin(self) -> None:
         self._tried = _Tried(self.scene.lm.vocab_size)
+        self._doubted = set()
         self._certain = torch.empty(0, dtype=torch.long)
         self._size = _FIRST_BATCH
         if self.scene.position < self.scene.seen.seq_len:
@@ -304,6 +322,15 @@ class _Tried:
         order = distances[keep].argsort(stable=True)
         found = zip(ids[keep][order].tolist(), distances[keep][order].tolist(), strict=True)
         return [(int(i), float(d)) for i, d in found]
+
+    def take_back(self, distance: float) -> Tensor:
+        """Forget the tokens tried within a distance, as if they had not been; return them, nearest first. (N,)."""
+        ids, distances, fits, near = self._all()
+        far = distances > distance
+        self._ids, self._distances, self._fits, self._near = [ids[far]], [distances[far]], [fits[far]], [near[far]]
+        back = ids[~far][distances[~far].argsort()]
+        self.untried[back] = True
+        return back
 
     def _all(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return (

@@ -1,18 +1,23 @@
-"""Every token as a direction: the whitened rows of the embedding, without a second table.
+"""Every token as a direction: the whitened rows of the embedding.
 
 score(q, v) = q · W(e_v - m) / ‖W(e_v - m)‖. The matrix W is applied to the query instead of the
-rows, so that only a mean and a norm per token are held beside the model's own weights.
+rows, so that only a mean and a norm per token are held beside the model's own weights; where the
+machine is fast in bfloat16, a table of the keys in it.
 """
 
 from __future__ import annotations
 
 import weakref
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from sipit.inversion.arithmetic import is_fast_in_bfloat16
 from sipit.models import LanguageModel
 
+_REFINED = 32  # best tokens of a row whose scores are computed again in float32
+_SLICE = 8192  # keys made at a time
 _FLOOR = 1e-3  # eigenvalues below this fraction of the largest are held there: they are noise
 
 
@@ -33,6 +38,7 @@ class TokenKeys:
         self._mean = mean.float().to(device)
         self.whitening = ((vectors * values.rsqrt()) @ vectors.T).float().to(device)  # (D, D), symmetric
         norms = [((rows.float() - self._mean) @ self.whitening).norm(dim=1) for _, rows in self._rows.slices()]
+        self._is_fast = is_fast_in_bfloat16(device)
         self._inverse_norms = 1 / torch.cat(norms).clamp(min=1e-6)  # (V,)
 
     @property
@@ -52,10 +58,28 @@ class TokenKeys:
         return keys
 
     def scores(self, queries: Tensor) -> Tensor:
-        """Return the inner product of each query with every key. (N, D) → (N, V)."""
+        """Return the inner product of each query with every key. (N, D) → (N, V).
+
+        In bfloat16 where that is fast; then the best of each row are computed again in float32.
+        """
+        if self._is_fast:
+            return self._fast_scores(queries)
         vectors = queries @ self.whitening
         shift = vectors @ self._mean  # (N,)
         return self._rows.products(vectors).sub_(shift[:, None]).mul_(self._inverse_norms)
+
+    def _fast_scores(self, queries: Tensor) -> Tensor:
+        scores = (queries.bfloat16() @ self._rounded.T).float()  # (N, V)
+        best = scores.topk(min(_REFINED, self.vocab_size), dim=1).indices  # (N, K)
+        keys = self.keys(best.flatten()).view(*best.shape, -1)  # (N, K, D)
+        return scores.scatter_(1, best, torch.einsum("nd,nkd->nk", queries, keys))
+
+    @cached_property
+    def _rounded(self) -> Tensor:
+        """All keys in bfloat16. (V, D)."""
+        firsts = range(0, self.vocab_size, _SLICE)
+        ids = (torch.arange(first, min(first + _SLICE, self.vocab_size)) for first in firsts)
+        return torch.cat([self.keys(part).bfloat16() for part in ids])
 
 
 _made: weakref.WeakKeyDictionary[LanguageModel, TokenKeys] = weakref.WeakKeyDictionary()

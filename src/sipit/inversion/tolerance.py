@@ -16,13 +16,14 @@ from torch import Tensor
 
 from sipit.corpora import library_code
 from sipit.errors import ModelError
-from sipit.models import LanguageModel, TruncatedModel
+from sipit.models import LanguageModel, PrefixCache, TruncatedModel
 from sipit.observations import Observation, Site
 
 SAFETY = 8.0  # the tolerance is this many times the largest noise seen in calibration
 _LENGTHS = (48, 17)  # tokens of the calibration prompts
 _SHORT, _FIRSTS = 5, 8  # length and number of prompts for more first tokens, whose norm is extreme
 _SHAPES = ((1, 0), (2, 15), (1, 1), (8, 3), (1, 2), (1, 63), (16, 0), (2, 0))  # tokens right in a row, wrong beside
+_WIDTHS = (1, 2, 16, 64)  # of the packed passes that measure the noise of one state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,3 +175,31 @@ def _packed_distances(
         start += len(chain)
         n_packed += len(tokens)
     return torch.cat(right), torch.cat(wrong), n_packed
+
+
+def local_noise(
+    cut: TruncatedModel, cache: PrefixCache, prefix: Tensor, token_id: int, seq_len: int
+) -> tuple[float, int]:
+    """Return how far kernels of different shapes put one token's state apart, and the tokens that took.
+
+    Some states amplify rounding far beyond the noise floor: a later token that attention uses as a
+    sink, for one. The state behind `prefix` is computed by packed passes of several widths and by an
+    ordinary pass as long as the observed one. Nothing here looks at the observed state.
+
+    Args:
+        cut: the model cut where the state was observed.
+        cache: of the prefix.
+        prefix: its token ids. (P,)
+        token_id: the token in question.
+        seq_len: length of the observed prompt, more than P.
+    """
+    token = torch.tensor([token_id])
+    ids = torch.cat([prefix.cpu(), token.repeat(seq_len - len(prefix))])  # what follows changes no state before it
+    expected = cut.ordinary(ids)[len(prefix)].double()  # (D,)
+    spent, largest = seq_len, 0.0
+    for width in _WIDTHS:
+        tokens = token.repeat(width)
+        states = cut.packed(cache, tokens, torch.full((width,), len(prefix)))
+        largest = max(largest, float((states[0].double() - expected).norm()))
+        spent += width
+    return largest, spent

@@ -20,7 +20,7 @@ from sipit.inversion.fitting.states import Cut, capture_windows
 from sipit.inversion.fitting.store import Fit, fit_folder, save_fit
 from sipit.inversion.fitting.training import Recipe, train
 from sipit.inversion.fitting.windows import OnStep, fitting_windows, held_out_windows
-from sipit.inversion.regression import cosine_to, sink_cosine, spread_ids
+from sipit.inversion.regression import DOUBTFUL_COSINE, cosine_to, sink_cosine, spread_ids
 from sipit.inversion.token_keys import TokenKeys, token_keys
 from sipit.models import LanguageModel
 from sipit.storage import read_json, whole_file, write_json
@@ -130,9 +130,18 @@ class FittedScores:
         queries = fit.network.queries(states.float())
         is_sink = cosine_to(states, fit.first_mean) > fit.sink_cosine  # (T,)
         is_sink[0] = True
-        first = (states[is_sink].double() - fit.first_mean) @ fit.first_weight
-        queries[is_sink] = torch.nn.functional.normalize(first, dim=1).float() * _FIRST_GAIN
+        queries[is_sink] = self._first_queries(states[is_sink])
         return queries
+
+    def other_query(self, state: Tensor) -> Tensor | None:
+        """Return the first position's reading of a state that is nearly of its kind. (D,) → (K,)."""
+        near = float(cosine_to(state[None], self.fit.first_mean))
+        is_between = self.fit.sink_cosine - DOUBTFUL_COSINE < near <= self.fit.sink_cosine
+        return self._first_queries(state[None])[0] if is_between else None
+
+    def _first_queries(self, states: Tensor) -> Tensor:
+        first = (states.double() - self.fit.first_mean) @ self.fit.first_weight
+        return torch.nn.functional.normalize(first, dim=1).float() * _FIRST_GAIN
 
     def scores(self, queries: Tensor) -> Tensor:
         """Return calibrated scores of every token. (N, K) → (N, V)."""

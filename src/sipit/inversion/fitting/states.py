@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from sipit.inversion.fitting.arithmetic import fast_arithmetic
+from sipit.inversion.arithmetic import fast_arithmetic
 from sipit.inversion.fitting.network import unit_rms
 from sipit.inversion.fitting.windows import OnStep
 from sipit.models import LanguageModel

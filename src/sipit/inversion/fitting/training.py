@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sipit.inversion.fitting.arithmetic import fast_arithmetic
+from sipit.inversion.arithmetic import fast_arithmetic
 from sipit.inversion.fitting.network import KEY_LENGTH, InverseNetwork, beside
 from sipit.inversion.fitting.windows import OnStep
 from sipit.inversion.token_keys import TokenKeys

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sipit.corpora import library_code, library_prose
-from sipit.inversion.fitting.arithmetic import fast_arithmetic
+from sipit.inversion.arithmetic import fast_arithmetic
 from sipit.models import LanguageModel
 
 _SHARES = {"prose": 0.21, "code": 0.17, "random ids": 0.19, "inserted": 0.18, "own samples": 0.25}

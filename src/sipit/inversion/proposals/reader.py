@@ -53,6 +53,9 @@ class Inverse(Protocol):
     def queries(self, states: Tensor) -> Tensor:
         """Return one query a position of one prompt. (T, D) → (T, K)."""
 
+    def other_query(self, state: Tensor) -> Tensor | None:
+        """Return a second reading of a state that may be of the other kind; None where it is not. (D,) → (K,)."""
+
     def scores(self, queries: Tensor) -> Tensor:
         """Return the score of every token. (N, K) → (N, V)."""
 
@@ -201,11 +204,21 @@ class Reader:
         logits = (1 - self._inverse.fallibility * doubt) * of_score * row
         if logs is not None and of_log:
             logits = logits + (of_log + doubt * (1 - of_log)) * logs
+        other = self._inverse.other_query(self.scene.target)
+        if other is not None:
+            return torch.maximum(_by_rank(logits), _by_rank(self._inverse.scores(other[None])[0]))
         states = torch.cat([c.states for c in self._checked]).float()
         tokens = torch.cat([c.token_ids for c in self._checked])
         keys = self._inverse.keys
         query = ridge(states, keys.keys(tokens), _LOCAL_RIDGE)(self.scene.target[None].float())
         return logits + doubt * _LOCAL_GAIN * keys.scores(query)[0]
+
+
+def _by_rank(scores: Tensor) -> Tensor:
+    """Return logits that fall with the rank alone, so that the larger of two of them takes from each in turn. (V,)."""
+    ranks = torch.empty_like(scores)
+    ranks[scores.argsort(descending=True)] = torch.arange(1.0, len(scores) + 1, device=scores.device)
+    return -ranks.log()
 
 
 def _fused(weights: tuple[float, float], scores: Tensor, logs: Tensor | None) -> Tensor:
