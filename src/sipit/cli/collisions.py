@@ -26,13 +26,15 @@ _GIB = 1 << 30
 
 def add_collisions(add: Any, command: Adder, model_options: Adder) -> None:
     """Add `collisions` and its own commands to the parser."""
+    from sipit.cli.collision_cases import add_cases
+
     group = command(add, "collisions", None, "measure how far apart the states of different prompts lie")
     inner = group.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=type(group))
 
     survey = command(inner, "survey", run_survey, "the closest pairs among many prompts' last states, at every layer")
     survey.add_argument("--folder", type=Path, required=True, help="keeps the captured states; run again to go on")
-    _corpus_options(survey, n_prompts=2000, lengths="4,6,8,10,12")
-    _layer_option(survey, "default: every layer from 1 on, and final")
+    corpus_options(survey, n_prompts=2000, lengths="4,6,8,10,12")
+    layer_option(survey, "default: every layer from 1 on, and final")
     survey.add_argument("--k", type=int, default=10, help="closest pairs to report (default: 10)")
     survey.add_argument("--full", action="store_true", help="distribution over all pairs, and the farthest pair")
     survey.add_argument("--shard", type=int, default=2048, metavar="N", help="prompts a file (default: 2048)")
@@ -45,21 +47,22 @@ def add_collisions(add: Any, command: Adder, model_options: Adder) -> None:
     continued.add_argument("--survey", type=Path, metavar="FOLDER", help="take the closest prompts of this survey")
     continued.add_argument("--text", action="append", default=[], metavar="T", help="a prefix; repeatable")
     continued.add_argument("--prefixes", type=int, default=10, metavar="N", help="prompts of --survey (default: 10)")
-    _layer_option(continued, "default: the middle one and the last")
+    layer_option(continued, "default: the middle one and the last")
     _search_options(continued)
     model_options(continued, default="smollm2-135m")
 
     margins = command(inner, "margins", run_margins, "how far apart the next tokens of a prefix lie, at every layer")
-    _corpus_options(margins, n_prompts=100, lengths="4,8,12")
+    corpus_options(margins, n_prompts=100, lengths="4,8,12")
     margins.add_argument(
         "--tokens", type=int, default=256, metavar="N", help="next tokens tried, 0 for all (default: 256, at random)"
     )
-    _layer_option(margins, "default: every layer from 1 on, and final")
+    layer_option(margins, "default: every layer from 1 on, and final")
     margins.add_argument("--json", type=Path, metavar="OUT", help="write the record")
     model_options(margins, default="smollm2-135m")
+    add_cases(inner, command, model_options)
 
 
-def _corpus_options(command: argparse.ArgumentParser, *, n_prompts: int, lengths: str) -> None:
+def corpus_options(command: argparse.ArgumentParser, *, n_prompts: int, lengths: str) -> None:
     command.add_argument(
         "--corpus",
         default="library",
@@ -74,7 +77,7 @@ def _corpus_options(command: argparse.ArgumentParser, *, n_prompts: int, lengths
     command.add_argument("--seed", type=int, default=0, help="of the random draws")
 
 
-def _layer_option(command: argparse.ArgumentParser, default: str) -> None:
+def layer_option(command: argparse.ArgumentParser, default: str) -> None:
     command.add_argument("--layer", action="append", metavar="L", help=f"blocks run, or 'final'; repeatable; {default}")
 
 
@@ -87,7 +90,7 @@ def _search_options(command: argparse.ArgumentParser) -> None:
 def run_survey(options: argparse.Namespace) -> int:
     """Run `sipit collisions survey`."""
     from sipit.cli.display import CountDisplay
-    from sipit.collisions import capture_states, survey
+    from sipit.collisions import capture_states, in_float64, survey
     from sipit.report.collisions import draw_survey, require_matplotlib
     from sipit.storage import LineLog, require_writable
 
@@ -97,9 +100,9 @@ def run_survey(options: argparse.Namespace) -> int:
         require_matplotlib()
         require_writable(options.figure)
     memory = _memory_of(options)
-    lm = _loaded(options)
-    cuts = _cuts_of(lm, options, default=_every_layer(lm))
-    prompts, source = _prompts_of(lm, options)
+    lm = loaded(options)
+    cuts = cuts_of(lm, options, default=every_layer(lm))
+    prompts, source = prompts_of(lm, options)
     with CountDisplay(0) as display:
         folder = capture_states(
             lm, prompts, cuts, options.folder, source=source, shard_prompts=options.shard,
@@ -116,20 +119,20 @@ def run_survey(options: argparse.Namespace) -> int:
         found = survey(
             folder, cuts=waiting, k=options.k, threshold=options.threshold, memory=memory, is_full=options.full
         )
-        tell = display.phase("layers searched")
+        tell, wide = display.phase("layers searched"), in_float64(lm)
         for number, layer in enumerate(found, start=1):
-            record = {"settings": settings, **_with_texts(asdict(layer), folder, lm)}
+            record = {"settings": settings, **_with_texts(asdict(layer), folder, wide)}
             log.append(record)
             layers[_key(record)] = record
             print(_survey_line(record), flush=True)
             tell(number, len(waiting))
     done = [layers[cut] for cut in cuts]
-    record = {**_head(lm), "source": folder.manifest["source"], "n_prompts": len(folder), "layers": done}
-    _write(options.json, record)
+    record = {**head(lm), "source": folder.manifest["source"], "n_prompts": len(folder), "layers": done}
+    write(options.json, record)
     if options.figure is not None:
         draw_survey(record, options.figure)
     n_collisions = sum(int(layer["n_collisions"]) for layer in done)
-    _say(
+    say(
         f"{sum(int(layer['n_pairs']) for layer in done):,} pairs in {len(done)} layers: {n_collisions} at distance "
         f"{options.threshold:g} or nearer"
     )
@@ -147,8 +150,8 @@ def run_continuations(options: argparse.Namespace) -> int:
     if options.json is not None:
         require_writable(options.json)
     memory = _memory_of(options)
-    lm = _loaded(options)
-    cuts = _cuts_of(lm, options, default=[(max(lm.n_layers // 2, 1), "block"), (lm.n_layers, "block")])
+    lm = loaded(options)
+    cuts = cuts_of(lm, options, default=[(max(lm.n_layers // 2, 1), "block"), (lm.n_layers, "block")])
     if options.survey is None:
         prefixes = [lm.encode(text) for text in options.text]
     else:
@@ -166,14 +169,14 @@ def run_continuations(options: argparse.Namespace) -> int:
                 if summary.closest is not None:
                     near = summary.closest
                     print(
-                        f"layer {_layer_name(layer.layer, layer.site)}, {kind}: {summary.n_pairs:,} pairs, closest "
+                        f"layer {layer_name(layer.layer, layer.site)}, {kind}: {summary.n_pairs:,} pairs, closest "
                         f"{near.distance:.6g} ({near.ordinary_distance:.6g} by ordinary passes, "
                         f"{near.relative_to_norm:.2g} of the norm), {summary.n_collisions} collisions: "
-                        f"{_shown(lm, near.first)} | {_shown(lm, near.second)}",
+                        f"{shown(lm, near.first)} | {shown(lm, near.second)}",
                         flush=True,
                     )
     texts = [lm.decode(prefix) for prefix in prefixes]
-    _write(options.json, {**_head(lm), "prefixes": texts, "layers": records})
+    write(options.json, {**head(lm), "prefixes": texts, "layers": records})
     return 0
 
 
@@ -185,9 +188,9 @@ def run_margins(options: argparse.Namespace) -> int:
 
     if options.json is not None:
         require_writable(options.json)
-    lm = _loaded(options)
-    cuts = _cuts_of(lm, options, default=_every_layer(lm))
-    prefixes, source = _prompts_of(lm, options)
+    lm = loaded(options)
+    cuts = cuts_of(lm, options, default=every_layer(lm))
+    prefixes, source = prompts_of(lm, options)
     with CountDisplay(0) as display:
         found = margins(
             lm, prefixes, cuts, n_tokens=options.tokens or None, seed=options.seed,
@@ -196,40 +199,47 @@ def run_margins(options: argparse.Namespace) -> int:
     print(f"{'layer':>8} {'least':>10} {'median':>10} {'mean':>10} {'least/norm':>11} {'median/norm':>11}  closest")
     for layer in found:
         print(
-            f"{_layer_name(layer.layer, layer.site):>8} {layer.least:10.4g} {dict(layer.percentiles)[50]:10.4g} "
+            f"{layer_name(layer.layer, layer.site):>8} {layer.least:10.4g} {dict(layer.percentiles)[50]:10.4g} "
             f"{layer.mean:10.4g} {layer.least_relative_to_norm:11.2g} {layer.median_relative_to_norm:11.2g}  "
-            f"{' | '.join(_shown(lm, [token]) for token in layer.least_tokens)}"
+            f"{' | '.join(shown(lm, [token]) for token in layer.least_tokens)}"
         )
-    _write(options.json, {**_head(lm), "source": source, "layers": [asdict(layer) for layer in found]})
+    write(options.json, {**head(lm), "source": source, "layers": [asdict(layer) for layer in found]})
     return 0
 
 
+_CONFIRMED = 3  # closest pairs of a layer run again in float64
 _SURVEY_HEAD = (
-    f"{'layer':>8} {'prompts':>8} {'pairs':>15} {'closest':>11} {'/ norm':>9} {'/ median':>9} {'median':>9} "
-    f"{'equal':>6} {'collide':>8} {'multiplied':>11} {'seconds':>8}"
+    f"{'layer':>8} {'pairs':>14} {'closest':>10} {'float64':>9} {'varied':>10} {'/ norm':>8} {'/ median':>8} "
+    f"{'float64':>9} {'median':>8} {'equal':>6} {'collide':>8} {'seconds':>8}"
 )
 
 
 def _survey_line(layer: dict[str, Any]) -> str:
     near = layer["closest"][0]
+    rest = (layer["closest_varied"] or [{**near, "distance": float("nan"), "float64_distance": float("nan")}])[0]
     return (
-        f"{_layer_name(layer['layer'], layer['site']):>8} {layer['n_prompts']:>8} {layer['n_pairs']:>15,} "
-        f"{near['distance']:11.6g} {_short(near['relative_to_norm'])} {_short(near['relative_to_median'])} "
-        f"{layer['spread']['median']:9.4g} {layer['n_equal']:>6} {layer['n_collisions']:>8} "
-        f"{layer['n_multiplied'] / max(layer['n_pairs'], 1):>10.2%} {layer['seconds']:8.1f}"
+        f"{layer_name(layer['layer'], layer['site']):>8} {layer['n_pairs']:>14,} {near['distance']:10.4g} "
+        f"{near['float64_distance']:9.2g} {rest['distance']:10.4g} {short(rest['relative_to_norm'])} "
+        f"{short(rest['relative_to_median'])} {rest['float64_distance']:9.4g} {layer['spread']['median']:8.4g} "
+        f"{layer['n_equal']:>6} {layer['n_collisions']:>8} {layer['seconds']:8.1f}"
     )
 
 
-def _short(value: float | None) -> str:
-    return f"{'-' if value is None else format(value, '.2g'):>9}"
+def short(value: float | None) -> str:
+    return f"{'-' if value is None else format(value, '.2g'):>8}"
 
 
-def _with_texts(layer: dict[str, Any], folder: StateFolder, lm: LanguageModel) -> dict[str, Any]:
-    """Add the two prompts to each closest pair, and the median, which a reader wants by name."""
-    for pair in layer["closest"]:
-        for end in ("first", "second"):
-            ids = folder.prompt(pair[end])
-            pair |= {f"{end}_ids": ids.tolist(), f"{end}_text": lm.decode(ids)}
+def _with_texts(layer: dict[str, Any], folder: StateFolder, wide: LanguageModel) -> dict[str, Any]:
+    """Add to each closest pair its prompts, and to the first few their distance in float64 arithmetic."""
+    from sipit.collisions import float64_distances
+
+    for key in ("closest", "closest_varied"):
+        for number, pair in enumerate(layer[key]):
+            both = folder.prompt(pair["first"]), folder.prompt(pair["second"])
+            for end, ids in zip(("first", "second"), both, strict=True):
+                pair |= {f"{end}_ids": ids.tolist(), f"{end}_text": wide.decode(ids)}
+            cut = (layer["layer"], layer["site"])
+            pair["float64_distance"] = float64_distances(wide, [both], cut)[0] if number < _CONFIRMED else None
     layer["spread"]["median"] = dict(layer["spread"]["percentiles"])[50]
     return layer
 
@@ -238,27 +248,27 @@ def _key(record: dict[str, Any]) -> Any:
     return record.get("layer"), record.get("site")
 
 
-def _layer_name(layer: int, site: str) -> str:
+def layer_name(layer: int, site: str) -> str:
     return "final" if site == "final" else str(layer)
 
 
-def _shown(lm: LanguageModel, ids: Iterable[int]) -> str:
+def shown(lm: LanguageModel, ids: Iterable[int]) -> str:
     ids = list(ids)
     text = lm.decode(ids)
     return str(ids) if text is None else repr(text)
 
 
-def _loaded(options: argparse.Namespace) -> LanguageModel:
+def loaded(options: argparse.Namespace) -> LanguageModel:
     from sipit.cli.commands import loaded
 
     return loaded(options.model, options)
 
 
-def _every_layer(lm: LanguageModel) -> list[Cut]:
+def every_layer(lm: LanguageModel) -> list[Cut]:
     return [*((layer, "block") for layer in range(1, lm.n_layers + 1)), (lm.n_layers, "final")]
 
 
-def _cuts_of(lm: LanguageModel, options: argparse.Namespace, *, default: list[Any]) -> list[Cut]:
+def cuts_of(lm: LanguageModel, options: argparse.Namespace, *, default: list[Any]) -> list[Cut]:
     from sipit.cli.commands import cut_of
 
     return default if not options.layer else [cut_of(lm, name) for name in dict.fromkeys(options.layer)]
@@ -270,7 +280,7 @@ def _memory_of(options: argparse.Namespace) -> int:
     return int(options.memory * _GIB)
 
 
-def _prompts_of(lm: LanguageModel, options: argparse.Namespace) -> tuple[list[Tensor], dict[str, Any]]:
+def prompts_of(lm: LanguageModel, options: argparse.Namespace) -> tuple[list[Tensor], dict[str, Any]]:
     """Return the prompts that the corpus options ask for, and where they come from."""
     from sipit.cli.display import waiting
     from sipit.corpora import corpus, exact_prompts, special_start
@@ -293,7 +303,7 @@ def _prompts_of(lm: LanguageModel, options: argparse.Namespace) -> tuple[list[Te
     return prompts, {**texts.describe(), "lengths": lengths, "per_text": options.per_text}
 
 
-def _head(lm: LanguageModel) -> dict[str, Any]:
+def head(lm: LanguageModel) -> dict[str, Any]:
     import torch
 
     from sipit import __version__
@@ -310,12 +320,12 @@ def _head(lm: LanguageModel) -> dict[str, Any]:
     }
 
 
-def _write(path: Path | None, record: dict[str, Any]) -> None:
+def write(path: Path | None, record: dict[str, Any]) -> None:
     from sipit.storage import write_json
 
     if path is not None:
         write_json(path, record)
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     print(line, file=sys.stderr)

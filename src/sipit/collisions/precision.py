@@ -160,16 +160,25 @@ def rounded_weight(weight: Tensor, precision: Precision, *, outputs: int = 0) ->
 
 
 @torch.no_grad()
-def float64_distances(lm: LanguageModel, pairs: Sequence[tuple[Tensor, Tensor]], cut: Cut) -> list[float]:
-    """Return the distances of pairs of prompts when the same weights are run in float64, one prompt at a time.
+def in_float64(lm: LanguageModel) -> LanguageModel:
+    """Return the same weights in float64: a copy, twice the memory of the float32 model."""
+    return LanguageModel(copy.deepcopy(lm.model).double(), lm.tokenizer, name=f"{lm.name} in float64")
+
+
+def float64_distances(wide: LanguageModel, pairs: Sequence[tuple[Tensor, Tensor]], cut: Cut) -> list[float]:
+    """Return the distances of pairs of prompts in a model of float64 weights, one prompt at a time.
 
     Tells a collision in exact arithmetic from a close pair: the distance of the former falls with the
     precision, about 1e-9-fold from float32, the latter's stays. Parts a model computes in float32
-    whatever its dtype (most RMS norms) keep the distance from falling further. Takes twice the memory of
-    the float32 model.
+    whatever its dtype (most RMS norms) keep the distance from falling further.
+
+    Args:
+        wide: as `in_float64` made it.
+        pairs: token ids of two prompts each.
+        cut: (layer, site).
     """
-    wide = LanguageModel(copy.deepcopy(lm.model).double(), lm.tokenizer, name=f"{lm.name} float64").cut(*cut)
-    return [float((wide.ordinary(a)[-1].double() - wide.ordinary(b)[-1].double()).norm()) for a, b in pairs]
+    model = wide.cut(*cut)
+    return [float((model.ordinary(a)[-1].double() - model.ordinary(b)[-1].double()).norm()) for a, b in pairs]
 
 
 def _linear_weights(model: nn.Module) -> Iterator[tuple[Tensor, int]]:

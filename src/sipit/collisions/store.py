@@ -7,7 +7,7 @@ capture leaves nothing half-counted.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -122,6 +122,12 @@ class StateFolder:
                 return ids[first : int(stops[number - start])]
             start += shard.n_prompts
         raise IndexError(number)
+
+    def prompts(self) -> Iterator[Tensor]:
+        """Yield the token ids of every prompt, in their order. (T,) each."""
+        for shard in self.shards:
+            lengths = self._tensor(shard, "lengths").tolist()
+            yield from self._tensor(shard, "input_ids").long().split(lengths)
 
     def lengths(self) -> Tensor:
         """Return the length of each prompt, in tokens. (N,)."""

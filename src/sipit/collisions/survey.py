@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ class LayerSurvey:
     n_equal: int  # pairs equal in every value
     n_collisions: int  # pairs at distance <= threshold, equal ones included
     closest: tuple[ScaledPair, ...]
+    closest_varied: tuple[ScaledPair, ...]  # with one prompt left of those that repeat one and the same token
     farthest: float | None  # L2, exact; None where it was not asked for
     spread: Spread
     median_norm: float  # L2 norm of a state
@@ -74,14 +75,15 @@ def survey(
     """
     if len(folder) < 2:
         raise OptionError(f"{folder.path} holds {len(folder)} prompt; a survey compares at least two")
-    lengths = folder.lengths()
+    lengths, is_varied = folder.lengths(), varied(folder)
     for cut in folder.cuts if cuts is None else cuts:
-        yield _surveyed(folder.blocks(cut), lengths, cut, k, threshold, memory, is_full, on_step)
+        yield _surveyed(folder.blocks(cut), lengths, is_varied, cut, k, threshold, memory, is_full, on_step)
 
 
 def _surveyed(
     blocks: list[Tensor],
     lengths: Tensor,
+    is_varied: Tensor,
     cut: Cut,
     k: int,
     threshold: float,
@@ -93,6 +95,12 @@ def _surveyed(
     found = search_pairs(blocks, k=k, within=threshold, memory=memory, on_step=on_step)
     farthest = farthest_pair(blocks, memory=memory).distance if is_full else None
     spread = sampled_spread(blocks) if farthest is None else full_spread(blocks, farthest=farthest)
+    rest = found
+    if not bool(is_varied.all()):
+        rest = search_pairs(_chosen(blocks, is_varied), k=k, memory=memory)
+        numbers = is_varied.nonzero()[:, 0].tolist()
+        pairs = (replace(p, first=numbers[p.first], second=numbers[p.second]) for p in rest.pairs)
+        rest = replace(rest, pairs=tuple(pairs))
     norms = torch.cat([torch.linalg.vector_norm(block.double(), dim=1).cpu() for block in blocks])
     return LayerSurvey(
         layer=cut[0],
@@ -103,6 +111,7 @@ def _surveyed(
         n_equal=found.n_equal,
         n_collisions=found.n_within,
         closest=scaled_pairs(found.pairs, norms, spread.median),
+        closest_varied=scaled_pairs(rest.pairs, norms, spread.median),
         farthest=farthest,
         spread=spread,
         median_norm=float(norms.median()),
@@ -128,9 +137,8 @@ def closest_prompts(folder: StateFolder, cut: Cut, *, n: int, memory: int = MEMO
 
 def _by_length(blocks: list[Tensor], lengths: Tensor, memory: int) -> Iterator[LengthSurvey]:
     """Yield the closest pair among prompts of each length that two or more have."""
-    stops = torch.tensor([len(block) for block in blocks]).cumsum(0).tolist()
     for length in lengths.unique().tolist():
-        parts = [block[lengths[stop - len(block) : stop] == length] for block, stop in zip(blocks, stops, strict=True)]
+        parts = _chosen(blocks, lengths == length)
         n_prompts = sum(len(part) for part in parts)
         if n_prompts > 1:
             yield LengthSurvey(
@@ -139,3 +147,24 @@ def _by_length(blocks: list[Tensor], lengths: Tensor, memory: int) -> Iterator[L
                 least=search_pairs(parts, memory=memory).pairs[0].distance,
                 median=sampled_spread(parts, n_pairs=20_000).median,
             )
+
+
+def varied(folder: StateFolder) -> Tensor:
+    """Return which prompts to keep so that no two repeat one and the same token. (N,) bool.
+
+    Where rotary positions and nothing else tell positions apart, such prompts have equal states in
+    exact arithmetic: attention averages equal values. Their distances are rounding.
+    """
+    keep = torch.ones(len(folder), dtype=torch.bool)
+    known: set[int] = set()
+    for number, ids in enumerate(folder.prompts()):
+        if bool((ids == ids[0]).all()):
+            keep[number] = int(ids[0]) not in known
+            known.add(int(ids[0]))
+    return keep
+
+
+def _chosen(blocks: list[Tensor], is_chosen: Tensor) -> list[Tensor]:
+    """Return the chosen rows of each block."""
+    parts = is_chosen.split([len(block) for block in blocks])
+    return [block[part.to(block.device)] for block, part in zip(blocks, parts, strict=True)]

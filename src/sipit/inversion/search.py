@@ -18,7 +18,7 @@ from sipit.inversion.check import Checked, PackedCheck
 from sipit.inversion.proposals import Hinted, Proposal, Scene, proposal_for
 from sipit.inversion.result import Candidate, Inversion, Meter, Miss, PositionEvidence, Verdict
 from sipit.inversion.tolerance import noise_floor, tolerance_for
-from sipit.inversion.tree import Tree, grow
+from sipit.inversion.tree import Tree, grow, pass_price
 from sipit.models import LanguageModel
 from sipit.observations import Observation
 
@@ -184,7 +184,7 @@ class _Run:
             return
         speculates = not self.exhaustive and len(self._certain) == 0
         outlook = self.proposal.outlook() if speculates else None
-        tree = grow(batch, self.scene.position, outlook, self.max_batch)
+        tree = grow(batch, self.scene.position, outlook, self.max_batch, pass_price(self.scene.seen.seq_len))
         checked = self.scene.check.tree(tree.token_ids, tree.positions, tree.sees)
         self._walk(tree, checked)
 

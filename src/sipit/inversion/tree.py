@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PASS_PRICE = 1.0  # what one more pass may cost, in tokens; 0.3 to 4 were tried: less is more passes, more is more waste
+_TOKENS_A_UNIT = 256  # of a prompt, by which the price of a pass rises
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +33,25 @@ class Tree:
     chain: tuple[int, ...]  # the column of each level that the next level continues
 
 
-def grow(batch: Tensor, position: int, outlook: Outlook | None, max_tokens: int) -> Tree:
-    """Return the tree of one pass: `batch` at `position`, then guesses while they are likely enough."""
+def pass_price(seq_len: int) -> float:
+    """Return what one more pass may cost in wasted tokens.
+
+    On a CPU a pass takes as long as some 20 tokens, whatever it checks. Short prompts are priced in
+    tokens, of which a window easily wastes more than they have; the longer a prompt, the more its
+    passes count: 8 a pass saved a third of the time at 1,024 tokens, and cost half a prefill.
+    """
+    return 1 + seq_len / _TOKENS_A_UNIT
+
+
+def grow(batch: Tensor, position: int, outlook: Outlook | None, max_tokens: int, price: float) -> Tree:
+    """Return the tree of one pass: `batch` at `position`, then guesses while they are likely enough for its price."""
     tokens, places = [batch], [torch.full_like(batch, position)]
     levels, chain = [tuple(range(len(batch)))], [0]
     n_tokens, chance = len(batch), 0.0 if outlook is None else outlook.first
     if outlook is not None:
         for step, (token_ids, chances) in enumerate(outlook.ahead, start=1):
-            width = min(worthwhile(chances), max_tokens - n_tokens)
-            if chance * PASS_PRICE < 1 - chance or width < 1:
+            width = min(worthwhile(chances, price), max_tokens - n_tokens)
+            if chance * price < 1 - chance or width < 1:
                 break
             tokens.append(token_ids[:width])
             places.append(torch.full((width,), position + step))
@@ -58,14 +68,14 @@ def grow(batch: Tensor, position: int, outlook: Outlook | None, max_tokens: int)
     )
 
 
-def worthwhile(chances: Tensor) -> int:
+def worthwhile(chances: Tensor, price: float) -> int:
     """Return how many of some tokens, best first, to check in one pass. (N,) → at least 1.
 
     A token is checked along if it saves a later pass more often, by the price of a pass, than the
     better ones make it useless.
     """
     before = chances.cumsum(dim=0) - chances
-    return max(1, int((chances * PASS_PRICE >= before).long().cumprod(dim=0).sum()))
+    return max(1, int((chances * price >= before).long().cumprod(dim=0).sum()))
 
 
 def _sees(levels: list[tuple[int, ...]], chain: list[int]) -> Tensor:

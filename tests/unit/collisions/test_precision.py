@@ -16,6 +16,7 @@ from sipit.collisions.precision import (
     PRECISIONS,
     Precision,
     float64_distances,
+    in_float64,
     precision_survey,
     rounded_weight,
     with_rounded_weights,
@@ -102,7 +103,7 @@ def test_scale_free_distances_ignore_the_scale_of_the_states() -> None:
 def test_float64_tells_a_collision_from_a_close_pair() -> None:
     lm = LanguageModel(tiny_model("llama"))
     pairs = [(torch.tensor([7]), torch.tensor([7] * 9)), (PROMPTS[0], PROMPTS[1])]
-    collided, apart = float64_distances(lm, pairs, (4, "block"))
+    collided, apart = float64_distances(in_float64(lm), pairs, (4, "block"))
     states = [true_states(lm.model, "llama", ids)[(4, "block")][-1].double() for pair in pairs for ids in pair]
     assert collided < 1e-11 < float((states[0] - states[1]).norm())
     assert apart == pytest.approx(float((states[2] - states[3]).norm()), rel=1e-4)

@@ -92,13 +92,13 @@ def test_removed_prefix_leaves_nothing(llama: LanguageModel, tmp_path: Path) -> 
 @given(chances=st.lists(st.floats(0.0, 1.0), min_size=1, max_size=8))
 def test_at_least_one_guess_is_always_worthwhile(chances: list[float]) -> None:
     ordered = torch.tensor(sorted(chances, reverse=True))
-    assert 1 <= worthwhile(ordered) <= len(chances)
+    assert 1 <= worthwhile(ordered, 1.0) <= len(chances)
 
 
 @given(n_batch=st.integers(1, 6), n_ahead=st.integers(0, 6), first=st.floats(0, 1), limit=st.integers(6, 20))
 def test_tree_shows_each_guess_its_chain_and_nothing_else(n_batch: int, n_ahead: int, first: float, limit: int) -> None:
     ahead = iter([(torch.tensor([7, 8]), torch.tensor([0.9, 0.05]))] * n_ahead)
-    tree = grow(torch.arange(n_batch), 5, Outlook(first=first, ahead=ahead), limit)
+    tree = grow(torch.arange(n_batch), 5, Outlook(first=first, ahead=ahead), limit, 1.0)
     assert len(tree.token_ids) <= limit
     assert len(tree.levels) == len(tree.chain)
     for depth, level in enumerate(tree.levels):

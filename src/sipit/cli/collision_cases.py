@@ -1,0 +1,250 @@
+"""The commands under `sipit collisions` about prompts made to collide: families, constructed, precision."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sipit.cli.collisions import (
+    corpus_options,
+    cuts_of,
+    head,
+    layer_name,
+    layer_option,
+    loaded,
+    prompts_of,
+    say,
+    short,
+    shown,
+    write,
+)
+from sipit.errors import OptionError
+
+if TYPE_CHECKING:
+    from sipit.collisions import FamilyResult
+    from sipit.collisions.states import Cut
+    from sipit.models import LanguageModel
+
+Adder = Callable[..., Any]
+
+_SAME = 1e-6  # of the float32 distance: what is left of it in float64 where only rounding was between two states
+
+
+def add_cases(inner: Any, command: Adder, model_options: Adder) -> None:
+    """Add the commands to those of `sipit collisions`."""
+    families = command(inner, "families", run_families, "prompts that differ by little, and searched near-collisions")
+    families.add_argument("--text", action="append", default=[], metavar="T", help="a text to vary; repeatable")
+    families.add_argument("--texts", type=int, default=2, metavar="N", help="else this many of the standard library's")
+    families.add_argument("--longest", type=int, default=64, metavar="N", help="longest run of one token (default: 64)")
+    families.add_argument("--climb", type=int, default=0, metavar="ROUNDS", help="hill-climb from each closest pair")
+    layer_option(families, "default: 1, the middle one, the last and final")
+    _common_options(families)
+    model_options(families, default="smollm2-135m")
+
+    constructed = command(
+        inner, "constructed", run_constructed, "models made to collide, or not: what the search finds"
+    )
+    constructed.add_argument("--tiny", action="store_true", help="use tiny random models only, no --model")
+    _common_options(constructed)
+    model_options(constructed, default="smollm2-135m")
+
+    precision = command(inner, "precision", run_precision, "the closest pair under weights of lower precision")
+    corpus_options(precision, n_prompts=300, lengths="4,8,12")
+    precision.add_argument("--families", action="store_true", help="prompts that differ by little instead of a corpus")
+    layer_option(precision, "default: 1, the middle one, the last and final")
+    _common_options(precision, has_seed=True)
+    model_options(precision, default="smollm2-135m")
+
+
+def _common_options(command: argparse.ArgumentParser, *, has_seed: bool = False) -> None:
+    if not has_seed:
+        command.add_argument("--seed", type=int, default=0, help="of the random draws")
+    command.add_argument("--threshold", type=float, default=1e-6, metavar="L2", help="a collision is this near (1e-6)")
+    command.add_argument("--json", type=Path, metavar="OUT", help="write the record")
+
+
+def run_families(options: argparse.Namespace) -> int:
+    """Run `sipit collisions families`."""
+    from sipit.cli.display import CountDisplay
+    from sipit.collisions import family_prompts, sample_texts, survey_families
+    from sipit.storage import require_writable
+
+    if options.json is not None:
+        require_writable(options.json)
+    if options.longest < 2 or options.texts < 1 or options.climb < 0:
+        raise OptionError("--longest must be at least 2, --texts at least 1 and --climb 0 or more")
+    lm = loaded(options)
+    cuts = cuts_of(lm, options, default=_few_layers(lm))
+    texts = options.text or sample_texts(n_prose=-(-options.texts // 2), n_code=options.texts // 2, seed=options.seed)
+    families = family_prompts(lm, texts, counts=_counts(options.longest), seed=options.seed)
+    with CountDisplay(0) as display:
+        results = survey_families(
+            lm, families, cuts, threshold=options.threshold, seed=options.seed, on_step=display.phase("prompts run")
+        )
+        exact = _exact_distances(lm, results)
+        print(
+            f"{'family':>18} {'layer':>6} {'prompts':>8} {'closest':>10} {'/ norm':>8} {'/ median':>8} "
+            f"{'float64':>9} {'equal':>6} {'collide':>8}"
+        )
+        for result, distance in zip(results, exact, strict=True):
+            if result.pairs:
+                near = result.pairs[0]
+                print(
+                    f"{result.family:>18} {layer_name(result.layer, result.site):>6} {result.n_prompts:>8} "
+                    f"{near.distance:10.4g} {short(near.relative_to_norm)} {short(near.relative_to_median)} "
+                    f"{distance:9.2g} {result.n_equal:>6} {result.n_within:>8}  "
+                    f"{near.first_label} | {near.second_label}"
+                )
+        climbs = _climbed(lm, results, exact, options, display.phase("climbs done")) if options.climb else []
+    same = sum(
+        d is not None and r.pairs[0].distance > 0 and d < _SAME * r.pairs[0].distance
+        for r, d in zip(results, exact, strict=True)
+    )
+    if same:
+        say(
+            f"{same} of these closest pairs have the same state in exact arithmetic: run in float64, less than a "
+            "millionth of their distance is left, the rest was rounding"
+        )
+    records = [{**asdict(r), "float64_distance": d} for r, d in zip(results, exact, strict=True)]
+    write(options.json, {**head(lm), "texts": texts, "families": records, "climbs": climbs})
+    return 0
+
+
+def run_constructed(options: argparse.Namespace) -> int:
+    """Run `sipit collisions constructed`."""
+    from sipit.cli.display import CountDisplay
+    from sipit.collisions import constructed_cases
+    from sipit.storage import require_writable
+
+    if options.json is not None:
+        require_writable(options.json)
+    lm = None if options.tiny else loaded(options)
+    with CountDisplay(0) as display:
+        cases = constructed_cases(
+            lm, threshold=options.threshold, seed=options.seed, on_step=display.phase("groups of cases done")
+        )
+    wrong = 0
+    for case in cases:
+        is_expected = case.found == (case.expected == "collides")
+        wrong += not is_expected
+        nearest = "no finite pair" if case.distance is None else f"closest {case.distance:.3g}"
+        print(
+            f"{case.name}: {'collides' if case.found else 'does not'} ({'' if is_expected else 'NOT '}as expected), "
+            f"layer {layer_name(case.layer, case.site)}, {case.n_pairs} pairs, {case.n_equal} equal, "
+            f"{case.n_within} within {case.threshold:g}, {nearest}"
+            + (f", {case.n_not_finite} states not finite" if case.n_not_finite else "")
+        )
+        print(f"    {case.what}")
+    write(options.json, {**({} if lm is None else head(lm)), "cases": [asdict(case) for case in cases]})
+    return 1 if wrong else 0
+
+
+def run_precision(options: argparse.Namespace) -> int:
+    """Run `sipit collisions precision`."""
+    from sipit.cli.display import CountDisplay
+    from sipit.collisions import family_prompts, precision_survey
+    from sipit.storage import require_writable
+
+    if options.json is not None:
+        require_writable(options.json)
+    lm = loaded(options)
+    cuts = cuts_of(lm, options, default=_few_layers(lm))
+    if options.families:
+        families = family_prompts(lm, counts=_counts(16), seed=options.seed)
+        families.pop("repeated_token", None)  # equal in exact arithmetic, whatever the weights
+        different = {tuple(m.ids.tolist()): m.ids for members in families.values() for m in members}
+        prompts, source = list(different.values())[: options.prompts], {"name": "families"}
+    else:
+        prompts, source = prompts_of(lm, options)
+    with CountDisplay(0) as display:
+        results = precision_survey(
+            lm, prompts, cuts, threshold=options.threshold, seed=options.seed, on_step=display.phase("prompts run")
+        )
+    print(
+        f"{'layer':>6} {'weights':>9} {'error':>8} {'closest':>10} {'/ norm':>8} {'/ median':>8} {'equal':>6} "
+        f"{'collide':>8}"
+    )
+    for result in sorted(results, key=lambda r: (r.layer, r.site)):
+        distance = float("nan") if result.distance is None else result.distance
+        print(
+            f"{layer_name(result.layer, result.site):>6} {result.precision:>9} {result.weight_error:8.2%} "
+            f"{distance:10.4g} {short(result.distance_over_mean_norm)} {short(result.distance_over_median)} "
+            f"{result.n_equal:>6} {result.n_within:>8}"
+        )
+    write(
+        options.json, {**head(lm), "source": source, "n_prompts": len(prompts), "results": [asdict(r) for r in results]}
+    )
+    return 0
+
+
+def _few_layers(lm: LanguageModel) -> list[Cut]:
+    cuts: list[Cut] = [
+        (1, "block"),
+        (max(1, lm.n_layers // 2), "block"),
+        (lm.n_layers, "block"),
+        (lm.n_layers, "final"),
+    ]
+    return list(dict.fromkeys(cuts))
+
+
+def _counts(longest: int) -> list[int]:
+    """Return run lengths 1, 2, 3, 4, 6, 8, … and the two longest, which come closest to each other."""
+    counts = {1, longest - 1, longest}
+    step = 2
+    while step <= longest:
+        counts |= {step, min(3 * step // 2, longest)}
+        step *= 2
+    return sorted(counts)
+
+
+def _exact_distances(lm: LanguageModel, results: list[FamilyResult]) -> list[float | None]:
+    """Return the distance in float64 arithmetic of each result's closest pair; None where there is none."""
+    import torch
+
+    from sipit.collisions import float64_distances, in_float64
+
+    wide = in_float64(lm)
+    found: list[float | None] = []
+    for result in results:
+        pairs = [(torch.tensor(p.first_ids), torch.tensor(p.second_ids)) for p in result.pairs[:1]]
+        found += float64_distances(wide, pairs, (result.layer, result.site)) or [None]
+    return found
+
+
+def _climbed(
+    lm: LanguageModel, results: list[FamilyResult], exact: list[float | None], options: argparse.Namespace, tell: Any
+) -> list[dict[str, Any]]:
+    """Climb from the closest pair of each family and layer that is not equal already; print and return the climbs."""
+    import torch
+
+    from sipit.collisions import climb
+
+    climbs = []
+    starts = [
+        (result, result.pairs[0])
+        for result, distance in zip(results, exact, strict=True)
+        if result.pairs and distance is not None and distance > _SAME * result.pairs[0].distance
+    ]
+    for number, (result, near) in enumerate(starts, start=1):
+        found = climb(
+            lm,
+            torch.tensor(near.first_ids),
+            torch.tensor(near.second_ids),
+            (result.layer, result.site),
+            rounds=options.climb,
+            threshold=options.threshold,
+            generator=torch.Generator().manual_seed(options.seed),
+        )
+        climbs.append({"family": result.family, **asdict(found)})
+        print(
+            f"climb from {result.family} at layer {layer_name(result.layer, result.site)}: {near.distance:.4g} → "
+            f"{found.distance:.4g} ({short(found.relative_to_norm).strip()} of the norm), "
+            f"{found.n_evaluated} pairs tried, {'a COLLISION' if found.is_within else 'no collision'}: "
+            f"{shown(lm, found.first_ids)} | {shown(lm, found.second_ids)}",
+            flush=True,
+        )
+        tell(number, len(starts))
+    return climbs

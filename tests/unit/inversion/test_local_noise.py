@@ -1,0 +1,69 @@
+"""A state that amplifies rounding beyond the noise floor is judged by its own noise, never by a wider guess."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sipit
+from sipit import LanguageModel
+from sipit.inversion import check as check_module
+from sipit.inversion import check_certificate, tolerance
+from sipit.inversion.certificate import certificate_of
+from tests.tiny_models import random_ids, tiny_model
+
+IDS = random_ids(24, seed=3)
+LAYER = 3
+
+
+@pytest.fixture
+def lm() -> LanguageModel:
+    return LanguageModel(tiny_model("llama"), name="llama")
+
+
+@pytest.fixture
+def low_floor(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretend that calibration saw far less noise than there is."""
+    floor = tolerance.NoiseFloor(first=2e-9, rest=2e-9, gap=1.0, block_tokens=0)
+    monkeypatch.setitem(tolerance._measured, lm, {(LAYER, "block"): floor})
+
+
+@pytest.mark.usefixtures("low_floor")
+def test_right_token_above_the_noise_floor_is_accepted_by_its_own_noise(lm: LanguageModel) -> None:
+    seen = lm.capture(input_ids=IDS, layer=LAYER)
+    found = sipit.invert(lm, seen, max_batch=16)
+    assert (found.verdict, found.input_ids) == ("recovered", tuple(IDS.tolist()))
+    raised = [p for p in found.positions if p.tolerance > 1e-6]
+    assert raised  # else this test shows nothing
+    assert all(p.distance <= p.tolerance for p in found.positions)
+    assert check_certificate(certificate_of(found), seen, lm).holds
+
+
+@pytest.mark.usefixtures("low_floor")
+def test_without_its_own_noise_it_would_be_refused(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_module, "local_noise", lambda *_: (0.0, 0))
+    assert sipit.invert(lm, lm.capture(input_ids=IDS, layer=LAYER)).verdict == "unmatched"
+
+
+@pytest.mark.usefixtures("low_floor")
+def test_wrong_states_stay_unmatched_and_a_wrong_claim_does_not_hold(lm: LanguageModel) -> None:
+    seen = lm.capture(input_ids=IDS, layer=LAYER)
+    states = seen.states.clone()
+    states[5] += 0.01 * torch.randn(states.shape[1], generator=torch.Generator().manual_seed(0))
+    found = sipit.invert(lm, states, layer=LAYER)
+    assert (found.verdict, len(found.input_ids)) == ("unmatched", 5)
+    right = certificate_of(sipit.invert(lm, seen))
+    swapped = {**right, "input_ids": [*right["input_ids"][:-1], (right["input_ids"][-1] + 1) % lm.vocab_size]}
+    assert not check_certificate(swapped, seen, lm).holds
+
+
+def test_local_noise_looks_at_every_shape_and_no_observation(lm: LanguageModel) -> None:
+    cut = lm.cut(LAYER)
+    cache = cut.new_cache()
+    prefix = IDS[:6]
+    cut.packed(cache, prefix, torch.arange(6), torch.ones(6, 6, dtype=torch.bool).tril())
+    cache.keep(range(6))
+    noise, spent = tolerance.local_noise(cut, cache, prefix, 9, 20)
+    scale = float(cut.ordinary(torch.cat([prefix, torch.tensor([9])]))[-1].norm())
+    assert 0 <= noise < 1e-4 * scale
+    assert spent == 20 + sum(tolerance._WIDTHS)
