@@ -3,7 +3,7 @@
     SipitError
     ├── OptionError        (ValueError)       an argument outside its range: layer, site, policy, device
     ├── ModelError         (ValueError)       a model that cannot be loaded, cut or trusted
-    │   └── FetchError     (ConnectionError)  a pinned model that could not be fetched
+    │   └── FetchError     (ConnectionError)  a pinned model or a data set that could not be fetched
     ├── InputError         (ValueError)       a file or array that is not what it claims to be
     │   ├── ShapeError                        wrong number of dimensions, or wrong width
     │   ├── NonFiniteError                    NaN or infinity among the states
@@ -28,7 +28,7 @@ class ModelError(SipitError, ValueError):
 
 
 class FetchError(ModelError, ConnectionError):
-    """A pinned model could not be fetched, or its checksum is wrong."""
+    """A pinned model or a data set could not be fetched, or a checksum is wrong."""
 
 
 class InputError(SipitError, ValueError):

@@ -133,7 +133,7 @@ def run_constructed(options: argparse.Namespace) -> int:
         nearest = "no finite pair" if case.distance is None else f"closest {case.distance:.3g}"
         print(
             f"{case.name}: {'collides' if case.found else 'does not'} ({'' if is_expected else 'NOT '}as expected), "
-            f"layer {layer_name(case.layer, case.site)}, {case.n_pairs} pairs, {case.n_equal} equal, "
+            f"{case.n_pairs} pairs, {case.n_equal} equal, "
             f"{case.n_within} within {case.threshold:g}, {nearest}"
             + (f", {case.n_not_finite} states not finite" if case.n_not_finite else "")
         )

@@ -99,6 +99,8 @@ def run_survey(options: argparse.Namespace) -> int:
     if options.figure is not None:
         require_matplotlib()
         require_writable(options.figure)
+    if options.k < 1 or options.shard < 1:
+        raise OptionError(f"--k and --shard must be at least 1, got {options.k} and {options.shard}")
     memory = _memory_of(options)
     lm = loaded(options)
     cuts = cuts_of(lm, options, default=every_layer(lm))
@@ -275,8 +277,11 @@ def cuts_of(lm: LanguageModel, options: argparse.Namespace, *, default: list[Any
 
 
 def _memory_of(options: argparse.Namespace) -> int:
+    """Return --memory in bytes; refuse it and --threshold before long work."""
     if not 0.01 <= options.memory < 1e6:
         raise OptionError(f"--memory is {options.memory} GiB; a search needs at least 0.01")
+    if not 0 <= options.threshold < float("inf"):
+        raise OptionError(f"--threshold is {options.threshold}; it is an L2 distance, 0 or more")
     return int(options.memory * _GIB)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from sipit.models.families import Family
+from sipit.models.prepacked import prepacked
 
 _ROOM = 512  # cache columns added at a time, at least
 
@@ -116,6 +117,7 @@ class TruncatedModel:
         if family.masking == "buffer":
             blocks = [self._with_open_buffer(block) for block in blocks]
             self._packed = _clone(trunk, {**children, family.blocks: nn.ModuleList(blocks)})
+        self._fast = prepacked(self._packed)
 
     @property
     def device(self) -> torch.device:
@@ -145,15 +147,15 @@ class TruncatedModel:
         Returns:
             (Q, D)
         """
-        return self._packed_row(self._packed, cache, positions, sees, input_ids=token_ids.to(self.device)[None])
+        return self._packed_row(self._fast, cache, positions, sees, input_ids=token_ids.to(self.device)[None])
 
     @torch.no_grad()
     def packed_at(
         self, cache: PrefixCache, token_ids: Tensor, positions: Tensor, cuts: Sequence[tuple[int, bool]]
     ) -> list[Tensor]:
         """As `packed`, each token alone behind the prefix, at several (layer, is_final) cuts. (Q, D) each."""
-        taps = [_Tap(block) for block in cast(nn.ModuleList, getattr(self._packed, self._family.blocks))]
-        tapped = _clone(self._packed, {self._family.blocks: nn.ModuleList(taps)})
+        taps = [_Tap(block) for block in cast(nn.ModuleList, getattr(self._fast, self._family.blocks))]
+        tapped = _clone(self._fast, {self._family.blocks: nn.ModuleList(taps)})
         last = self._packed_row(tapped, cache, positions, None, input_ids=token_ids.to(self.device)[None])
         return [states.reshape(len(token_ids), -1) for states in _at_cuts(taps, last, cuts, self.is_final)]
 
@@ -231,7 +233,7 @@ class UpperModel:
         self._entry = _Inject(returns_tuple)
         skipped = [_Skip(returns_tuple) for _ in blocks[: layer - 1]]
         children = {family.blocks: nn.ModuleList([*skipped, self._entry, *blocks[layer:]])}
-        self._trunk = _clone(trunk, children)
+        self._trunk = prepacked(_clone(trunk, children))
         self.n_blocks = len(blocks) - layer
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ order covers the whole vocabulary, so the search always ends.
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -29,7 +30,8 @@ _WIDTH = 8  # guesses kept for each position ahead
 _PATIENCE = 48  # candidates checked in vain before a regression on them joins
 _PRIOR_NATS = 2.0  # evidence needed to leave the first pair of weights
 _HALF_DOUBT = 128  # candidates checked in vain at which the inverse counts half
-_PRIOR_RIGHT = 60  # right guesses assumed to have been seen, and one wrong
+_BANDS = (0.5, 0.9, 0.99, 0.999)  # guesses of like certainty are judged together by how often they prove right
+_PRIOR_GUESSES = 20.0  # of each band, assumed to have been right as often as they claimed
 _SURE = 0.99  # a guess that proves right at this chance teaches nothing
 _LOCAL_RIDGE = 1e-3
 _LOCAL_GAIN = 75.0  # of a cosine, beside a log-probability
@@ -98,7 +100,8 @@ class Reader:
         self._n_blocks = max(2, _MAX_SCORES // (_BLOCK * scene.lm.vocab_size))
         self._scores: dict[int, Tensor] = {}  # first position of a block → (W, V)
         self._logs: dict[int, Tensor] = {}  # first position of a block → (W, V)
-        self._n_settled = self._n_right = 0
+        self._seen = [0.0] * (len(_BANDS) + 1)  # guesses of each band that were settled
+        self._right = [0.0] * (len(_BANDS) + 1)  # and that proved right
         self._guesses: dict[int, _Guesses] = {}  # first position of a block → its best tokens
         self._checked: list[Checked] = []
         self._first = 0.0
@@ -118,7 +121,7 @@ class Reader:
         if n_left == 0:
             return untried.nonzero()[:, 0]
         chances, order = logits.softmax(dim=0).topk(min(n, n_left))
-        self._first = float(chances[0])
+        self._first = float(self._believed(chances)[0])
         n_worth = worthwhile(chances, pass_price(self.scene.seen.seq_len))
         return order[: max(n_worth, min(n_checked, len(order)))].cpu()
 
@@ -129,7 +132,7 @@ class Reader:
         n_positions = min(self.scene.seen.seq_len, self.scene.position + self._n_blocks * _BLOCK)
         for position in range(self.scene.position + 1, n_positions):
             guesses = self._guesses_at(position)
-            yield guesses.token_ids[position % _BLOCK], guesses.chances[position % _BLOCK] * self._hit_rate
+            yield guesses.token_ids[position % _BLOCK], self._believed(guesses.chances[position % _BLOCK])
 
     def _guesses_at(self, position: int) -> _Guesses:
         """Return the best tokens of the block of positions that holds this one, by today's weights."""
@@ -150,17 +153,20 @@ class Reader:
         self._checked.append(checked)
         self._n_wasted += len(checked.token_ids)
 
-    @property
-    def _hit_rate(self) -> float:
-        """How often the best guess proved right: no single guess may claim to be surer than that."""
-        return (self._n_right + _PRIOR_RIGHT) / (self._n_settled + _PRIOR_RIGHT + 1)
+    def _believed(self, chances: Tensor) -> Tensor:
+        """Return chances of the best tokens, best first, as far as guesses of like certainty bore them out. (K,)."""
+        claimed = float(chances[0])
+        band = bisect(_BANDS, claimed)
+        rate = (self._right[band] + _PRIOR_GUESSES * claimed) / (self._seen[band] + _PRIOR_GUESSES)
+        return chances * (rate / max(claimed, 1e-9))
 
     def settle(self, token_id: int) -> None:
         position = self.scene.position
         guesses = self._guesses.get(position - position % _BLOCK)
         if guesses is not None:
-            self._n_settled += 1
-            self._n_right += int(guesses.token_ids[position % _BLOCK, 0]) == token_id
+            band = bisect(_BANDS, float(guesses.chances[position % _BLOCK, 0]))
+            self._seen[band] += 1
+            self._right[band] += int(guesses.token_ids[position % _BLOCK, 0]) == token_id
         if position == 0 or (guesses is not None and guesses.was_sure_of(position % _BLOCK, token_id)):
             return  # says nothing about the weights
         row, logs = self._rows(position)

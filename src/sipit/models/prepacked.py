@@ -1,0 +1,83 @@
+"""Linear maps with their weights laid out once for the CPU's kernels, where that is much faster.
+
+A packed pass has few rows, and an ordinary float32 product copies the whole weight into its kernel's
+layout at each call: on some processors that is most of the time. States differ from ordinary ones by
+rounding, as those of any other kernel do; the noise floor is measured with these.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+_MOST_BYTES = 1 << 30  # of weights laid out in one process: a second copy of them
+_ROWS = 64  # that the layout is chosen for; fewer and more do well with it
+
+_layouts: weakref.WeakKeyDictionary[nn.Module, tuple[int, Tensor]] = weakref.WeakKeyDictionary()
+
+
+class _Linear(nn.Linear):
+    """A linear map that shares its weight with the caller's, and multiplies by its laid-out copy."""
+
+    source: nn.Linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        layout = _layout(self.source, self.weight, input)
+        return super().forward(input) if layout is None else _product(input, layout, self.bias)
+
+
+class _Conv1D(Conv1D):
+    """As `_Linear`, for the layer in which GPT-2 keeps its weights transposed."""
+
+    source: Any
+
+    def forward(self, input: Tensor) -> Any:
+        layout = _layout(self.source, self.weight.T, input)
+        return cast(Any, super()).forward(input) if layout is None else _product(input, layout, self.bias)
+
+
+def prepacked(module: nn.Module) -> nn.Module:
+    """Return a shallow copy of a module whose linear maps use laid-out weights; the module itself if it has none."""
+    if type(module) in (nn.Linear, Conv1D):
+        fast = copy.copy(module)
+        fast.__class__ = _Linear if type(module) is nn.Linear else _Conv1D
+        fast.__dict__["source"] = module
+        return fast
+    children = {name: None if child is None else prepacked(child) for name, child in module._modules.items()}
+    if all(children[name] is child for name, child in module._modules.items()):
+        return module
+    clone = copy.copy(module)
+    clone.__dict__["_modules"] = children
+    return clone
+
+
+def _product(rows: Tensor, layout: Tensor, bias: Tensor | None) -> Tensor:
+    return cast(Tensor, torch.ops.mkldnn._linear_pointwise(rows, layout, bias, "none", [], ""))
+
+
+def _layout(source: nn.Module, weight: Tensor, rows: Tensor) -> Tensor | None:
+    """Return the laid-out weight (out, in), made on first use and again if it was changed; None to go without."""
+    if rows.device.type != "cpu" or rows.dtype != torch.float32 or weight.dtype != torch.float32:
+        return None
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not _is_available():
+        return None
+    version = weight._version
+    known = _layouts.get(source)
+    if known is None or known[0] != version:
+        if (
+            known is None
+            and sum(4 * layout.numel() for _, layout in _layouts.values()) + 4 * weight.numel() > _MOST_BYTES
+        ):
+            return None
+        layout = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _ROWS)
+        known = _layouts[source] = (version, layout)
+    return known[1]
+
+
+def _is_available() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")

@@ -1,0 +1,73 @@
+"""Laid-out weights give the same states, share every weight, and follow a weight that changes."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+from sipit.models import prepacked as module
+from sipit.models.prepacked import prepacked
+from tests.tiny_models import FAMILIES, random_ids, tiny_model, weights_digest
+
+needs_onednn = pytest.mark.skipif(not module._is_available(), reason="this build has no oneDNN")
+
+
+@needs_onednn
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prepacked_model_gives_the_states_of_the_plain_one(family: str) -> None:
+    model = tiny_model(family)
+    digest = weights_digest(model)
+    ids = random_ids(7, seed=1)[None]
+    fast = prepacked(model)
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        n_before = len(module._layouts)
+        torch.testing.assert_close(fast(input_ids=ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+    assert len(module._layouts) > n_before  # else this test compares a model with itself
+    assert weights_digest(model) == digest
+    assert {id(p) for p in fast.parameters()} == {id(p) for p in model.parameters()}
+
+
+@needs_onednn
+def test_changed_weight_is_laid_out_again() -> None:
+    linear = nn.Linear(8, 4)
+    fast, rows = prepacked(linear), torch.randn(3, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(rows), linear(rows))
+        linear.weight.mul_(2)
+        torch.testing.assert_close(fast(rows), linear(rows))
+
+
+def test_gradients_other_dtypes_and_autocast_take_the_plain_way() -> None:
+    linear = nn.Linear(8, 4)
+    fast, rows = prepacked(linear), torch.randn(3, 8, requires_grad=True)
+    fast(rows).sum().backward()
+    assert rows.grad is not None
+    with torch.no_grad():
+        torch.testing.assert_close(prepacked(linear.double())(rows.double()), linear(rows.double()))
+    assert len([m for m in module._layouts if m is linear]) == 0
+
+
+@needs_onednn
+def test_memory_is_bounded_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    gc.collect()
+    held = sum(4 * layout.numel() for _, layout in module._layouts.values())
+    monkeypatch.setattr(module, "_MOST_BYTES", held + 8 * 8 * 4)
+    first, second, rows = nn.Linear(8, 8), nn.Linear(8, 8), torch.randn(2, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(prepacked(first)(rows), first(rows))
+        torch.testing.assert_close(prepacked(second)(rows), second(rows))
+    assert first in module._layouts
+    assert second not in module._layouts
+    n_before = len(module._layouts)
+    del first
+    gc.collect()
+    assert len(module._layouts) == n_before - 1
+
+
+def test_module_without_linear_maps_is_returned_as_it_is() -> None:
+    norm = nn.Sequential(nn.LayerNorm(4))
+    assert prepacked(norm) is norm
