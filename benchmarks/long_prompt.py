@@ -45,7 +45,8 @@ def measure(options: argparse.Namespace, n_tokens: int) -> int:
     seconds, prefill = statistics.median(runs), statistics.median(plain)
     print(
         f"{n_tokens} tokens, layer {options.layer}: {'exact' if is_exact else 'NOT EXACT'}, {found.verdict}, "
-        f"prefill_ratio {found.prefill_ratio:.2f}, {seconds:.1f} s = {seconds / prefill:.1f} times the plain pass of {prefill:.2f} s "
+        f"prefill_ratio {found.prefill_ratio:.2f}, {seconds:.1f} s = "
+        f"{seconds / prefill:.1f} times the plain pass of {prefill:.2f} s "
         f"(the first search {runs[0]:.1f} s; noise floor {calibration:.1f} s once), peak {peak:.2f} GB in all",
         flush=True,
     )

@@ -184,7 +184,7 @@ def test_continuations_start_from_the_closest_prompts_of_a_survey(run: Run, text
     run(*SURVEY, "--folder", "s", "--json", "s.json", "--layer", "2")
     arguments = ("collisions", "continuations", "--folder", "k", "--survey", "s", "--prefixes", "3", "--layer", "2")
     assert run(*arguments, "--json", "k.json")[0] == 0
-    record, near = record_of("k.json"), record_of("s.json")["layers"][0]["closest"][0]
+    record, near = record_of("k.json"), record_of("s.json")["layers"][0]["closest_varied"][0]
     assert record["prefixes"][:2] == [near["first_text"], near["second_text"]]
     assert len(set(record["prefixes"])) == 3
     assert record["layers"][0]["n_tokens"] == text_lm.vocab_size

@@ -150,6 +150,8 @@ def run_precision(options: argparse.Namespace) -> int:
 
     if options.json is not None:
         require_writable(options.json)
+    if options.prompts < 2:
+        raise OptionError(f"--prompts is {options.prompts}; a closest pair needs at least 2")
     lm = loaded(options)
     cuts = cuts_of(lm, options, default=_few_layers(lm))
     if options.families:

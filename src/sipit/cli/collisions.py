@@ -6,11 +6,11 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sipit.errors import OptionError
+from sipit.errors import MismatchError, OptionError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,15 +90,17 @@ def _search_options(command: argparse.ArgumentParser) -> None:
 def run_survey(options: argparse.Namespace) -> int:
     """Run `sipit collisions survey`."""
     from sipit.cli.display import CountDisplay
-    from sipit.collisions import capture_states, in_float64, survey
-    from sipit.report.collisions import draw_survey, require_matplotlib
+    from sipit.collisions import LayerSurvey, capture_states, in_float64, survey
+    from sipit.report.collisions import draw_survey, require_drawable
     from sipit.storage import LineLog, require_writable
 
     if options.json is not None:
         require_writable(options.json)
     if options.figure is not None:
-        require_matplotlib()
+        require_drawable(options.figure)
         require_writable(options.figure)
+    if options.prompts < 2:
+        raise OptionError(f"--prompts is {options.prompts}; a survey compares at least 2")
     if options.k < 1 or options.shard < 1:
         raise OptionError(f"--k and --shard must be at least 1, got {options.k} and {options.shard}")
     memory = _memory_of(options)
@@ -112,7 +114,8 @@ def run_survey(options: argparse.Namespace) -> int:
         )  # fmt: skip
         settings = {"k": options.k, "threshold": options.threshold, "is_full": options.full}
         log = LineLog(options.folder / "survey.jsonl")
-        layers = {_key(line): line for line in log.records() if line.get("settings") == settings}
+        known = {field.name for field in fields(LayerSurvey)} | {"settings"}
+        layers = {_key(x): x for x in log.records() if x.get("settings") == settings and known <= set(x)}
         waiting = [cut for cut in cuts if cut not in layers]
         print(_SURVEY_HEAD)
         for cut in cuts:
@@ -157,7 +160,13 @@ def run_continuations(options: argparse.Namespace) -> int:
     if options.survey is None:
         prefixes = [lm.encode(text) for text in options.text]
     else:
-        prefixes = closest_prompts(StateFolder(options.survey), cuts[-1], n=options.prefixes, memory=memory)
+        surveyed = StateFolder(options.survey)
+        if surveyed.manifest["fingerprint"] != lm.fingerprint:
+            raise MismatchError(
+                f"{options.survey} holds states of the model {surveyed.manifest['model']!r}, not of {lm.name!r}; name "
+                "the model it was made with"
+            )
+        prefixes = closest_prompts(surveyed, cuts[-1], n=options.prefixes, memory=memory)
     records = []
     with CountDisplay(0) as display:
         folder = capture_continuations(

@@ -291,7 +291,7 @@ def cut_of(lm: LanguageModel, name: str) -> tuple[int, Site]:
     """Return the layer and site that a --layer option names."""
     if name == "final":
         return lm.n_layers, "final"
-    if not name.isdigit():
+    if not (name.isascii() and name.isdigit()):
         raise OptionError(f"--layer takes a number of blocks or 'final', got {name!r}")
     return lm.checked_layer(int(name), "block"), "block"
 

@@ -7,10 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from sipit.collisions.states import MAX_TOKENS, Cut, OnStep, last_states
+from sipit.collisions.states import MAX_TOKENS, Cut, OnStep, finite_states, last_states
 from sipit.collisions.store import (
     FORMAT,
     VERSION,
@@ -21,7 +20,7 @@ from sipit.collisions.store import (
     write_manifest,
     write_shard,
 )
-from sipit.errors import NonFiniteError, OptionError
+from sipit.errors import OptionError
 from sipit.models import LanguageModel
 
 SHARD_PROMPTS = 2048
@@ -80,8 +79,9 @@ def capture_states(
     for number, start in enumerate(range(0, len(kept), shard_prompts)):
         part = kept[start : start + shard_prompts]
         if number not in shards:
-            states = _finite(lm, part, cuts, start, max_tokens)
-            shards[number] = write_shard(path, number, part, states)
+            states = finite_states(cuts, last_states(lm, part, cuts, max_tokens=max_tokens), first=start)
+            named = {cut_name(cut): rows for cut, rows in zip(cuts, states, strict=True)}
+            shards[number] = write_shard(path, number, part, named)
             manifest["shards"] = [asdict(shards[i]) for i in sorted(shards)]
             write_manifest(path, manifest)
         if on_step is not None:
@@ -97,18 +97,3 @@ def without_repeats(prompts: Sequence[Tensor]) -> list[Tensor]:
     for ids in prompts:
         first.setdefault(tuple(ids.tolist()), ids)
     return list(first.values())
-
-
-def _finite(
-    lm: LanguageModel, prompts: Sequence[Tensor], cuts: Sequence[Cut], start: int, max_tokens: int
-) -> dict[str, Tensor]:
-    states = last_states(lm, prompts, cuts, max_tokens=max_tokens)
-    for cut, rows in zip(cuts, states, strict=True):
-        finite = torch.isfinite(rows).all(dim=1)
-        if not bool(finite.all()):
-            number = int((~finite).nonzero()[0, 0])
-            raise NonFiniteError(
-                f"prompt {start + number}: its state after {cut[0]} blocks, site {cut[1]}, overflows {rows.dtype}; "
-                "load the model in a wider dtype"
-            )
-    return {cut_name(cut): rows for cut, rows in zip(cuts, states, strict=True)}

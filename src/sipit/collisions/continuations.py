@@ -18,7 +18,7 @@ from torch import Tensor
 from sipit.collisions.nearest import MEMORY, OnStep, PairSearch, search_between, search_pairs
 from sipit.collisions.scales import THRESHOLD
 from sipit.collisions.spread import Spread, sampled_spread
-from sipit.collisions.states import Cut, last_states
+from sipit.collisions.states import Cut, finite_states, last_states
 from sipit.collisions.store import (
     FORMAT,
     VERSION,
@@ -119,7 +119,9 @@ def capture_continuations(
     shards: dict[int, Shard] = whole_shards(path, manifest)
     for number, prefix in enumerate(prefixes):
         if number not in shards:
-            states = continued_states(lm, prefix, tokens, cuts, batch=batch)
+            states = finite_states(
+                cuts, continued_states(lm, prefix, tokens, cuts, batch=batch), first=number * len(tokens)
+            )
             prompts = [torch.cat([prefix, token[None]]) for token in tokens]
             named = {cut_name(cut): rows for cut, rows in zip(cuts, states, strict=True)}
             shards[number] = write_shard(path, number, prompts, named)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from sipit.errors import NonFiniteError
 from sipit.models import LanguageModel
 from sipit.observations import Site
 
@@ -53,3 +54,25 @@ def last_states(
             if on_step is not None:
                 on_step(done, len(prompts))
     return found
+
+
+def finite_states(cuts: Sequence[Cut], states: Sequence[Tensor], *, first: int) -> list[Tensor]:
+    """Return the states of some prompts at each cut, if all are finite. (N, D) each.
+
+    Args:
+        cuts: (layer, site) of each.
+        states: as `last_states` returns them.
+        first: number of their first prompt, for the message.
+
+    Raises:
+        NonFiniteError: the model's states overflow.
+    """
+    for (layer, site), rows in zip(cuts, states, strict=True):
+        finite = torch.isfinite(rows).all(dim=1)
+        if not bool(finite.all()):
+            number = first + int((~finite).nonzero()[0, 0])
+            raise NonFiniteError(
+                f"prompt {number}: its state after {layer} blocks, site {site}, overflows {rows.dtype}; "
+                "load the model in a wider dtype"
+            )
+    return list(states)

@@ -7,6 +7,7 @@ capture leaves nothing half-counted.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from sipit.collisions.states import Cut
 from sipit.errors import InputError, MismatchError, OptionError, StorageError
 from sipit.observations import SITES
 from sipit.storage import read_json, whole_file, write_json
+
+_SHARD = re.compile(r"states-[0-9]{5,}\.safetensors")
 
 FORMAT = "sipit.states"
 VERSION = 1
@@ -153,7 +156,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Read and check the manifest of a state folder."""
     file = path / "manifest.json"
     if not file.is_file():
-        raise StorageError(f"{path} holds no manifest.json, so no captured states; make some with 'collisions capture'")
+        raise StorageError(
+            f"{path} holds no manifest.json, so no captured states; make some with 'sipit collisions survey'"
+        )
     try:
         manifest = read_json(file)
     except ValueError as error:
@@ -164,7 +169,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         if wrong:
             raise ValueError(f"{', '.join(wrong)} missing or of another type")
-        [Shard(**shard) for shard in manifest["shards"]]
+        for number, shard in enumerate(Shard(**entry) for entry in manifest["shards"]):
+            counts = (shard.n_prompts, shard.n_bytes)
+            if not (isinstance(shard.file, str) and _SHARD.fullmatch(shard.file)) or {*map(type, counts)} != {int}:
+                raise ValueError(f"entry {number} of the shards names no shard")
         [cut_named(name) for name in manifest["cuts"]]
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is damaged ({error}); capture the states again") from error
@@ -239,5 +247,5 @@ def whole_shards(folder: Path, manifest: dict[str, Any]) -> dict[int, Shard]:
             check_shard(folder, shard)
         except (StorageError, InputError):
             continue
-        whole[int(shard.file.split("-")[1].split(".")[0])] = shard
+        whole[int(shard.file[7:-12])] = shard  # states-00000.safetensors
     return whole

@@ -124,14 +124,19 @@ def _surveyed(
 
 
 def closest_prompts(folder: StateFolder, cut: Cut, *, n: int, memory: int = MEMORY) -> list[Tensor]:
-    """Return n different prompts out of the closest pairs at a layer, the closest pair's first. (T,) each."""
-    n = min(n, len(folder))
+    """Return n different prompts out of the closest pairs at a layer, the closest pair's first. (T,) each.
+
+    Of prompts that repeat one and the same token, one takes part; see `varied`.
+    """
+    is_varied = varied(folder)
+    blocks, numbers = _chosen(folder.blocks(cut), is_varied), is_varied.nonzero()[:, 0].tolist()
+    n = min(n, len(numbers))
     k = n
     while True:
-        pairs = search_pairs(folder.blocks(cut), k=k, memory=memory).pairs
-        numbers = list(dict.fromkeys(number for pair in pairs for number in (pair.first, pair.second)))
-        if len(numbers) >= n or len(pairs) < k:
-            return [folder.prompt(number) for number in numbers[:n]]
+        pairs = search_pairs(blocks, k=k, memory=memory).pairs
+        found = list(dict.fromkeys(row for pair in pairs for row in (pair.first, pair.second)))
+        if len(found) >= n or len(pairs) < k:
+            return [folder.prompt(numbers[row]) for row in found[:n]]
         k *= 2
 
 

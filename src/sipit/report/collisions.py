@@ -12,12 +12,17 @@ from sipit.storage import whole_file
 _SHOWN_LENGTH_LAYERS = 5
 
 
-def require_matplotlib() -> None:
-    """Find out before long work that figures cannot be drawn.
+FORMATS = (".svg", ".png", ".pdf")
+
+
+def require_drawable(path: Path | str) -> None:
+    """Find out before long work that a figure cannot be drawn.
 
     Raises:
-        OptionError: matplotlib is not installed.
+        OptionError: matplotlib is not installed, or the file's suffix names no format.
     """
+    if Path(path).suffix not in FORMATS:
+        raise OptionError(f"cannot draw {path}: name a file ending in {', '.join(FORMATS)}")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -37,7 +42,7 @@ def draw_survey(record: dict[str, Any], path: Path | str) -> None:
         OptionError: matplotlib is not installed, or knows no such format.
         StorageError: the path cannot be written.
     """
-    require_matplotlib()
+    require_drawable(path)
     from matplotlib.figure import Figure
 
     layers = record["layers"]
@@ -47,12 +52,8 @@ def draw_survey(record: dict[str, Any], path: Path | str) -> None:
     _draw_scales(scales, layers)
     _draw_lengths(lengths, layers)
     figure.suptitle(f"{record['model']}: last-token states of {record['n_prompts']:,} prompts")
-    kind = Path(path).suffix.removeprefix(".")
-    try:
-        with whole_file(path) as temporary:
-            figure.savefig(temporary, format=kind)
-    except ValueError as error:
-        raise OptionError(f"cannot draw {path}: {error}; name a file ending in .svg, .png or .pdf") from error
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format=Path(path).suffix.removeprefix("."))
 
 
 def _names(layers: Sequence[dict[str, Any]]) -> list[str]:
@@ -68,6 +69,8 @@ def _draw_boxes(axis: Any, layers: Sequence[dict[str, Any]]) -> None:
     places = range(len(layers))
     axis.bxp(stats, positions=places, showfliers=False, widths=0.6)
     axis.plot(places, [layer["closest"][0]["distance"] for layer in layers], "o", markersize=3, label="closest pair")
+    varied = [(layer["closest_varied"] or layer["closest"])[0]["distance"] for layer in layers]
+    axis.plot(places, varied, "s", markersize=3, label="closest, one token repeated left out")
     axis.axhline(layers[0]["threshold"], color="grey", linewidth=0.8, linestyle=":", label="threshold")
     kind = "sampled pairs" if layers[0]["spread"]["is_sampled"] else "all pairs"
     _finish(axis, places, _names(layers), f"layer (box: quartiles, whiskers 1 and 99 %, {kind})", "L2 distance")
@@ -77,8 +80,8 @@ def _draw_boxes(axis: Any, layers: Sequence[dict[str, Any]]) -> None:
 def _draw_scales(axis: Any, layers: Sequence[dict[str, Any]]) -> None:
     places = range(len(layers))
     for key, label in (("relative_to_norm", "over the states' norm"), ("relative_to_median", "over the median")):
-        axis.plot(places, [layer["closest"][0][key] or float("nan") for layer in layers], marker="o", markersize=3,
-                  label=label)  # fmt: skip
+        closest = [(layer["closest_varied"] or layer["closest"])[0] for layer in layers]
+        axis.plot(places, [pair[key] or float("nan") for pair in closest], marker="o", markersize=3, label=label)
     _finish(axis, places, _names(layers), "layer", "closest pair, without scale")
     axis.legend(fontsize=8)
 

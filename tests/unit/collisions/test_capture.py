@@ -74,7 +74,7 @@ def test_interrupted_capture_goes_on_and_captures_nothing_twice(
     lm: LanguageModel, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    real = capture_module.last_states
+    real = last_states
 
     def stopping(model: LanguageModel, part: Any, *rest: Any, **options: Any) -> Any:
         if len(calls) == 1:
@@ -160,8 +160,9 @@ def test_state_that_is_not_finite_is_refused_by_the_search(folder: Path) -> None
 
 
 def test_overflowing_states_end_a_capture_with_the_prompt_named(tmp_path: Path) -> None:
-    lm = LanguageModel(tiny_model("llama"), name="overflowing")
-    lm.model.model.layers[1].mlp.down_proj.weight.data.fill_(float("inf"))  # type: ignore[union-attr,operator]
+    model = tiny_model("llama")
+    lm = LanguageModel(model, name="overflowing")
+    model.model.layers[1].mlp.down_proj.weight.data.fill_(float("inf"))
     with pytest.raises(NonFiniteError, match=r"prompt 0: its state after 2 blocks"):
         capture_states(lm, [random_ids(3, seed=1)], [(1, "block"), (2, "block")], tmp_path / "s")
     assert not list((tmp_path / "s").glob("*.safetensors"))
@@ -190,7 +191,7 @@ def test_full_disk_leaves_no_half_shard_and_the_capture_goes_on(
     from sipit.collisions import store
 
     calls: list[int] = []
-    real = store.save_file
+    real = save_file
 
     def full(tensors: Any, path: Any, **rest: Any) -> None:
         calls.append(0)
