@@ -50,7 +50,12 @@ __all__ = [
 ]
 
 
+_PACKAGES = ("collisions", "corpora")  # reached as sipit.collisions.… without an import of their own
+
+
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"sipit.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'sipit' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

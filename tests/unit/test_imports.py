@@ -166,3 +166,23 @@ def test_policies_of_the_command_line_are_those_of_the_library() -> None:
 
     assert arguments._POLICIES == POLICIES
     assert set(arguments._DTYPES) == set(DTYPES)
+
+
+def test_packages_are_reached_from_the_top_without_their_own_import() -> None:
+    code = "import sipit, torch; print(sipit.collisions.nearest_pairs([torch.eye(2)])[0].first)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "0\n"
+
+
+def test_searching_arrays_loads_no_model_library() -> None:
+    assert _loads("from sipit.collisions import nearest_pairs") & {"transformers", "matplotlib", "datasets"} == set()
+
+
+def test_collision_names_are_all_there() -> None:
+    for name in sipit.collisions.__all__:
+        assert getattr(sipit.collisions, name).__name__ == name
+
+
+def test_closest_pairs_reach_no_language_model() -> None:
+    for start in ("sipit.collisions.nearest", "sipit.collisions.farthest", "sipit.collisions.spread"):
+        reached = {_package(name) for name in _reached(start)}
+        assert reached <= {"", "errors", "collisions"}, start

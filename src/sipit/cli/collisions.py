@@ -90,7 +90,7 @@ def _search_options(command: argparse.ArgumentParser) -> None:
 def run_survey(options: argparse.Namespace) -> int:
     """Run `sipit collisions survey`."""
     from sipit.cli.display import CountDisplay
-    from sipit.collisions import LayerSurvey, capture_states, in_float64, survey
+    from sipit.collisions import LayerSurvey, capture_states, in_float64, survey_layers
     from sipit.report.collisions import draw_survey, require_drawable
     from sipit.storage import LineLog, require_writable
 
@@ -121,7 +121,7 @@ def run_survey(options: argparse.Namespace) -> int:
         for cut in cuts:
             if cut in layers:
                 print(_survey_line(layers[cut]))
-        found = survey(
+        found = survey_layers(
             folder, cuts=waiting, k=options.k, threshold=options.threshold, memory=memory, is_full=options.full
         )
         tell, wide = display.phase("layers searched"), in_float64(lm)
@@ -147,7 +147,7 @@ def run_survey(options: argparse.Namespace) -> int:
 def run_continuations(options: argparse.Namespace) -> int:
     """Run `sipit collisions continuations`."""
     from sipit.cli.display import CountDisplay
-    from sipit.collisions import StateFolder, capture_continuations, closest_prompts, continuations
+    from sipit.collisions import StateFolder, capture_continuations, closest_prompts, survey_continuations
     from sipit.storage import require_writable
 
     if (options.survey is None) == (not options.text):
@@ -172,7 +172,7 @@ def run_continuations(options: argparse.Namespace) -> int:
         folder = capture_continuations(
             lm, prefixes, cuts, options.folder, on_step=display.phase("continuations captured")
         )
-        for layer in continuations(
+        for layer in survey_continuations(
             lm, folder, threshold=options.threshold, memory=memory, on_step=display.phase("searches done")
         ):
             records.append(asdict(layer))
@@ -194,7 +194,7 @@ def run_continuations(options: argparse.Namespace) -> int:
 def run_margins(options: argparse.Namespace) -> int:
     """Run `sipit collisions margins`."""
     from sipit.cli.display import CountDisplay
-    from sipit.collisions import margins
+    from sipit.collisions import survey_margins
     from sipit.storage import require_writable
 
     if options.json is not None:
@@ -203,7 +203,7 @@ def run_margins(options: argparse.Namespace) -> int:
     cuts = cuts_of(lm, options, default=every_layer(lm))
     prefixes, source = prompts_of(lm, options)
     with CountDisplay(0) as display:
-        found = margins(
+        found = survey_margins(
             lm, prefixes, cuts, n_tokens=options.tokens or None, seed=options.seed,
             on_step=display.phase("prefixes done"),
         )  # fmt: skip

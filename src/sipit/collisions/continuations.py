@@ -150,7 +150,7 @@ def continued_states(
     return [torch.cat(rows) for rows in zip(*parts, strict=True)]
 
 
-def continuations(
+def survey_continuations(
     lm: LanguageModel,
     folder: StateFolder,
     *,

@@ -39,7 +39,7 @@ class MarginSurvey:
     least_tokens: tuple[int, int]  # the two next tokens that lie closest there
 
 
-def margins(
+def survey_margins(
     lm: LanguageModel,
     prefixes: Sequence[Tensor],
     cuts: Sequence[Cut],

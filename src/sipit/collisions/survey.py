@@ -52,7 +52,7 @@ class LayerSurvey:
     seconds: float
 
 
-def survey(
+def survey_layers(
     folder: StateFolder,
     *,
     cuts: Sequence[Cut] | None = None,

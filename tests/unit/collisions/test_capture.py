@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sipit import LanguageModel
-from sipit.collisions import StateFolder, capture_states, last_states, survey
+from sipit.collisions import StateFolder, capture_states, last_states, survey_layers
 from sipit.collisions import capture as capture_module
 from sipit.collisions.states import Cut
 from sipit.errors import InputError, MismatchError, NonFiniteError, OptionError, StorageError
@@ -156,7 +156,7 @@ def test_state_that_is_not_finite_is_refused_by_the_search(folder: Path) -> None
     tensors["block-3"][1, 5] = float("nan")
     save_file(tensors, path)
     with pytest.raises(NonFiniteError, match="row 21 "):
-        next(survey(StateFolder(folder), cuts=[(3, "block")]))
+        next(survey_layers(StateFolder(folder), cuts=[(3, "block")]))
 
 
 def test_overflowing_states_end_a_capture_with_the_prompt_named(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ from sipit.collisions import (
     capture_continuations,
     capture_states,
     closest_prompts,
-    continuations,
     last_states,
-    margins,
-    survey,
+    survey_continuations,
+    survey_layers,
+    survey_margins,
 )
 from sipit.collisions.continuations import continued_states
 from sipit.collisions.states import Cut
@@ -39,7 +39,9 @@ def _prompts() -> list[Tensor]:
 def test_survey_reports_the_closest_pairs_and_their_scales(lm: LanguageModel, tmp_path: Path) -> None:
     given = _prompts()
     folder = capture_states(lm, given, CUTS, tmp_path / "s", shard_prompts=17)
-    for cut, rows, layer in zip(CUTS, last_states(lm, given, CUTS), survey(folder, k=4, is_full=True), strict=True):
+    for cut, rows, layer in zip(
+        CUTS, last_states(lm, given, CUTS), survey_layers(folder, k=4, is_full=True), strict=True
+    ):
         expected = brute(rows, 10**6)
         norms = rows.double().norm(dim=1)
         assert (layer.layer, layer.site, layer.n_prompts, layer.n_pairs) == (*cut, 60, 1770)
@@ -60,11 +62,11 @@ def test_collisions_are_counted_and_equal_states_apart(tmp_path: Path) -> None:
     lm = LanguageModel(twin_model("llama", 40, 97), name="twins")
     given = [torch.tensor([5, 40]), torch.tensor([5, 97]), *_prompts()]
     folder = capture_states(lm, given, [(2, "block")], tmp_path / "s")
-    [layer] = survey(folder, k=1)
+    [layer] = survey_layers(folder, k=1)
     assert (layer.closest[0].first, layer.closest[0].second) == (0, 1)
     assert layer.n_collisions == 1
     assert layer.n_equal == int(torch.equal(*folder.blocks((2, "block"))[0][:2]))
-    [wide] = survey(folder, k=1, threshold=brute(folder.blocks((2, "block"))[0], 9)[-1][0])
+    [wide] = survey_layers(folder, k=1, threshold=brute(folder.blocks((2, "block"))[0], 9)[-1][0])
     assert wide.n_collisions == 9
 
 
@@ -95,7 +97,7 @@ def test_continuations_decide_every_pair_within_and_across(lm: LanguageModel, tm
     folder = capture_continuations(lm, prefixes, CUTS, tmp_path / "c")
     prompts = [torch.cat([p, torch.tensor([t])]) for p in prefixes for t in range(VOCAB)]
     expected_rows = last_states(lm, prompts, CUTS)
-    for cut, rows, layer in zip(CUTS, expected_rows, continuations(lm, folder), strict=True):
+    for cut, rows, layer in zip(CUTS, expected_rows, survey_continuations(lm, folder), strict=True):
         pairs = brute(rows, 10**7)
         inner = [(d, i, j) for d, i, j in pairs if i // VOCAB == j // VOCAB]
         outer = [(d, i, j) for d, i, j in pairs if i // VOCAB != j // VOCAB]
@@ -139,7 +141,7 @@ def test_equal_prefixes_and_layer_zero_are_refused(lm: LanguageModel, tmp_path: 
 
 def test_margins_over_the_whole_vocabulary_equal_brute_force(lm: LanguageModel) -> None:
     prefixes = [random_ids(3, seed=1), random_ids(5, seed=2)]
-    found = margins(lm, prefixes, CUTS, n_tokens=None)
+    found = survey_margins(lm, prefixes, CUTS, n_tokens=None)
     for cut, layer in zip(CUTS, found, strict=True):
         least = []
         for prefix in prefixes:
@@ -155,10 +157,10 @@ def test_margins_over_the_whole_vocabulary_equal_brute_force(lm: LanguageModel) 
 def test_margins_over_some_tokens_say_so_and_are_no_smaller() -> None:
     lm = text_model()
     prefixes = [random_ids(3, seed=n) for n in range(4)]
-    [whole] = margins(lm, prefixes, [(2, "block")], n_tokens=None)
-    [some] = margins(lm, prefixes, [(2, "block")], n_tokens=40, seed=3)
+    [whole] = survey_margins(lm, prefixes, [(2, "block")], n_tokens=None)
+    [some] = survey_margins(lm, prefixes, [(2, "block")], n_tokens=40, seed=3)
     assert not some.is_whole_vocabulary
     assert some.n_tokens == 40
     assert some.least >= whole.least * (1 - 1e-3)
     with pytest.raises(OptionError, match="at least 2"):
-        margins(lm, prefixes, [(2, "block")], n_tokens=1)
+        survey_margins(lm, prefixes, [(2, "block")], n_tokens=1)

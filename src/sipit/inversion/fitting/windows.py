@@ -17,7 +17,7 @@ from sipit.models import LanguageModel
 
 _SHARES = {"prose": 0.21, "code": 0.17, "random ids": 0.19, "inserted": 0.18, "own samples": 0.25}
 _HELD_OUT = ("asyncio", "email", "xml", "unittest")  # packages of the library kept for the report
-_SAMPLE_BATCH = 256
+_SAMPLE_BATCH = 192  # windows written at once: their keys and values are most of a fit's memory
 _REPLACED = 0.25  # of the tokens of an "inserted" window
 
 OnStep = Callable[[int, int], None]  # done, total
