@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sipit.collisions import farthest_pair, full_spread, sampled_spread
+from sipit.collisions import farthest_pair, full_spread, panel, sampled_spread
+from sipit.collisions.rows import Rows
 from sipit.errors import ShapeError
 from tests.unit.collisions.test_nearest import SMALL, brute, clustered
 
@@ -63,3 +64,17 @@ def test_one_row_has_no_distances() -> None:
     for measure in (farthest_pair, sampled_spread):
         with pytest.raises(ShapeError, match="at least two"):
             measure([torch.ones(1, 3)])
+
+
+def test_boxes_bound_distances_from_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(panel, "_LEAF", 1)  # boxes of single rows: the bounds are tight
+    rows = Rows([torch.randn(60, 90, generator=torch.Generator().manual_seed(2))])  # half of each row lies off them
+    frame = panel.frame_of(rows)
+    placed = panel.Panel(rows, torch.arange(60), frame)
+    for i in range(len(placed)):
+        nearest, farthest = placed.gaps(placed.low[i], placed.high[i]), placed.reaches(placed.low[i], placed.high[i])
+        for j in range(len(placed)):
+            one, other = (rows.take(placed.numbers[n][placed.numbers[n] >= 0]) * frame.scale for n in (i, j))
+            distances = (one[:, None] - other[None]).norm(dim=2)
+            assert float(nearest[j]) <= float(distances.min()) + 1e-6
+            assert float(farthest[j]) >= float(distances.max()) - 1e-6
