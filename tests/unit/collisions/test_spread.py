@@ -75,6 +75,8 @@ def test_boxes_bound_distances_from_both_sides(monkeypatch: pytest.MonkeyPatch) 
         nearest, farthest = placed.gaps(placed.low[i], placed.high[i]), placed.reaches(placed.low[i], placed.high[i])
         for j in range(len(placed)):
             one, other = (rows.take(placed.numbers[n][placed.numbers[n] >= 0]) * frame.scale for n in (i, j))
+            if not len(one) or not len(other):
+                continue  # a leaf of empty places
             distances = (one[:, None] - other[None]).norm(dim=2)
             assert float(nearest[j]) <= float(distances.min()) + 1e-6
             assert float(farthest[j]) >= float(distances.max()) - 1e-6
