@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sipit.collisions.equal import equal_groups, n_equal_pairs
-from sipit.collisions.panel import Frame, Panel, frame_of, panel_bytes, product_error
+from sipit.collisions.panel import Frame, Panel, frame_of, panel_bytes, product_error, rounding_of
 from sipit.collisions.rows import Rows
 from sipit.errors import OptionError
 
@@ -252,39 +252,62 @@ def _left_over(one: Panel, i: int, other: Panel, leaves: Tensor, best: _Best) ->
     if one is other and bool((leaves == i).any()):
         n_pairs -= one.numbers.shape[1] * (one.numbers.shape[1] + 1) // 2  # each pair of the leaf itself once
     best.n_projected += n_pairs
-    radii = one.radius[i] + other.radius[leaves].max()
-    slack = one.projection_error(one.radius[i]) + other.projection_error(other.radius[leaves].max())
-    squared = squared_distances(one.z[i], one.z_squared[i], other.z[leaves], other.z_squared[leaves])  # (S, l S)
-    error = product_error(one.z.shape[2], radii)
-    left = (squared <= ((best.limit * one.scale) * SURE + slack).square() * SURE + error).nonzero()
+    slack = one.projection_error(one.radius[i]) + other.projection_error(other.radius[leaves])  # (l,)
+    screen = _Screen(one.z[i], one.is_empty[i], other.z[leaves], other.is_empty[leaves], slack)
+    left = screen.left(best.limit * one.scale)
     if len(left) > n_pairs * _DENSE:
         best.n_multiplied += n_pairs
-        squared = squared_distances(one.x[i], one.x_squared[i], other.x[leaves], other.x_squared[leaves])
-        error = product_error(one.x.shape[2], radii)
-        slack = one.rounding_error(radii)
-        left = (squared <= ((best.limit * one.scale) * SURE + slack).square() * SURE + error).nonzero()
-    values = squared[left[:, 0], left[:, 1]]
-    order = values.argsort()
-    row, column = left[order].cpu().T
-    first = one.numbers[i][row]
-    second = other.numbers[leaves.cpu()].reshape(-1)[column]
-    values = values[order]
-    is_pair = (first >= 0) & (second >= 0)
+        slack = one.rounding_error(one.radius[i] + other.radius[leaves])
+        screen = _Screen(one.x[i], one.is_empty[i], other.x[leaves], other.is_empty[leaves], slack)
+        left = screen.left(best.limit * one.scale)
+    row, column = left.T
+    size = other.numbers.shape[1]
+    place = torch.div(column, size, rounding_mode="floor")  # (n,) of the other row's leaf among `leaves`
     if one is other:  # within the leaf itself, each pair once
-        same_leaf = (
-            leaves[torch.div(column, other.numbers.shape[1], rounding_mode="floor").to(leaves.device)].cpu() == i
-        )
-        is_pair &= ~same_leaf | (row < column % other.numbers.shape[1])
-    first, second, values = first[is_pair], second[is_pair], values[is_pair.to(values.device)]
-    start, size = 0, 64
-    most = max(64, _DECIDED_AT_ONCE // one.x.shape[2])
-    while start < len(first):
-        within = (best.limit * one.scale * SURE + float(slack)) ** 2 * SURE + float(error)
-        stop = min(start + size, int((values <= within).sum()))  # the limit may have fallen
-        if stop <= start:
-            return
-        yield first[start:stop], second[start:stop]
-        start, size = stop, min(8 * size, most)
+        once = (leaves[place] != i) | (row < column % size)
+        row, column, place = row[once], column[once], place[once]
+    values = screen.squared[row, column]
+    order = values.argsort()
+    row, column, place, values = row[order], column[order], place[order], values[order]
+    at_once, most = 64, max(64, _DECIDED_AT_ONCE // one.x.shape[2])
+    while len(row):
+        near = values <= screen.limits(best.limit * one.scale)[place]  # the limit may have fallen
+        row, column, place, values = row[near], column[near], place[near], values[near]
+        if len(row):
+            first = one.numbers[i][row[:at_once].cpu()]
+            yield first, other.numbers[leaves.cpu()].reshape(-1)[column[:at_once].cpu()]
+        row, column, place, values = row[at_once:], column[at_once:], place[at_once:], values[at_once:]
+        at_once = min(8 * at_once, most)
+
+
+class _Screen:
+    """Squared distances of the rows of a leaf to those of others by products about the leaf's own mean.
+
+    Near rows lie near that mean, so the products' errors are as small as the leaf, however long its
+    rows are. S rows of a leaf, l other leaves.
+    """
+
+    def __init__(self, a: Tensor, a_empty: Tensor, b: Tensor, b_empty: Tensor, slack: Tensor) -> None:
+        mean = a.mean(dim=0)
+        a, b = a - mean, b - mean  # (S, D), (l, S, D)
+        a_squared, b_squared = a.square().sum(dim=1), b.square().sum(dim=2)
+        radii = (a_squared.max().sqrt() + b_squared.amax(dim=1).sqrt()) * (1 + 1e-4)  # (l,)
+        self._slack = slack + rounding_of(radii)  # of the rows themselves, and of taking the mean away
+        self._error = product_error(a.shape[1], radii)
+        a_squared, b_squared = a_squared.masked_fill(a_empty, torch.inf), b_squared.masked_fill(b_empty, torch.inf)
+        self.squared = squared_distances(a, a_squared, b, b_squared)  # (S, l S)
+
+    def limits(self, limit: float) -> Tensor:
+        """Return what the squared distance of a pair within the limit may come to, for each other leaf. (l,)."""
+        return (limit * SURE + self._slack).square() * SURE + self._error
+
+    def left(self, limit: float) -> Tensor:
+        """Return the row and column of the pairs that may be within the limit. (n, 2)."""
+        limits = self.limits(limit).repeat_interleave(self.squared.shape[1] // len(self._slack))
+        near = self.squared <= limits
+        if limit == torch.inf:
+            near &= self.squared.isfinite()  # empty places stay out
+        return near.nonzero()
 
 
 def squared_distances(a: Tensor, a_squared: Tensor, b: Tensor, b_squared: Tensor) -> Tensor:

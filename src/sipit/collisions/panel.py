@@ -76,9 +76,8 @@ class Panel:
         self.x = x[order].view(n_leaves, size, -1)  # (L, S, D)
         self.z = z[order].view(n_leaves, size, -1)  # (L, S, P + 1)
         self.low, self.high = self.z.amin(dim=1), self.z.amax(dim=1)  # (L, P + 1)
-        empty = is_empty.view(n_leaves, size)
-        self.x_squared = self.x.square().sum(dim=2).masked_fill_(empty, torch.inf)  # (L, S)
-        self.z_squared = self.z.square().sum(dim=2).masked_fill_(empty, torch.inf)
+        self.is_empty = is_empty.view(n_leaves, size)  # (L, S)
+        self.x_squared = self.x.square().sum(dim=2).masked_fill_(self.is_empty, torch.inf)  # (L, S)
         # The longest row of each leaf bounds its rounding errors. Empty places repeat a row, so count for nothing.
         self.radius = self.x.square().sum(dim=2).amax(dim=1).sqrt() * (1 + 1e-4)  # (L,)
         self.scale = frame.scale
@@ -94,7 +93,7 @@ class Panel:
 
     def rounding_error(self, radii: Tensor) -> Tensor:
         """Return how far the distance of two rows held here may lie from the true one, given their lengths' sum."""
-        return _UNIT * radii + 2 * self._origin_error
+        return rounding_of(radii) + 2 * self._origin_error
 
     def gaps(self, low: Tensor, high: Tensor) -> Tensor:
         """Return the distance from a box to each leaf's box: no projected rows are nearer. (P + 1,)² → (L,)."""
@@ -108,6 +107,11 @@ class Panel:
         across[:, -1] = self.high[:, -1] + high[-1]  # what lies off the directions may be opposite
         most: Tensor = torch.linalg.vector_norm(across, dim=1) * (1 + 1e-5)
         return most
+
+
+def rounding_of(radii: Tensor) -> Tensor:
+    """Return how far rounding two rows to float32 may move their distance, given their lengths' sum."""
+    return _UNIT * radii
 
 
 def product_error(n_terms: int, radii: Tensor) -> Tensor:
