@@ -262,7 +262,7 @@ class TappedModel:
         self.layer = max(layer for layer, _ in cuts)
         self._is_final = any(is_final for _, is_final in cuts)
         blocks = list(cast(nn.ModuleList, getattr(trunk, family.blocks)))[: self.layer]
-        self._taps = [_Tap(block) for block in blocks]
+        self._taps = [_Tap(prepacked(block)) for block in blocks]
         children: dict[str, nn.Module] = {family.blocks: nn.ModuleList(self._taps)}
         if not self._is_final:
             children |= {name: nn.Identity() for name in family.final if getattr(trunk, name) is not None}
