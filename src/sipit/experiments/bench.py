@@ -14,6 +14,7 @@ from sipit import __version__
 from sipit.baselines import random_order, reference_sipit, vocabulary_matching
 from sipit.errors import InputError, OptionError
 from sipit.inversion import Inversion, OnProgress, Progress, invert
+from sipit.inversion.tolerance import noise_floor
 from sipit.models import LanguageModel
 from sipit.observations import Observation, Site
 
@@ -96,7 +97,8 @@ def bench(
 ) -> Iterator[BenchRun]:
     """Yield a run for every cut, prompt and method, as each is done.
 
-    What a method prepares once per model and layer is charged to the first prompt it inverts there.
+    What a method prepares once per model and layer is charged to the first prompt it inverts there; the
+    noise floor, which all of them need, is measured before.
 
     Args:
         lm: the model.
@@ -111,6 +113,7 @@ def bench(
     """
     require_methods(methods)
     for layer, site in cuts:
+        noise_floor(lm, layer, site)  # once a process, whatever the method
         for number, ids in enumerate(prompts):
             seen = lm.capture(input_ids=ids, layer=layer, site=site)
             started = time.perf_counter()

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_TOKENS_A_UNIT = 256  # of a prompt, by which the price of a pass rises
+_LONG = 512  # tokens of a prompt from which on a pass has its full price
+_FULL_PRICE = 2.0  # more was tried: 3 and 5 saved a few passes and cost up to a prefill
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +37,10 @@ class Tree:
 def pass_price(seq_len: int) -> float:
     """Return what one more pass may cost in wasted tokens.
 
-    On a CPU a pass takes as long as some 20 tokens, whatever it checks. Short prompts are priced in
-    tokens, of which a window easily wastes more than they have; the longer a prompt, the more its
-    passes count: 8 a pass saved a third of the time at 1,024 tokens, and cost half a prefill.
+    Every pass has a cost of its own, whatever it checks, and a window that is too long wastes tokens.
+    Short prompts, of which a window easily wastes more than they have, are priced in tokens alone.
     """
-    return 1 + seq_len / _TOKENS_A_UNIT
+    return min(1 + seq_len / _LONG, _FULL_PRICE)
 
 
 def grow(batch: Tensor, position: int, outlook: Outlook | None, max_tokens: int, price: float) -> Tree:
