@@ -318,20 +318,10 @@ def prompts_of(lm: LanguageModel, options: argparse.Namespace) -> tuple[list[Ten
 
 
 def head(lm: LanguageModel) -> dict[str, Any]:
-    import torch
+    """Return what every record of a survey begins with."""
+    from sipit.experiments.record import record_head
 
-    from sipit import __version__
-
-    return {
-        "sipit": __version__,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "model": lm.name,
-        "fingerprint": lm.fingerprint,
-        "device": str(lm.device),
-        "dtype": str(lm.dtype).removeprefix("torch."),
-        "made": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
+    return {**record_head(lm), "made": time.strftime("%Y-%m-%d", time.gmtime())}
 
 
 def write(path: Path | None, record: dict[str, Any]) -> None:

@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from sipit.collisions.states import MAX_TOKENS, Cut, OnStep, finite_states, last_states
-from sipit.collisions.store import (
-    FORMAT,
-    VERSION,
-    StateFolder,
-    cut_name,
-    prompts_sha256,
-    whole_shards,
-    write_manifest,
-    write_shard,
-)
+from sipit.collisions.store import StateFolder, StateWriter, prompts_sha256
 from sipit.errors import OptionError
 from sipit.models import LanguageModel
 
@@ -60,35 +50,23 @@ def capture_states(
     kept = without_repeats(prompts)
     if not kept or not cuts:
         raise OptionError("a capture needs at least one prompt and one layer")
-    path = Path(folder)
-    manifest: dict[str, Any] = {
-        "format": FORMAT,
-        "version": VERSION,
-        "model": lm.name,
-        "fingerprint": lm.fingerprint,
-        "dtype": str(lm.dtype).removeprefix("torch."),
-        "cuts": [cut_name(cut) for cut in cuts],
-        "n_prompts": len(kept),
-        "n_repeats_dropped": len(prompts) - len(kept),
-        "prompts_sha256": prompts_sha256(kept),
-        "shard_size": shard_prompts,
-        "source": source or {},
-        "shards": [],
-    }
-    shards = whole_shards(path, manifest)
+    writer = StateWriter(
+        folder,
+        lm,
+        cuts,
+        n_prompts=len(kept),
+        sha256=prompts_sha256(kept),
+        shard_size=shard_prompts,
+        source={**(source or {}), "n_repeats_dropped": len(prompts) - len(kept)},
+    )
     for number, start in enumerate(range(0, len(kept), shard_prompts)):
         part = kept[start : start + shard_prompts]
-        if number not in shards:
-            states = finite_states(cuts, last_states(lm, part, cuts, max_tokens=max_tokens), first=start)
-            named = {cut_name(cut): rows for cut, rows in zip(cuts, states, strict=True)}
-            shards[number] = write_shard(path, number, part, named)
-            manifest["shards"] = [asdict(shards[i]) for i in sorted(shards)]
-            write_manifest(path, manifest)
+        if number not in writer:
+            states = last_states(lm, part, cuts, max_tokens=max_tokens)
+            writer.write(number, part, finite_states(cuts, states, first=start))
         if on_step is not None:
             on_step(start + len(part), len(kept))
-    manifest["shards"] = [asdict(shards[i]) for i in sorted(shards)]
-    write_manifest(path, manifest)
-    return StateFolder(path)
+    return writer.finish()
 
 
 def without_repeats(prompts: Sequence[Tensor]) -> list[Tensor]:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,17 +18,7 @@ from sipit.collisions.nearest import MEMORY, OnStep, PairSearch, search_between,
 from sipit.collisions.scales import THRESHOLD
 from sipit.collisions.spread import Spread, sampled_spread
 from sipit.collisions.states import Cut, finite_states, last_states
-from sipit.collisions.store import (
-    FORMAT,
-    VERSION,
-    Shard,
-    StateFolder,
-    cut_name,
-    prompts_sha256,
-    whole_shards,
-    write_manifest,
-    write_shard,
-)
+from sipit.collisions.store import StateFolder, StateWriter, prompts_sha256
 from sipit.errors import OptionError
 from sipit.models import LanguageModel
 from sipit.observations import Site
@@ -102,34 +91,23 @@ def capture_continuations(
     if any(layer < 1 for layer, _ in cuts) or not cuts:
         raise OptionError("continuations need layers of 1 or more: at layer 0 a state depends on the last token alone")
     tokens = torch.arange(lm.vocab_size) if token_ids is None else token_ids
-    path = Path(folder)
-    manifest: dict[str, Any] = {
-        "format": FORMAT,
-        "version": VERSION,
-        "model": lm.name,
-        "fingerprint": lm.fingerprint,
-        "dtype": str(lm.dtype).removeprefix("torch."),
-        "cuts": [cut_name(cut) for cut in cuts],
-        "n_prompts": len(prefixes) * len(tokens),
-        "prompts_sha256": prompts_sha256([*prefixes, tokens]),
-        "shard_size": len(tokens),
-        "source": {"name": "continuations", "prefixes": [p.tolist() for p in prefixes]},
-        "shards": [],
-    }
-    shards: dict[int, Shard] = whole_shards(path, manifest)
+    writer = StateWriter(
+        folder,
+        lm,
+        cuts,
+        n_prompts=len(prefixes) * len(tokens),
+        sha256=prompts_sha256([*prefixes, tokens]),
+        shard_size=len(tokens),
+        source={"name": "continuations", "prefixes": [p.tolist() for p in prefixes]},
+    )
     for number, prefix in enumerate(prefixes):
-        if number not in shards:
-            states = finite_states(
-                cuts, continued_states(lm, prefix, tokens, cuts, batch=batch), first=number * len(tokens)
-            )
+        if number not in writer:
+            states = continued_states(lm, prefix, tokens, cuts, batch=batch)
             prompts = [torch.cat([prefix, token[None]]) for token in tokens]
-            named = {cut_name(cut): rows for cut, rows in zip(cuts, states, strict=True)}
-            shards[number] = write_shard(path, number, prompts, named)
-            manifest["shards"] = [asdict(shards[i]) for i in sorted(shards)]
-            write_manifest(path, manifest)
+            writer.write(number, prompts, finite_states(cuts, states, first=number * len(tokens)))
         if on_step is not None:
             on_step((number + 1) * len(tokens), len(prefixes) * len(tokens))
-    return StateFolder(path)
+    return writer.finish()
 
 
 def continued_states(

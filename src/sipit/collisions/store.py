@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sipit.collisions.states import Cut
 from sipit.errors import InputError, MismatchError, OptionError, StorageError
+from sipit.models import LanguageModel
 from sipit.observations import SITES
 from sipit.storage import read_json, whole_file, write_json
 
@@ -191,7 +192,7 @@ def check_shard(folder: Path, shard: Shard) -> None:
         )
 
 
-def write_shard(folder: Path, number: int, prompts: Sequence[Tensor], states: dict[str, Tensor]) -> Shard:
+def _write_shard(folder: Path, number: int, prompts: Sequence[Tensor], states: dict[str, Tensor]) -> Shard:
     """Write one shard, whole or not at all.
 
     Raises:
@@ -211,11 +212,6 @@ def write_shard(folder: Path, number: int, prompts: Sequence[Tensor], states: di
     return Shard(file=name, n_prompts=len(prompts), n_bytes=(folder / name).stat().st_size)
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest, whole or not at all."""
-    write_json(folder / "manifest.json", manifest)
-
-
 def _require_same(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     """Refuse to go on with a capture of other prompts, cuts or weights."""
     for key in ("fingerprint", "dtype", "cuts", "prompts_sha256", "shard_size"):
@@ -225,7 +221,62 @@ def _require_same(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> Non
             )
 
 
-def whole_shards(folder: Path, manifest: dict[str, Any]) -> dict[int, Shard]:
+class StateWriter:
+    """Fills a state folder shard by shard; what an interrupted capture of the same left is kept.
+
+    Raises:
+        StorageError: the folder cannot be made.
+        MismatchError: it holds another capture.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        lm: LanguageModel,
+        cuts: Sequence[Cut],
+        *,
+        n_prompts: int,
+        sha256: str,
+        shard_size: int,
+        source: dict[str, Any],
+    ) -> None:
+        self._folder = Path(folder)
+        self._cuts = cuts
+        self._manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": lm.name,
+            "fingerprint": lm.fingerprint,
+            "dtype": str(lm.dtype).removeprefix("torch."),
+            "cuts": [cut_name(cut) for cut in cuts],
+            "n_prompts": n_prompts,
+            "prompts_sha256": sha256,
+            "shard_size": shard_size,
+            "source": source,
+            "shards": [],
+        }
+        self._shards = _whole_shards(self._folder, self._manifest)
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._shards
+
+    def write(self, number: int, prompts: Sequence[Tensor], states: Sequence[Tensor]) -> None:
+        """Write one shard and then the manifest that names it. States: (n, D) a cut."""
+        named = {cut_name(cut): rows for cut, rows in zip(self._cuts, states, strict=True)}
+        self._shards[number] = _write_shard(self._folder, number, prompts, named)
+        self._write_manifest()
+
+    def finish(self) -> StateFolder:
+        """Return the folder, once every shard is there."""
+        self._write_manifest()
+        return StateFolder(self._folder)
+
+    def _write_manifest(self) -> None:
+        self._manifest["shards"] = [asdict(self._shards[i]) for i in sorted(self._shards)]
+        write_json(self._folder / "manifest.json", self._manifest)
+
+
+def _whole_shards(folder: Path, manifest: dict[str, Any]) -> dict[int, Shard]:
     """Return the whole shards that an interrupted capture of the same left, by number; make the folder if need be.
 
     Raises:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sipit import __version__
 from sipit.baselines import random_order, reference_sipit, vocabulary_matching
 from sipit.errors import InputError, OptionError
+from sipit.experiments.record import record_head
 from sipit.inversion import Inversion, OnProgress, Progress, invert
 from sipit.inversion.tolerance import noise_floor
 from sipit.models import LanguageModel
@@ -195,12 +195,6 @@ def table(runs: Sequence[BenchRun]) -> str:
 def bench_record(lm: LanguageModel, runs: Sequence[BenchRun]) -> dict[str, Any]:
     """Return the JSON record of a benchmark."""
     return {
-        "sipit": __version__,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "model": lm.name,
-        "fingerprint": lm.fingerprint,
-        "device": str(lm.device),
-        "dtype": str(lm.dtype).removeprefix("torch."),
+        **record_head(lm),
         "runs": [asdict(run) for run in runs],
     }

@@ -45,7 +45,7 @@ def ridge(states: Tensor, keys: Tensor, strength: float = _RIDGE) -> Ridge:
     return Ridge(mean=mean, scale=scale, weight=weight, bias=bias)
 
 
-DOUBTFUL_COSINE = 0.1  # below the sink cosine by less, a state that is hard to read may be of the first kind
+_DOUBTFUL_COSINE = 0.1  # below the sink cosine by less, a state that is hard to read may be of the first kind
 
 
 def sink_cosine(firsts: Tensor, rests: Tensor) -> float:
@@ -59,6 +59,18 @@ def sink_cosine(firsts: Tensor, rests: Tensor) -> float:
     low = cosine_to(rests, mean).quantile(0.95)
     high = cosine_to(firsts, mean).quantile(0.05)
     return float(low + 0.8 * (high - low)) if high > low + 0.1 else 2.0
+
+
+def is_first_kind(states: Tensor, mean: Tensor, least_cosine: float) -> Tensor:
+    """Return which states of one prompt are read as first ones. (T, D), (D,) → (T,) bool."""
+    is_first = cosine_to(states, mean) > least_cosine
+    is_first[0] = True
+    return is_first
+
+
+def may_be_first_kind(state: Tensor, mean: Tensor, least_cosine: float) -> bool:
+    """Return whether a state lies just short of being read as a first one. (D,), (D,)."""
+    return least_cosine - _DOUBTFUL_COSINE < float(cosine_to(state[None], mean)) <= least_cosine
 
 
 def cosine_to(states: Tensor, mean: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def test_equal_prompts_are_captured_once(lm: LanguageModel, tmp_path: Path) -> N
     given = [*prompts(4), *prompts(6)]
     kept = capture_states(lm, given, CUTS, tmp_path / "s")
     assert [kept.prompt(i).tolist() for i in range(len(kept))] == [ids.tolist() for ids in prompts(6)]
-    assert kept.manifest["n_repeats_dropped"] == 4
+    assert kept.manifest["source"]["n_repeats_dropped"] == 4
 
 
 def _digest(folder: Path) -> dict[str, Any]:

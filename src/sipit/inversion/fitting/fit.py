@@ -20,7 +20,7 @@ from sipit.inversion.fitting.states import Cut, capture_windows
 from sipit.inversion.fitting.store import Fit, fit_folder, save_fit
 from sipit.inversion.fitting.training import Recipe, train
 from sipit.inversion.fitting.windows import OnStep, fitting_windows, held_out_windows
-from sipit.inversion.regression import DOUBTFUL_COSINE, cosine_to, sink_cosine, spread_ids
+from sipit.inversion.regression import is_first_kind, may_be_first_kind, sink_cosine, spread_ids
 from sipit.inversion.token_keys import TokenKeys, token_keys
 from sipit.models import LanguageModel
 from sipit.storage import read_json, whole_file, write_json
@@ -128,15 +128,13 @@ class FittedScores:
         """Return one query a position of one prompt. (T, D) → (T, K)."""
         fit = self.fit
         queries = fit.network.queries(states.float())
-        is_sink = cosine_to(states, fit.first_mean) > fit.sink_cosine  # (T,)
-        is_sink[0] = True
+        is_sink = is_first_kind(states, fit.first_mean, fit.sink_cosine)  # (T,)
         queries[is_sink] = self._first_queries(states[is_sink])
         return queries
 
     def other_query(self, state: Tensor) -> Tensor | None:
         """Return the first position's reading of a state that is nearly of its kind. (D,) → (K,)."""
-        near = float(cosine_to(state[None], self.fit.first_mean))
-        is_between = self.fit.sink_cosine - DOUBTFUL_COSINE < near <= self.fit.sink_cosine
+        is_between = may_be_first_kind(state, self.fit.first_mean, self.fit.sink_cosine)
         return self._first_queries(state[None])[0] if is_between else None
 
     def _first_queries(self, states: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sipit.inversion.regression import DOUBTFUL_COSINE, Ridge, cosine_to, ridge, sink_cosine, spread_ids
+from sipit.inversion.regression import Ridge, is_first_kind, may_be_first_kind, ridge, sink_cosine, spread_ids
 from sipit.inversion.result import Meter
 from sipit.inversion.token_keys import TokenKeys, token_keys
 from sipit.models import LanguageModel
@@ -42,14 +42,12 @@ class AnchorInverse:
     def queries(self, states: Tensor) -> Tensor:
         """Return one unit query a position of one prompt. (T, D) → (T, K)."""
         states = states.float()
-        is_sink = cosine_to(states, self.first.mean) > self.sink_cosine  # (T,)
-        is_sink[0] = True
+        is_sink = is_first_kind(states, self.first.mean, self.sink_cosine)  # (T,)
         return torch.where(is_sink[:, None], self.first(states), self.rest(states))
 
     def other_query(self, state: Tensor) -> Tensor | None:
         """Return the first position's reading of a state that is nearly of its kind. (D,) → (K,)."""
-        near = float(cosine_to(state[None], self.first.mean))
-        is_between = self.sink_cosine - DOUBTFUL_COSINE < near <= self.sink_cosine
+        is_between = may_be_first_kind(state, self.first.mean, self.sink_cosine)
         return self.first(state[None].float())[0] if is_between else None
 
     def scores(self, queries: Tensor) -> Tensor:
