@@ -14,15 +14,17 @@ _README = (_ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.real
-def test_python_example_recovers_its_prompt(capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", _README, flags=re.DOTALL)
-    exec(compile(example, "README.md", "exec"), {})
-    assert capsys.readouterr().out.startswith("recovered A prompt. (")
+def test_python_examples_recover_a_prompt_and_find_a_pair(capsys: pytest.CaptureFixture[str]) -> None:
+    for example in re.findall(r"```python\n(.*?)```", _README, flags=re.DOTALL):
+        exec(compile(example, "README.md", "exec"), {})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("recovered A prompt. (")
+    assert second.startswith("[NearPair(first=")
 
 
 def test_every_command_it_shows_parses() -> None:
     commands = set(re.findall(r"`sipit (\w+)", _README))
-    assert {"demo", "capture", "invert", "check", "fit", "bench"} <= commands
+    assert {"demo", "capture", "invert", "check", "fit", "bench", "collisions"} <= commands
     help_text = parser().format_help()
     assert all(f"    {command} " in help_text for command in commands)
 
@@ -35,3 +37,4 @@ def test_every_file_it_links_exists() -> None:
 
 def test_no_placeholder_is_left() -> None:
     assert "{{" not in _README
+    assert "@@" not in _README

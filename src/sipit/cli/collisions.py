@@ -176,6 +176,11 @@ def run_continuations(options: argparse.Namespace) -> int:
             lm, folder, threshold=options.threshold, memory=memory, on_step=display.phase("searches done")
         ):
             records.append(asdict(layer))
+            if layer.n_equal_rows and len(records) == 1:
+                say(
+                    f"{layer.n_equal_rows} pairs of next tokens have equal embedding rows, so equal states behind "
+                    "every prefix; one token of each takes part below"
+                )
             for kind, summary in (("within a prefix", layer.within), ("across prefixes", layer.across)):
                 if summary.closest is not None:
                     near = summary.closest

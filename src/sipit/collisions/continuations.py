@@ -9,12 +9,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from sipit.collisions.equal import equal_groups, n_equal_pairs
 from sipit.collisions.nearest import MEMORY, OnStep, PairSearch, search_between, search_pairs
+from sipit.collisions.rows import Rows
 from sipit.collisions.scales import THRESHOLD
 from sipit.collisions.spread import Spread, sampled_spread
 from sipit.collisions.states import Cut, finite_states, last_states
@@ -23,6 +26,7 @@ from sipit.errors import OptionError
 from sipit.models import LanguageModel
 from sipit.observations import Site
 
+_ROWS = 8192  # embedding rows compared at a time
 _BATCH = 256  # continuations in one packed pass
 
 
@@ -57,6 +61,7 @@ class ContinuationSurvey:
     site: Site
     n_prefixes: int
     n_tokens: int  # next tokens tried behind each
+    n_equal_rows: int  # pairs of next tokens with equal embedding rows: equal states behind any prefix
     threshold: float  # L2
     within: PairSummary  # both behind one prefix
     across: PairSummary  # behind two different ones
@@ -139,6 +144,9 @@ def survey_continuations(
 ) -> Iterator[ContinuationSurvey]:
     """Yield, for each captured layer, the closest continuations within one prefix and across prefixes.
 
+    Of next tokens whose embedding rows are equal, one takes part: the states of the others differ from
+    its own by rounding alone. How many such pairs there are is counted apart.
+
     Args:
         lm: the model they were captured from; the closest pairs go through it again.
         folder: as `capture_continuations` wrote it, a shard a prefix.
@@ -147,9 +155,16 @@ def survey_continuations(
         memory: bytes a search may use, about.
         on_step: told the searches done at a layer, and in all.
     """
+    n_tokens = folder.shards[0].n_prompts
+    tokens = torch.stack([ids[-1] for ids in islice(folder.prompts(), n_tokens)])
+    groups = equal_groups(Rows([lm.embeddings.rows(part) for part in tokens.split(_ROWS)]))
+    is_kept = torch.ones(n_tokens, dtype=torch.bool)
+    for group in groups:
+        is_kept[group[1:]] = False
+    kept = is_kept.nonzero()[:, 0]
     for cut in folder.cuts if cuts is None else cuts:
         started = time.perf_counter()
-        blocks = folder.blocks(cut)
+        blocks = [block[kept.to(block.device)] for block in folder.blocks(cut)]
         n_searches = len(blocks) * (len(blocks) + 1) // 2
         within: list[PairSearch] = []
         across: list[PairSearch] = []
@@ -165,10 +180,11 @@ def survey_continuations(
             layer=cut[0],
             site=cut[1],
             n_prefixes=len(blocks),
-            n_tokens=len(blocks[0]),
+            n_tokens=n_tokens,
+            n_equal_rows=n_equal_pairs(groups),
             threshold=threshold,
-            within=_summary(lm, folder, cut, len(blocks[0]), numbers, within),
-            across=_summary(lm, folder, cut, len(blocks[0]), mixed, across),
+            within=_summary(lm, folder, cut, kept, numbers, within),
+            across=_summary(lm, folder, cut, kept, mixed, across),
             least_by_prefix=tuple(found.pairs[0].distance for found in within),
             spread=sampled_spread(blocks),
             seconds=time.perf_counter() - started,
@@ -179,16 +195,18 @@ def _summary(
     lm: LanguageModel,
     folder: StateFolder,
     cut: Cut,
-    size: int,
+    kept: Tensor,
     numbers: list[tuple[int, int]],
     searches: list[PairSearch],
 ) -> PairSummary:
-    """Sum up searches within a prefix (i, i) or between two (i, j), of `size` continuations each."""
+    """Sum up searches within a prefix (i, i) or between two (i, j), over the kept continuations of each."""
     closest: ContinuedPair | None = None
     if searches:
         least = min(range(len(searches)), key=lambda n: searches[n].pairs[0].distance)
         pair, (i, j) = searches[least].pairs[0], numbers[least]
-        first, second = i * size + pair.first, j * size + pair.second - (size if i != j else 0)
+        size = folder.shards[0].n_prompts
+        first = i * size + int(kept[pair.first])
+        second = j * size + int(kept[pair.second - (len(kept) if i != j else 0)])
         closest = _continued_pair(lm, folder, cut, first, second, pair.distance)
     return PairSummary(
         n_pairs=sum(found.n_covered for found in searches),

@@ -116,6 +116,21 @@ def test_continuations_decide_every_pair_within_and_across(lm: LanguageModel, tm
         assert list(layer.least_by_prefix) == pytest.approx(least, rel=1e-3)
 
 
+def test_tokens_with_equal_rows_are_counted_apart_and_one_takes_part(tmp_path: Path) -> None:
+    twins = LanguageModel(twin_model("gpt2", 40, 97), name="twins")
+    folder = capture_continuations(
+        twins, [random_ids(3, seed=1), random_ids(2, seed=4)], [(2, "block")], tmp_path / "c"
+    )
+    [layer] = survey_continuations(twins, folder)
+    assert (layer.n_equal_rows, layer.n_tokens) == (1, VOCAB)
+    assert layer.within.n_pairs == 2 * (VOCAB - 1) * (VOCAB - 2) // 2
+    assert layer.across.n_pairs == (VOCAB - 1) ** 2
+    for near in (layer.within.closest, layer.across.closest):
+        assert near is not None
+        assert 97 not in (near.first[-1], near.second[-1])
+        assert near.distance == pytest.approx(near.ordinary_distance, rel=1e-3)
+
+
 def test_continuations_go_on_where_they_stopped(lm: LanguageModel, tmp_path: Path) -> None:
     prefixes = [random_ids(3, seed=1), random_ids(4, seed=2)]
     tokens = torch.arange(20)
