@@ -69,8 +69,8 @@ def _panel(axis: Any, runs: list[dict[str, Any]], key: str, label: str) -> None:
                 groups[run[key]].append(run["prefill_ratio"])
         places = sorted(groups)
         if places:
-            label = next(run.get("label", method) for run in runs if run["method"] == method)
-            axis.plot(places, [statistics.mean(groups[p]) for p in places], marker=mark, label=label)
+            name = next(run.get("label", method) for run in runs if run["method"] == method)
+            axis.plot(places, [statistics.mean(groups[p]) for p in places], marker=mark, label=name)
     axis.axhline(1.0, color="grey", linewidth=0.8, linestyle=":")
     axis.set_yscale("log")
     axis.set_xlabel(label)

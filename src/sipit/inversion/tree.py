@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_LONG = 512  # tokens of a prompt from which on a pass has its full price
-_FULL_PRICE = 2.0  # more was tried: 3 and 5 saved a few passes and cost up to a prefill
+_LONG = 512  # tokens of a prompt at which a pass is worth one
+_LOW_PRICE, _FULL_PRICE = 0.5, 2.0  # 0.4 to 5 were tried: less is more passes, more is up to a prefill of waste
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ def pass_price(seq_len: int) -> float:
     Every pass has a cost of its own, whatever it checks, and a window that is too long wastes tokens.
     Short prompts, of which a window easily wastes more than they have, are priced in tokens alone.
     """
-    return min(1 + seq_len / _LONG, _FULL_PRICE)
+    return min(max(seq_len / _LONG, _LOW_PRICE), _FULL_PRICE)
 
 
 def grow(batch: Tensor, position: int, outlook: Outlook | None, max_tokens: int, price: float) -> Tree:
