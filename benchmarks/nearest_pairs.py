@@ -41,6 +41,15 @@ def _cut(layer: str, folder: StateFolder) -> Cut:
     return int(layer), "block"
 
 
+def planted(rows: Tensor) -> tuple[Tensor, float]:
+    """Return the rows with their last one put 1e-6 from the first, in one small coordinate, and that distance."""
+    rows = rows.clone()
+    rows[-1] = rows[0]
+    place = int(rows[0].abs().argmin())
+    rows[-1, place] += 1e-6
+    return rows, float((rows[0].double() - rows[-1].double()).norm())
+
+
 def by_faiss(rows: Tensor) -> tuple[int, int]:
     """Return the closest pair by an exact search for the two nearest rows of every row."""
     import faiss
@@ -66,6 +75,7 @@ def main() -> None:
     parser.add_argument(
         "--faiss-up-to", type=int, default=100_000, metavar="N", help="rows beyond which faiss is left out"
     )
+    parser.add_argument("--plant", action="store_true", help="plant a pair 1e-6 apart and look for it, nothing else")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="cost against number of rows")
     options = parser.parse_args()
@@ -76,6 +86,13 @@ def main() -> None:
     runs: list[dict[str, Any]] = []
     for n_rows in map(int, options.rows.split(",")):
         rows, is_padded = rows_of(folder, options.layer, n_rows)
+        if options.plant:
+            rows, distance = planted(rows)
+            found = search_pairs([rows], within=2 * distance)
+            is_found = (found.pairs[0].first, found.pairs[0].second, found.n_within) == (0, n_rows - 1, 1)
+            print(f"{n_rows:>8} rows, a pair planted {distance:.6g} apart: {'found' if is_found else 'NOT FOUND'}, "
+                  f"{found.pairs[0].distance:.6g} apart, {found.n_within} within twice that")  # fmt: skip
+            continue
         seconds = []
         for _ in range(options.repeats):
             started = time.perf_counter()
