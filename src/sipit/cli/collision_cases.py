@@ -14,13 +14,12 @@ from sipit.cli.collisions import (
     head,
     layer_name,
     layer_option,
-    loaded,
     prompts_of,
-    say,
     short,
     shown,
     write,
 )
+from sipit.cli.commands import loaded, say
 from sipit.errors import OptionError
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ def run_families(options: argparse.Namespace) -> int:
         require_writable(options.json)
     if options.longest < 2 or options.texts < 1 or options.climb < 0:
         raise OptionError("--longest must be at least 2, --texts at least 1 and --climb 0 or more")
-    lm = loaded(options)
+    lm = loaded(options.model, options)
     cuts = cuts_of(lm, options, default=_few_layers(lm))
     texts = options.text or sample_texts(n_prose=-(-options.texts // 2), n_code=options.texts // 2, seed=options.seed)
     families = family_prompts(lm, texts, counts=_counts(options.longest), seed=options.seed)
@@ -121,7 +120,7 @@ def run_constructed(options: argparse.Namespace) -> int:
 
     if options.json is not None:
         require_writable(options.json)
-    lm = None if options.tiny else loaded(options)
+    lm = None if options.tiny else loaded(options.model, options)
     with CountDisplay(0) as display:
         cases = constructed_cases(
             lm, threshold=options.threshold, seed=options.seed, on_step=display.phase("groups of cases done")
@@ -152,7 +151,7 @@ def run_precision(options: argparse.Namespace) -> int:
         require_writable(options.json)
     if options.prompts < 2:
         raise OptionError(f"--prompts is {options.prompts}; a closest pair needs at least 2")
-    lm = loaded(options)
+    lm = loaded(options.model, options)
     cuts = cuts_of(lm, options, default=_few_layers(lm))
     if options.families:
         families = family_prompts(lm, counts=_counts(16), seed=options.seed)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sipit.cli.commands import cut_of, loaded, say
 from sipit.errors import MismatchError, OptionError
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def run_survey(options: argparse.Namespace) -> int:
     if options.k < 1 or options.shard < 1:
         raise OptionError(f"--k and --shard must be at least 1, got {options.k} and {options.shard}")
     memory = _memory_of(options)
-    lm = loaded(options)
+    lm = loaded(options.model, options)
     cuts = cuts_of(lm, options, default=every_layer(lm))
     prompts, source = prompts_of(lm, options)
     with CountDisplay(0) as display:
@@ -124,7 +124,7 @@ def run_survey(options: argparse.Namespace) -> int:
         found = survey_layers(
             folder, cuts=waiting, k=options.k, threshold=options.threshold, memory=memory, is_full=options.full
         )
-        tell, wide = display.phase("layers searched"), in_float64(lm)
+        tell, wide = display.phase("layers searched"), in_float64(lm) if waiting else lm
         for number, layer in enumerate(found, start=1):
             record = {"settings": settings, **_with_texts(asdict(layer), folder, wide)}
             log.append(record)
@@ -155,7 +155,7 @@ def run_continuations(options: argparse.Namespace) -> int:
     if options.json is not None:
         require_writable(options.json)
     memory = _memory_of(options)
-    lm = loaded(options)
+    lm = loaded(options.model, options)
     cuts = cuts_of(lm, options, default=[(max(lm.n_layers // 2, 1), "block"), (lm.n_layers, "block")])
     if options.survey is None:
         prefixes = [lm.encode(text) for text in options.text]
@@ -204,7 +204,7 @@ def run_margins(options: argparse.Namespace) -> int:
 
     if options.json is not None:
         require_writable(options.json)
-    lm = loaded(options)
+    lm = loaded(options.model, options)
     cuts = cuts_of(lm, options, default=every_layer(lm))
     prefixes, source = prompts_of(lm, options)
     with CountDisplay(0) as display:
@@ -274,19 +274,11 @@ def shown(lm: LanguageModel, ids: Iterable[int]) -> str:
     return str(ids) if text is None else repr(text)
 
 
-def loaded(options: argparse.Namespace) -> LanguageModel:
-    from sipit.cli.commands import loaded
-
-    return loaded(options.model, options)
-
-
 def every_layer(lm: LanguageModel) -> list[Cut]:
     return [*((layer, "block") for layer in range(1, lm.n_layers + 1)), (lm.n_layers, "final")]
 
 
 def cuts_of(lm: LanguageModel, options: argparse.Namespace, *, default: list[Any]) -> list[Cut]:
-    from sipit.cli.commands import cut_of
-
     return default if not options.layer else [cut_of(lm, name) for name in dict.fromkeys(options.layer)]
 
 
@@ -334,7 +326,3 @@ def write(path: Path | None, record: dict[str, Any]) -> None:
 
     if path is not None:
         write_json(path, record)
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr)

@@ -35,7 +35,7 @@ def demo(options: Namespace) -> int:
     lm = loaded(options.model, options)
     layer = lm.n_layers // 2 if options.layer is None else options.layer
     seen = lm.capture(_PARAGRAPH, layer=layer)
-    _say(
+    say(
         f"One ordinary forward pass of a paragraph through {layer} of the {lm.n_layers} blocks of {lm.name} left "
         f"{seen.seq_len} vectors of {seen.d_model} numbers. The paragraph is forgotten; the vectors remain."
     )
@@ -43,13 +43,13 @@ def demo(options: Namespace) -> int:
     _print_text(found)
     replay = check_certificate(certificate_of(found), seen, lm)
     if replay.largest_distance is not None:
-        _say(
+        say(
             "evidence  one more ordinary forward pass, of the recovered tokens, ends within "
             f"{replay.largest_distance:.2g} of every observed state (tolerance {replay.tolerance:.2g})"
         )
     expected = lm.decode(lm.encode(_PARAGRAPH))  # with the BOS token, where the tokenizer adds one
     is_exact = replay.holds and found.text == expected
-    _say(f"exact     {'yes' if is_exact else 'NO'}: compared with the paragraph, byte for byte")
+    say(f"exact     {'yes' if is_exact else 'NO'}: compared with the paragraph, byte for byte")
     return 0 if is_exact else 1
 
 
@@ -74,7 +74,7 @@ def capture(options: Namespace) -> int:
     else:
         write_observations(observations, options.out)
     first = observations[0]
-    _say(
+    say(
         f"{options.out}: {len(observations)} prompt{'s' if len(observations) > 1 else ''}, "
         f"{sum(seen.seq_len for seen in observations)} states of width {first.d_model} in {first.dtype}, "
         f"layer {first.layer}, site {first.site}, model {lm.name}"
@@ -117,7 +117,7 @@ def _invert_all(options: Namespace) -> int:
     done = {record.get("observation"): record.get("verdict") for record in log.records()} if log else {}
     waiting = [(name, seen) for name, seen in named if seen.digest() not in done]
     if done:
-        _say(f"{options.json} already holds {len(named) - len(waiting)} of {len(named)} observations; going on")
+        say(f"{options.json} already holds {len(named) - len(waiting)} of {len(named)} observations; going on")
     n_recovered = sum(verdict == "recovered" for verdict in done.values())
     if waiting:
         lm = loaded(_model_of(options, waiting[0][1]), options)
@@ -126,7 +126,7 @@ def _invert_all(options: Namespace) -> int:
                 lm,
                 [seen for _, seen in waiting],
                 use_fit=not options.no_fit,
-                on_fit=lambda cut, n: _say(
+                on_fit=lambda cut, n: say(
                     f"fitting an inverse for layer {cut[0]}, site {cut[1]}: {n} tokens pay for it"
                 ),
                 on_fit_progress=display.fitting,
@@ -138,7 +138,7 @@ def _invert_all(options: Namespace) -> int:
                     log.append({"file": name, **certificate_of(found)})
                 print(json.dumps({"file": name, "verdict": found.verdict, "text": found.text}, ensure_ascii=False))
                 display.step(found.seq_len)
-    _say(f"recovered {n_recovered} of {len(named)} prompts")
+    say(f"recovered {n_recovered} of {len(named)} prompts")
     return 0 if n_recovered == len(named) else 1
 
 
@@ -161,7 +161,7 @@ def fit(options: Namespace) -> int:
         if made is None:
             raise StorageError(f"{path} was written but cannot be read back; fit again")
         reports.append(made.report)
-        _say(f"{path}: {made.report['fit_block_tokens']} block-tokens, {made.report['seconds']:.0f} s")
+        say(f"{path}: {made.report['fit_block_tokens']} block-tokens, {made.report['seconds']:.0f} s")
         print(f"layer {cut[0]}, site {cut[1]}, rank of the right token on held-out text (0 is best)")
         for kind, both in made.report["held_out"].items():
             own = both["alone"]
@@ -270,12 +270,12 @@ def _inverted(lm: LanguageModel, seen: Observation, options: Namespace) -> Inver
             if kept is not None:
                 kept.save(display.input_ids)
             _print_bytes(lm.decode(display.input_ids) or _joined(display.input_ids))
-            _say(f"stopped after {len(display.input_ids)} of {seen.seq_len} tokens; the prefix above is recovered")
+            say(f"stopped after {len(display.input_ids)} of {seen.seq_len} tokens; the prefix above is recovered")
             raise
     if kept is not None:
         kept.remove()
-    _say(f"verdict   {found.summary()}")
-    _say(
+    say(f"verdict   {found.summary()}")
+    say(
         f"cost      {found.seconds:.1f} s, {found.n_checked} candidates, {found.block_tokens} block-tokens: "
         f"{found.prefill_ratio:.2f} times the forward pass that made the states"
     )
@@ -359,5 +359,5 @@ def _print_bytes(text: str) -> None:
     sys.stdout.flush()
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     print(line, file=sys.stderr)

@@ -121,10 +121,7 @@ def continued_states(
     """Return the states of each next token behind one prefix. (P,), (N,) → one (N, D) a cut, on the CPU."""
     layer = max(layer for layer, _ in cuts)
     model = lm.cut(layer, "final" if any(site == "final" for _, site in cuts) else "block")
-    cache = model.new_cache()
-    sees = torch.ones(len(prefix), len(prefix), dtype=torch.bool).tril()
-    model.packed(cache, prefix, torch.arange(len(prefix)), sees)
-    cache.keep(range(len(prefix)))
+    cache = model.cache_of(prefix)
     flags = [(layer, site == "final") for layer, site in cuts]
     parts = [
         [rows.cpu() for rows in model.packed_at(cache, part, torch.full_like(part, len(prefix)), flags)]

@@ -172,11 +172,7 @@ def check_certificate(
 def _own_noise(lm: LanguageModel, seen: Observation, ids: Tensor, place: int) -> tuple[float, int]:
     """Return the noise of one claimed token's state, and the tokens that measuring it took."""
     cut, prefix = lm.cut(seen.layer, seen.site), ids[:place]
-    cache = cut.new_cache()
-    if place:
-        cut.packed(cache, prefix, torch.arange(place), torch.ones(place, place, dtype=torch.bool).tril())
-        cache.keep(range(place))
-    noise, spent = local_noise(cut, cache, prefix, int(ids[place]), len(ids))
+    noise, spent = local_noise(cut, cut.cache_of(prefix), prefix, int(ids[place]), len(ids))
     return noise, spent + place
 
 

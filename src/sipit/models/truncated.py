@@ -128,6 +128,15 @@ class TruncatedModel:
         """Return an empty prefix cache for `packed`."""
         return PrefixCache(self.layer)
 
+    def cache_of(self, prefix: Tensor) -> PrefixCache:
+        """Return the cache of a prefix, for `packed`. (P,)."""
+        cache = self.new_cache()
+        if len(prefix):
+            sees = torch.ones(len(prefix), len(prefix), dtype=torch.bool).tril()
+            self.packed(cache, prefix, torch.arange(len(prefix)), sees)
+            cache.keep(range(len(prefix)))
+        return cache
+
     @torch.no_grad()
     def ordinary(self, input_ids: Tensor) -> Tensor:
         """Return the states of one prompt by one ordinary forward pass. (T,) → (T, D)."""
