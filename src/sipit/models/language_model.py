@@ -13,6 +13,7 @@ from sipit.errors import InputError, ModelError, OptionError
 from sipit.models.embeddings import EmbeddingRows
 from sipit.models.families import family_of, module_at
 from sipit.models.fingerprint import fingerprint
+from sipit.models.prepacked import prepacked
 from sipit.models.truncated import TappedModel, TruncatedModel, UpperModel
 from sipit.observations import SITES, Observation, Site, dtype_named
 
@@ -202,7 +203,7 @@ class LanguageModel:
     @torch.no_grad()
     def next_token_logits(self, final_states: Tensor) -> Tensor:
         """Return the language-model head's logits, in float32. (N, D) → (N, vocab_size)."""
-        logits: Tensor = cast(Any, self.model).get_output_embeddings()(final_states).float()
+        logits: Tensor = self._fast_head(final_states).float()
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         if cap:
             logits = torch.tanh(logits / cap) * cap
@@ -215,10 +216,18 @@ class LanguageModel:
 
         return DynamicCache(config=cast(Any, self.model).config)
 
+    @cached_property
+    def _fast_trunk(self) -> Any:
+        return prepacked(self._trunk)
+
+    @cached_property
+    def _fast_head(self) -> Any:
+        return prepacked(cast(Any, self.model).get_output_embeddings())
+
     @torch.no_grad()
     def next_logits(self, input_ids: Tensor, cache: Any) -> Tensor:
         """Return the logits after each row's last token, and extend the cache. (B, N) → (B, vocab_size)."""
-        output = cast(Any, self._trunk)(input_ids=input_ids, past_key_values=cache, use_cache=True)
+        output = cast(Any, self._fast_trunk)(input_ids=input_ids, past_key_values=cache, use_cache=True)
         return self.next_token_logits(output[0][:, -1])
 
     def tapped(self, cuts: Sequence[tuple[int, Site]]) -> TappedModel:

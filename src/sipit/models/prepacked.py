@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 _MOST_BYTES = 1 << 30  # of weights laid out in one process: a second copy of them
+_LARGEST = 1 << 28  # one weight: a head over a large vocabulary would leave no room for the blocks
 _ROWS = 64  # that the layout is chosen for; fewer and more do well with it
 
-_layouts: weakref.WeakKeyDictionary[nn.Module, tuple[int, Tensor]] = weakref.WeakKeyDictionary()
+_Layouts = dict[torch.dtype, tuple[int, Tensor]]  # dtype of the product → version of the weight, its layout
+_layouts: weakref.WeakKeyDictionary[nn.Module, _Layouts] = weakref.WeakKeyDictionary()
 
 
 class _Linear(nn.Linear):
@@ -57,26 +59,38 @@ def prepacked(module: nn.Module) -> nn.Module:
 
 
 def _product(rows: Tensor, layout: Tensor, bias: Tensor | None) -> Tensor:
-    return cast(Tensor, torch.ops.mkldnn._linear_pointwise(rows, layout, bias, "none", [], ""))
+    bias = None if bias is None else bias.to(layout.dtype)
+    return cast(Tensor, torch.ops.mkldnn._linear_pointwise(rows.to(layout.dtype), layout, bias, "none", [], ""))
 
 
 def _layout(source: nn.Module, weight: Tensor, rows: Tensor) -> Tensor | None:
     """Return the laid-out weight (out, in), made on first use and again if it was changed; None to go without."""
-    if rows.device.type != "cpu" or rows.dtype != torch.float32 or weight.dtype != torch.float32:
-        return None
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not _is_available():
+    dtype = _product_dtype(weight, rows)
+    if dtype is None:
         return None
     version = weight._version
-    known = _layouts.get(source)
+    known = _layouts.get(source, {}).get(dtype)
     if known is None or known[0] != version:
-        if (
-            known is None
-            and sum(4 * layout.numel() for _, layout in _layouts.values()) + 4 * weight.numel() > _MOST_BYTES
-        ):
+        n_bytes = dtype.itemsize * weight.numel()
+        if known is None and (n_bytes > _LARGEST or _held_bytes() + n_bytes > _MOST_BYTES):
             return None
-        layout = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _ROWS)
-        known = _layouts[source] = (version, layout)
+        layout = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous(), _ROWS)
+        known = _layouts.setdefault(source, {})[dtype] = (version, layout)
     return known[1]
+
+
+def _product_dtype(weight: Tensor, rows: Tensor) -> torch.dtype | None:
+    """Return what the plain product would be computed in, if that is a dtype laid-out weights serve."""
+    if rows.device.type != "cpu" or weight.dtype != torch.float32 or torch.is_grad_enabled() or not _is_available():
+        return None
+    if torch.is_autocast_enabled("cpu"):
+        is_served = torch.get_autocast_dtype("cpu") == torch.bfloat16 and rows.dtype in (torch.float32, torch.bfloat16)
+        return torch.bfloat16 if is_served else None
+    return torch.float32 if rows.dtype == torch.float32 else None
+
+
+def _held_bytes() -> int:
+    return sum(held.nbytes for layouts in _layouts.values() for _, held in layouts.values())
 
 
 def _is_available() -> bool:

@@ -41,12 +41,37 @@ def test_changed_weight_is_laid_out_again() -> None:
         torch.testing.assert_close(fast(rows), linear(rows))
 
 
-def test_gradients_other_dtypes_and_autocast_take_the_plain_way() -> None:
+@needs_onednn
+def test_autocast_to_bfloat16_has_a_layout_of_its_own() -> None:
+    linear, rows = nn.Linear(64, 32), torch.randn(5, 64)
+    fast = prepacked(linear)
+    with torch.no_grad():
+        exact = fast(rows)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rounded = fast(rows)
+            torch.testing.assert_close(rounded, linear(rows), rtol=0.02, atol=0.02)
+    assert rounded.dtype == torch.bfloat16
+    assert set(module._layouts[linear]) == {torch.float32, torch.bfloat16}
+    torch.testing.assert_close(exact, linear(rows).detach())
+
+
+@needs_onednn
+def test_weight_too_large_to_lay_out_takes_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, rows = nn.Linear(8, 8), torch.randn(2, 8)
+    monkeypatch.setattr(module, "_LARGEST", 8 * 8 * 4 - 1)
+    with torch.no_grad():
+        torch.testing.assert_close(prepacked(linear)(rows), linear(rows))
+    assert linear not in module._layouts
+
+
+def test_gradients_other_dtypes_and_autocast_to_float16_take_the_plain_way() -> None:
     linear = nn.Linear(8, 4)
     fast, rows = prepacked(linear), torch.randn(3, 8, requires_grad=True)
     fast(rows).sum().backward()
     assert rows.grad is not None
     with torch.no_grad():
+        with torch.autocast("cpu", dtype=torch.float16):
+            torch.testing.assert_close(fast(rows), linear(rows))
         torch.testing.assert_close(prepacked(linear.double())(rows.double()), linear(rows.double()))
     assert len([m for m in module._layouts if m is linear]) == 0
 
@@ -54,8 +79,7 @@ def test_gradients_other_dtypes_and_autocast_take_the_plain_way() -> None:
 @needs_onednn
 def test_memory_is_bounded_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     gc.collect()
-    held = sum(4 * layout.numel() for _, layout in module._layouts.values())
-    monkeypatch.setattr(module, "_MOST_BYTES", held + 8 * 8 * 4)
+    monkeypatch.setattr(module, "_MOST_BYTES", module._held_bytes() + 8 * 8 * 4)
     first, second, rows = nn.Linear(8, 8), nn.Linear(8, 8), torch.randn(2, 8)
     with torch.no_grad():
         torch.testing.assert_close(prepacked(first)(rows), first(rows))
