@@ -95,6 +95,27 @@ def test_truncated_cache_forgets_what_was_cut_off(family_lm: LanguageModel, laye
     _check(got, _truth(family_lm, [[*prefix, c] for c in candidates], layer, site))
 
 
+@pytest.mark.parametrize(("layer", "site"), CUTS)
+def test_prompts_in_one_row_do_not_see_each_other(family_lm: LanguageModel, layer: int, site: Site) -> None:
+    prefixes = [IDS[: WINDOW + 2].tolist(), IDS[5:8].tolist(), random_ids(WINDOW + 4, seed=9).tolist()]
+    cut = family_lm.cut(layer, site)
+    cache = cut.new_cache()
+    for step in range(max(map(len, prefixes))):  # tokens of the prompts alternate in the row
+        lanes = [lane for lane, prefix in enumerate(prefixes) if step < len(prefix)]
+        tokens = torch.tensor([prefixes[lane][step] for lane in lanes])
+        cut.packed(cache, tokens, torch.full((len(lanes),), step), lanes=torch.tensor(lanes))
+        cache.keep(range(len(lanes)))
+    for alive in ([0, 1, 2], [1, 2], [1]):
+        of = torch.tensor(alive).repeat_interleave(2)
+        places = torch.tensor([len(prefixes[lane]) for lane in of.tolist()])
+        tokens = torch.arange(len(of)) * 17
+        got = cut.packed(cache, tokens, places, lanes=of)
+        paths = [[*prefixes[lane], token] for lane, token in zip(of.tolist(), tokens.tolist(), strict=True)]
+        _check(got, _truth(family_lm, paths, layer, site))
+        cache.drop(0 if 0 in alive else 2)
+    assert cache.length == len(prefixes[1])  # what was dropped was given back
+
+
 def test_long_prefix_outgrows_the_cache_buffer_and_stays_exact(llama: LanguageModel) -> None:
     ids = torch.cat([random_ids(120, seed=s) for s in range(5)])  # 600 tokens: more than the room at first
     cut = llama.cut(2)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sipit.inversion.result import Meter
 from sipit.inversion.tolerance import SAFETY, Tolerance, local_noise
-from sipit.models import LanguageModel
+from sipit.models import LanguageModel, PrefixCache
 from sipit.observations import Observation
 
 
@@ -39,7 +39,17 @@ class Checked:
 
 
 class PackedCheck:
-    """Checks candidates behind one accepted prefix, which grows as tokens are accepted."""
+    """Judges candidates behind one accepted prefix, which grows as tokens are accepted.
+
+    Args:
+        lm: the model.
+        seen: what was observed.
+        tolerance: what counts as equal to it.
+        meter: charged for every token run.
+        noise: L2 distance declared by the caller.
+        cache: where the prefix is kept; it may hold those of other prompts.
+        lane: this prompt's in the cache.
+    """
 
     def __init__(
         self,
@@ -49,9 +59,12 @@ class PackedCheck:
         meter: Meter,
         *,
         noise: float,
+        cache: PrefixCache,
+        lane: int = 0,
     ) -> None:
         self.cut = lm.cut(seen.layer, seen.site)
-        self.cache = self.cut.new_cache()
+        self.cache = cache
+        self._lane = lane
         device = self.cut.device
         wide = torch.float64 if torch.float64 in (lm.dtype, seen.states.dtype) else torch.float32
         self.observed = seen.states.to(device, wide)  # (T, D)
@@ -62,18 +75,17 @@ class PackedCheck:
         self._noise = noise
         self._meter = meter
 
-    @property
-    def position(self) -> int:
-        """The first position not yet accepted."""
-        return self.cache.length
+    def lanes(self, n: int) -> Tensor:
+        """Return the lane of n packed tokens of this prompt. (n,)."""
+        return torch.full((n,), self._lane)
 
     def limit(self, position: int) -> float:
         """Largest distance that arithmetic alone explains at a position."""
         return float(self._limit[position])
 
-    def tree(self, token_ids: Tensor, positions: Tensor, sees: Tensor | None) -> Checked:
-        """Check tokens at several positions in one pass; token i attends to packed token j where sees[i, j]."""
-        states = self.cut.packed(self.cache, token_ids, positions, sees).to(self.observed.dtype)
+    def judge(self, token_ids: Tensor, positions: Tensor, states: Tensor) -> Checked:
+        """Compare the states of packed tokens with the observed ones. (Q,), (Q,), (Q, D)."""
+        states = states.to(self.observed.dtype)
         self._meter.spend(len(token_ids), self.cut.layer)
         self._meter.n_checked += len(token_ids)
         rows = positions.to(states.device)
@@ -90,15 +102,14 @@ class PackedCheck:
         )
 
     def remeasure(self, prefix: Sequence[int], token_id: int) -> None:
-        """Measure the noise of this very token's state, and raise the tolerance here to what it explains."""
+        """Measure the noise of this very token's state, and raise the tolerance here to what it explains.
+
+        The cache must hold the whole prefix, and nothing that is still to be kept lies behind it.
+        """
         place = len(prefix)
         ids = torch.tensor(prefix, dtype=torch.long)
-        noise, spent = local_noise(self.cut, self.cache, ids, token_id, self._seq_len)
+        noise, spent = local_noise(self.cut, self.cache, ids, token_id, self._seq_len, lane=self._lane)
         self._meter.spend(spent, self.cut.layer)
         more = max(0.0, SAFETY * noise - float(self._floor[place]))
         self._floor[place] += more
         self._limit[place] += more
-
-    def accept(self, columns: Sequence[int]) -> None:
-        """Append tokens of the last pass to the prefix, without computing them again."""
-        self.cache.keep(columns)

@@ -1,4 +1,4 @@
-"""Many observations of one model: one search each, and a fitted inverse where so many pay for it."""
+"""Many observations of one model: searches that share their passes, and a fitted inverse where so many pay for it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 from sipit.inversion.fitting import Cut, fit_inverse, fit_path
 from sipit.inversion.fitting.fit import OnFitProgress
 from sipit.inversion.result import Inversion
-from sipit.inversion.search import search
+from sipit.inversion.search import search_together
 from sipit.models import LanguageModel
 from sipit.observations import Observation
 
+N_LANES = 8  # prompts that share their packed passes
 FIT_PAYS_AFTER = 20_000  # observed tokens of one layer and site; see "when a fit pays" in the README
 
 
@@ -43,8 +44,8 @@ def invert_many(
             if on_fit is not None:
                 on_fit(cut, sum(o.seq_len for o in observations if (o.layer, o.site) == cut))
             fit_inverse(lm, [cut], on_progress=on_fit_progress)
-    for seen in observations:
-        yield search(lm, seen, use_fit=use_fit, **options)
+    n_lanes = N_LANES if options.get("policy", "auto") == "auto" else 1
+    yield from search_together(lm, observations, n_lanes=n_lanes, use_fit=use_fit, **options)
 
 
 def worth_fitting(lm: LanguageModel, observations: Sequence[Observation]) -> list[Cut]:

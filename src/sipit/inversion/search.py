@@ -1,32 +1,32 @@
-"""Recover a prompt position by position: a proposal orders candidates, the packed check decides.
+"""Drive searches to their end: one, or several of the same cut that share every packed pass.
 
-No token is accepted because a proposal liked it, and a vocabulary without a match ends the search
-with the prefix kept and the miss described.
+A pass has a cost of its own, whatever it checks, so prompts whose passes are small gain by sharing
+them. What is accepted does not depend on it: tokens of different prompts do not see each other.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from sipit.errors import MismatchError, OptionError, ShapeError
-from sipit.inversion.check import Checked, PackedCheck
-from sipit.inversion.proposals import Hinted, Proposal, Scene, proposal_for
-from sipit.inversion.result import Candidate, Inversion, Meter, Miss, PositionEvidence, Verdict
+from sipit.inversion.check import PackedCheck
+from sipit.inversion.proposals import Hinted, Scene, proposal_for
+from sipit.inversion.result import Inversion, Meter
+from sipit.inversion.run import Run
 from sipit.inversion.tolerance import noise_floor, tolerance_for
-from sipit.inversion.tree import Tree, grow, pass_price
-from sipit.models import LanguageModel
+from sipit.inversion.tree import Tree, pass_price
+from sipit.models import LanguageModel, PrefixCache
 from sipit.observations import Observation
 
-_FIRST_BATCH = 16
-_GROWTH = 4
-_STANDS_OUT = 16.0  # a token this many times nearer than all others is worth a second look
-_AMPLIFIED = 256.0  # at most this many tolerances away
-_MAX_RIVALS = 16  # tokens that fit as well, named in the evidence of one position
+_SHARED_TOKENS = 1024  # of all prompts that share a row: each packed token looks at the prefixes of all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,77 +43,238 @@ class Progress:
 OnProgress = Callable[[Progress], None]
 
 
-def search(
-    lm: LanguageModel,
-    seen: Observation,
-    *,
-    policy: str = "auto",
-    noise: float = 0.0,
-    exhaustive: bool = False,
-    max_batch: int = 256,
-    seed: int = 0,
-    use_fit: bool = True,
-    hint: Sequence[int] = (),
-    on_progress: OnProgress | None = None,
-) -> Inversion:
-    """Invert one observation; see `sipit.invert` for the arguments."""
-    _check_fit(lm, seen)
-    if max_batch < 1:
-        raise OptionError(f"max_batch is {max_batch}; a packed pass needs at least 1 candidate")
-    if not 0 <= noise < float("inf"):
-        raise OptionError(f"noise is {noise}; it is a finite L2 distance, 0 or more")
-    started = time.perf_counter()
-    tolerance = tolerance_for(lm, seen)
-    meter = Meter()
-    check = PackedCheck(lm, seen, tolerance, meter, noise=noise)
-    if any(not 0 <= token_id < lm.vocab_size for token_id in hint):
-        raise OptionError(f"hint holds a token id outside the vocabulary (0 to {lm.vocab_size - 1})")
-    generator = torch.Generator().manual_seed(seed)
-    scene = Scene(lm=lm, seen=seen, check=check, meter=meter, generator=generator)
-    proposal = proposal_for(policy, scene, use_fit=use_fit)
-    if len(hint):
-        proposal = Hinted(scene, proposal, hint)
-    run = _Run(
-        scene=scene,
-        proposal=proposal,
-        exhaustive=exhaustive,
-        max_batch=max_batch,
-    )
-    while run.miss is None and scene.position < seen.seq_len:
-        run.advance()
-        if on_progress is not None:
-            on_progress(
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """How to search; see `sipit.invert`."""
+
+    policy: str = "auto"
+    noise: float = 0.0
+    exhaustive: bool = False
+    max_batch: int = 256
+    seed: int = 0
+    use_fit: bool = True
+    hint: Sequence[int] = ()
+    on_progress: OnProgress | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_batch < 1:
+            raise OptionError(f"max_batch is {self.max_batch}; a packed pass needs at least 1 candidate")
+        if not 0 <= self.noise < float("inf"):
+            raise OptionError(f"noise is {self.noise}; it is a finite L2 distance, 0 or more")
+
+
+def search(lm: LanguageModel, seen: Observation, **options: Any) -> Inversion:
+    """Invert one observation; the options are those of SearchOptions."""
+    return next(search_together(lm, [seen], n_lanes=1, **options))
+
+
+def search_together(
+    lm: LanguageModel, observations: Sequence[Observation], *, n_lanes: int, **options: Any
+) -> Iterator[Inversion]:
+    """Yield the inversion of each observation, in their order; up to `n_lanes` share the passes.
+
+    Only observations of the same layer and site share them, and none starts before it is among the
+    n_lanes next to be yielded, so that an interruption loses little.
+
+    Raises:
+        ShapeError, MismatchError: an observation cannot be this model's; raised in its turn, after those before it.
+    """
+    how = SearchOptions(**options)
+    crew = _Crew(lm, how, n_lanes)
+    waiting = deque(observations)
+    done: dict[int, Inversion] = {}
+    n_begun = n_yielded = 0
+    refused: Exception | None = None
+    while n_yielded < len(observations):
+        while waiting and refused is None and n_begun - n_yielded < n_lanes and crew.has_room_for(waiting[0]):
+            try:
+                crew.begin(n_begun, waiting.popleft())
+            except Exception as error:  # noqa: BLE001  raised again below, in its turn
+                refused = error
+            n_begun += refused is None
+        if refused is not None and n_yielded == n_begun:
+            raise refused
+        done |= crew.step()
+        while n_yielded in done:
+            yield done.pop(n_yielded)
+            n_yielded += 1
+
+
+@dataclass(kw_only=True)
+class _Lane:
+    """One search and its share of the row."""
+
+    number: int  # of the observation
+    lane: int
+    seen: Observation
+    run: Run
+    tolerance: float
+    seconds: float  # of the work done for this search alone, and its share of the passes
+    tree: Tree | None = field(init=False, default=None)  # planned, not yet checked
+
+
+class _Crew:
+    """Searches that share one row of packed passes."""
+
+    def __init__(self, lm: LanguageModel, how: SearchOptions, n_lanes: int) -> None:
+        self._lm = lm
+        self._how = how
+        self._n_lanes = n_lanes
+        self._lanes: deque[_Lane] = deque()  # those that waited longest first
+        self._cache = PrefixCache(0)
+
+    def has_room_for(self, seen: Observation) -> bool:
+        """Whether a search may join those under way."""
+        if not self._lanes:
+            return True
+        others = [lane.seen for lane in self._lanes]
+        return (
+            len(others) < self._n_lanes
+            and (seen.layer, seen.site) == (others[0].layer, others[0].site)
+            and seen.seq_len + sum(other.seq_len for other in others) <= _SHARED_TOKENS
+        )
+
+    def begin(self, number: int, seen: Observation) -> None:
+        """Start a search."""
+        lm, how = self._lm, self._how
+        _check_fit(lm, seen)
+        if any(not 0 <= token_id < lm.vocab_size for token_id in how.hint):
+            raise OptionError(f"hint holds a token id outside the vocabulary (0 to {lm.vocab_size - 1})")
+        started = time.perf_counter()
+        tolerance = tolerance_for(lm, seen)
+        if not self._lanes:
+            self._cache = lm.cut(seen.layer, seen.site).new_cache()
+        lane = next(i for i in range(self._n_lanes) if i not in {other.lane for other in self._lanes})
+        meter = Meter()
+        check = PackedCheck(lm, seen, tolerance, meter, noise=how.noise, cache=self._cache, lane=lane)
+        generator = torch.Generator().manual_seed(how.seed)
+        price = pass_price(seen.seq_len, self._n_lanes)
+        scene = Scene(lm=lm, seen=seen, check=check, meter=meter, generator=generator, price=price)
+        proposal = proposal_for(how.policy, scene, use_fit=how.use_fit)
+        if len(how.hint):
+            proposal = Hinted(scene, proposal, how.hint)
+        run = Run(scene=scene, proposal=proposal, exhaustive=how.exhaustive, max_batch=how.max_batch)
+        self._lanes.append(
+            _Lane(
+                number=number,
+                lane=lane,
+                seen=seen,
+                run=run,
+                tolerance=float(tolerance.total.max()),
+                seconds=time.perf_counter() - started,
+            )
+        )
+
+    def step(self) -> dict[int, Inversion]:
+        """Run one packed pass; return the searches that came to their end, by number."""
+        found = {}
+        for lane in list(self._lanes):
+            with _timed(lane):
+                lane.tree = lane.tree or lane.run.plan()
+            if lane.tree is None:
+                self._lanes.remove(lane)
+                self._cache.drop(lane.lane)
+                found[lane.number] = self._inversion(lane)
+        if self._lanes:
+            self._pass(self._aboard())
+        return found
+
+    def _aboard(self) -> list[_Lane]:
+        """Take the lanes whose planned tokens fit in one pass; at least one."""
+        chosen: list[_Lane] = []
+        n_tokens = 0
+        while self._lanes:
+            tree = self._lanes[0].tree
+            assert tree is not None
+            n_tokens += len(tree.token_ids)
+            if chosen and n_tokens > self._how.max_batch:
+                break
+            chosen.append(self._lanes.popleft())
+        self._lanes.extend(chosen)
+        return chosen
+
+    def _pass(self, lanes: list[_Lane]) -> None:
+        started = time.perf_counter()
+        trees = [lane.tree for lane in lanes if lane.tree is not None]
+        sizes = [len(tree.token_ids) for tree in trees]
+        lane_ids = torch.cat([lane.run.scene.check.lanes(n) for lane, n in zip(lanes, sizes, strict=True)])
+        states = lanes[0].run.scene.check.cut.packed(
+            self._cache,
+            torch.cat([tree.token_ids for tree in trees]),
+            torch.cat([tree.positions for tree in trees]),
+            _side_by_side(trees),
+            lane_ids,
+        )  # (Q, D)
+        seconds = time.perf_counter() - started
+        kept: list[int] = []
+        first = 0
+        for lane, tree, part in zip(lanes, trees, states.split(sizes), strict=True):
+            lane.seconds += seconds * len(part) / len(states)
+            with _timed(lane):
+                kept += [first + column for column in lane.run.walk(tree, part)]
+            lane.tree = None
+            first += len(part)
+        self._cache.keep(kept)
+        for lane in lanes:
+            with _timed(lane):
+                lane.run.settle()
+            self._tell(lane)
+
+    def _tell(self, lane: _Lane) -> None:
+        if self._how.on_progress is not None:
+            meter = lane.run.scene.meter
+            self._how.on_progress(
                 Progress(
-                    seq_len=seen.seq_len,
-                    input_ids=tuple(scene.prefix),
+                    seq_len=lane.seen.seq_len,
+                    input_ids=tuple(lane.run.scene.prefix),
                     n_checked=meter.n_checked,
                     block_tokens=meter.block_tokens,
-                    seconds=time.perf_counter() - started,
+                    seconds=lane.seconds,
                 )
             )
-    return Inversion(
-        model=lm.name,
-        fingerprint=lm.fingerprint,
-        layer=seen.layer,
-        site=seen.site,
-        policy=policy,
-        verdict=run.verdict(),
-        text=lm.decode(scene.prefix),
-        input_ids=tuple(scene.prefix),
-        seq_len=seen.seq_len,
-        tolerance=float(tolerance.total.max()),
-        noise=noise,
-        seconds=time.perf_counter() - started,
-        block_tokens=meter.block_tokens,
-        prefill_ratio=meter.block_tokens / (seen.seq_len * max(seen.layer, 1)),
-        calibration_block_tokens=noise_floor(lm, seen.layer, seen.site).block_tokens,
-        n_checked=meter.n_checked,
-        observation=seen.digest(),
-        dtype=seen.dtype,
-        model_dtype=str(lm.dtype).removeprefix("torch."),
-        positions=tuple(run.evidence),
-        miss=run.miss,
-    )
+
+    def _inversion(self, lane: _Lane) -> Inversion:
+        lm, seen, run = self._lm, lane.seen, lane.run
+        meter, prefix = run.scene.meter, run.scene.prefix
+        return Inversion(
+            model=lm.name,
+            fingerprint=lm.fingerprint,
+            layer=seen.layer,
+            site=seen.site,
+            policy=self._how.policy,
+            verdict=run.verdict(),
+            text=lm.decode(prefix),
+            input_ids=tuple(prefix),
+            seq_len=seen.seq_len,
+            tolerance=lane.tolerance,
+            noise=self._how.noise,
+            seconds=lane.seconds,
+            block_tokens=meter.block_tokens,
+            prefill_ratio=meter.block_tokens / (seen.seq_len * max(seen.layer, 1)),
+            calibration_block_tokens=noise_floor(lm, seen.layer, seen.site).block_tokens,
+            n_checked=meter.n_checked,
+            observation=seen.digest(),
+            dtype=seen.dtype,
+            model_dtype=str(lm.dtype).removeprefix("torch."),
+            positions=tuple(run.evidence),
+            miss=run.miss,
+        )
+
+
+@contextmanager
+def _timed(lane: _Lane) -> Iterator[None]:
+    """Charge the time of some work to one search."""
+    started = time.perf_counter()
+    yield
+    lane.seconds += time.perf_counter() - started
+
+
+def _side_by_side(trees: Sequence[Tree]) -> Tensor | None:
+    """Return who sees whom where each tree sees itself alone. (Q, Q); None: each token is alone."""
+    if all(tree.sees is None for tree in trees):
+        return None
+    blocks = [torch.eye(len(t.token_ids), dtype=torch.bool) if t.sees is None else t.sees for t in trees]
+    return cast(Tensor, torch.block_diag(*blocks))
 
 
 def _check_fit(lm: LanguageModel, seen: Observation) -> None:
@@ -140,202 +301,4 @@ def _check_fit(lm: LanguageModel, seen: Observation) -> None:
         raise MismatchError(
             f"the states start at or skip positions ({seen.seq_len} rows up to position {seen.positions[-1]}); "
             "this version needs every position from 0 on"
-        )
-
-
-@dataclass
-class _Run:
-    """One search under way."""
-
-    scene: Scene
-    proposal: Proposal
-    exhaustive: bool
-    max_batch: int
-    evidence: list[PositionEvidence] = field(default_factory=list)
-    miss: Miss | None = None
-    accepted_by_noise: bool = False
-    _tried: _Tried = field(init=False)
-    _doubted: set[int] = field(init=False)  # tokens whose own noise was measured
-    _size: int = field(init=False)
-    _certain: Tensor = field(init=False)  # a token that fits, to be run with its twins
-
-    def __post_init__(self) -> None:
-        self._begin()
-
-    def verdict(self) -> Verdict:
-        if self.miss is not None:
-            return "unmatched"
-        if self.accepted_by_noise or any(p.rivals for p in self.evidence):
-            return "ambiguous"
-        return "recovered"
-
-    def advance(self) -> None:
-        """Run one packed pass: candidates for the next position, and guesses behind the best of them."""
-        batch = self._certain
-        if len(batch) == 0:
-            limit = min(self._size, self.max_batch, self.proposal.batch_limit or self.max_batch)
-            batch = self.proposal.next(limit, self._tried.untried)
-            batch = batch[self._tried.untried[batch]]  # whatever a proposal says, no token is tried twice
-            self._size *= _GROWTH
-        if len(batch) == 0:  # the proposal has no more: whatever it left out comes last
-            batch = self._tried.untried.nonzero()[: self.max_batch, 0]
-        if len(batch) == 0:
-            self._conclude()
-            return
-        speculates = not self.exhaustive and len(self._certain) == 0
-        outlook = self.proposal.outlook() if speculates else None
-        tree = grow(batch, self.scene.position, outlook, self.max_batch, pass_price(self.scene.seen.seq_len))
-        checked = self.scene.check.tree(tree.token_ids, tree.positions, tree.sees)
-        self._walk(tree, checked)
-
-    def _walk(self, tree: Tree, checked: Checked) -> None:
-        """Accept along the tree as long as a token fits; only nodes behind accepted tokens count."""
-        accepted: list[int] = []
-        for level, continued in zip(tree.levels, tree.chain, strict=True):
-            here = checked.subset(torch.tensor(level))
-            self._tried.add(here)
-            best = self._tried.best()
-            if not best.is_near or (self.exhaustive and len(self._certain) == 0):
-                self.proposal.learn(here)
-                self._doubt(best)
-                break
-            twins = [t for t in self.scene.lm.embeddings.twins(best.token_id) if self._tried.untried[t]]
-            if twins:  # the next pass checks them beside it, behind the same prefix
-                beside = [best.token_id, *twins] if self.max_batch > 1 else twins
-                self._certain = torch.tensor(beside[: self.max_batch])
-                break
-            if best.token_id not in here.token_ids.tolist():  # it was checked in an earlier pass
-                self._certain = torch.tensor([best.token_id])
-                break
-            column = level[here.token_ids.tolist().index(best.token_id)]
-            accepted.append(column)
-            self._accept(best)
-            if column != continued:
-                break
-        self.scene.check.accept(accepted)
-
-    def _doubt(self, best: _Best) -> None:
-        """Where one token is far nearer than all others and yet too far, measure the noise of its own state."""
-        runner_up = self._tried.runner_up(best.token_id)
-        limit = self.scene.check.limit(self.scene.position)
-        stands_out = runner_up is not None and best.distance * _STANDS_OUT < runner_up
-        if best.is_near or not stands_out or best.distance > _AMPLIFIED * limit or best.token_id in self._doubted:
-            return
-        self._doubted.add(best.token_id)
-        self.scene.check.remeasure(self.scene.prefix, best.token_id)
-        limit = self.scene.check.limit(self.scene.position)
-        if best.distance <= limit:  # its own noise explains the distance: check again all that lies so near
-            self._certain = self._tried.take_back(limit)[: self.max_batch]
-
-    def _conclude(self) -> None:
-        """With the whole vocabulary tried: accept the nearest token in the next pass, or describe the miss."""
-        best = self._tried.best()
-        if best.is_near:
-            self._certain = torch.tensor([best.token_id])
-            return
-        self.miss = Miss(
-            position=self.scene.position,
-            token_id=best.token_id,
-            token=self.scene.lm.decode([best.token_id]),
-            distance=best.distance,
-            tolerance=self.scene.check.limit(self.scene.position),
-            n_checked=self._tried.n_checked,
-        )
-
-    def _accept(self, best: _Best) -> None:
-        """Write down the evidence for a token, and begin the next position."""
-        scene, tried = self.scene, self._tried
-        self.accepted_by_noise |= not best.fits
-        self.evidence.append(
-            PositionEvidence(
-                token_id=best.token_id,
-                token=scene.lm.decode([best.token_id]),
-                distance=best.distance,
-                tolerance=scene.check.limit(scene.position),
-                runner_up=tried.runner_up(best.token_id),
-                n_checked=tried.n_checked,
-                rivals=tuple(
-                    Candidate(token_id=i, token=scene.lm.decode([i]), distance=d)
-                    for i, d in tried.rivals(best.token_id)[:_MAX_RIVALS]
-                ),
-            )
-        )
-        self.proposal.settle(best.token_id)
-        scene.prefix.append(best.token_id)
-        self._begin()
-
-    def _begin(self) -> None:
-        self._tried = _Tried(self.scene.lm.vocab_size)
-        self._doubted = set()
-        self._certain = torch.empty(0, dtype=torch.long)
-        self._size = _FIRST_BATCH
-        if self.scene.position < self.scene.seen.seq_len:
-            self.proposal.begin()
-
-
-@dataclass(frozen=True)
-class _Best:
-    token_id: int
-    distance: float
-    fits: bool
-    is_near: bool
-
-
-class _Tried:
-    """The candidates checked at one position."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self.untried = torch.ones(vocab_size, dtype=torch.bool)  # (V,)
-        self._ids: list[Tensor] = []
-        self._distances: list[Tensor] = []
-        self._fits: list[Tensor] = []
-        self._near: list[Tensor] = []
-
-    @property
-    def n_checked(self) -> int:
-        return int((~self.untried).sum())
-
-    def add(self, checked: Checked) -> None:
-        self.untried[checked.token_ids] = False
-        self._ids.append(checked.token_ids.cpu())
-        self._distances.append(checked.distances.cpu())
-        self._fits.append(checked.fits.cpu())
-        self._near.append(checked.is_near.cpu())
-
-    def best(self) -> _Best:
-        """Return the nearest token that may be accepted, else the nearest of all."""
-        ids, distances, fits, near = self._all()
-        among = near if bool(near.any()) else torch.ones_like(near)
-        i = int(distances.masked_fill(~among, torch.inf).argmin())
-        return _Best(int(ids[i]), float(distances[i]), bool(fits[i]), bool(near[i]))
-
-    def runner_up(self, token_id: int) -> float | None:
-        """Return the distance of the nearest other token checked."""
-        ids, distances, _, _ = self._all()
-        others = distances[ids != token_id]
-        return float(others.min()) if len(others) else None
-
-    def rivals(self, token_id: int) -> list[tuple[int, float]]:
-        """Return other tokens that may be accepted too, the nearest first."""
-        ids, distances, _, near = self._all()
-        keep = near & (ids != token_id)
-        order = distances[keep].argsort(stable=True)
-        found = zip(ids[keep][order].tolist(), distances[keep][order].tolist(), strict=True)
-        return [(int(i), float(d)) for i, d in found]
-
-    def take_back(self, distance: float) -> Tensor:
-        """Forget the tokens tried within a distance, as if they had not been; return them, nearest first. (N,)."""
-        ids, distances, fits, near = self._all()
-        far = distances > distance
-        self._ids, self._distances, self._fits, self._near = [ids[far]], [distances[far]], [fits[far]], [near[far]]
-        back = ids[~far][distances[~far].argsort()]
-        self.untried[back] = True
-        return back
-
-    def _all(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return (
-            torch.cat(self._ids),
-            torch.cat(self._distances),
-            torch.cat(self._fits),
-            torch.cat(self._near),
         )

@@ -178,7 +178,7 @@ def _packed_distances(
 
 
 def local_noise(
-    cut: TruncatedModel, cache: PrefixCache, prefix: Tensor, token_id: int, seq_len: int
+    cut: TruncatedModel, cache: PrefixCache, prefix: Tensor, token_id: int, seq_len: int, *, lane: int = 0
 ) -> tuple[float, int]:
     """Return how far kernels of different shapes put one token's state apart, and the tokens that took.
 
@@ -192,6 +192,7 @@ def local_noise(
         prefix: its token ids. (P,)
         token_id: the token in question.
         seq_len: length of the observed prompt, more than P.
+        lane: of the prefix in the cache.
     """
     token = torch.tensor([token_id])
     ids = torch.cat([prefix.cpu(), token.repeat(seq_len - len(prefix))])  # what follows changes no state before it
@@ -199,7 +200,7 @@ def local_noise(
     spent, largest = seq_len, 0.0
     for width in _WIDTHS:
         tokens = token.repeat(width)
-        states = cut.packed(cache, tokens, torch.full((width,), len(prefix)))
+        states = cut.packed(cache, tokens, torch.full((width,), len(prefix)), lanes=torch.full((width,), lane))
         largest = max(largest, float((states[0].double() - expected).norm()))
         spent += width
     return largest, spent

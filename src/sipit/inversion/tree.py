@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _LONG = 512  # tokens of a prompt at which a pass is worth one
+_SHARED_PRICE = 0.25  # least, where prompts share their passes
 _LOW_PRICE, _FULL_PRICE = 0.5, 2.0  # 0.4 to 5 were tried: less is more passes, more is up to a prefill of waste
 
 
@@ -34,13 +35,15 @@ class Tree:
     chain: tuple[int, ...]  # the column of each level that the next level continues
 
 
-def pass_price(seq_len: int) -> float:
+def pass_price(seq_len: int, n_sharing: int = 1) -> float:
     """Return what one more pass may cost in wasted tokens.
 
     Every pass has a cost of its own, whatever it checks, and a window that is too long wastes tokens.
     Short prompts, of which a window easily wastes more than they have, are priced in tokens alone.
+    Prompts that share their passes share that cost.
     """
-    return min(max(seq_len / _LONG, _LOW_PRICE), _FULL_PRICE)
+    price = min(max(seq_len / _LONG, _LOW_PRICE), _FULL_PRICE)
+    return max(price / n_sharing, min(price, _SHARED_PRICE))
 
 
 def grow(batch: Tensor, position: int, outlook: Outlook | None, max_tokens: int, price: float) -> Tree:

@@ -20,31 +20,51 @@ from sipit.models.families import Family
 from sipit.models.prepacked import prepacked
 
 _ROOM = 512  # cache columns added at a time, at least
+_NO_LANE = -1  # of tokens that were dropped: no packed token is of it
 
 
 class PrefixCache(Cache):
-    """Keys and values of one accepted prefix, with room behind it for the tokens of a packed pass.
+    """Keys and values of accepted prefixes, with room behind them for the tokens of a packed pass.
 
-    A packed pass writes its keys behind the prefix without copying it; `keep` then moves the
-    accepted ones to the prefix's end, so that no token is computed twice.
+    A packed pass writes its keys behind what is kept without copying it; `keep` then moves the
+    accepted ones there, so that no token is computed twice. Several prompts may share the row: each
+    has a lane, and a token sees the prefix of its own lane alone.
     """
 
     def __init__(self, n_layers: int) -> None:
         self._buffers = [_PrefixLayer() for _ in range(n_layers)]
         super().__init__(layers=[*self._buffers])
-        self.length = 0  # P
+        self.lanes = torch.empty(0, dtype=torch.long)  # (P,) of each kept token
+        self.positions = torch.empty(0, dtype=torch.long)  # (P,) in its own prompt
+        self.packed_lanes = self.packed_positions = self.lanes  # (Q,) of the last packed pass
+
+    @property
+    def length(self) -> int:
+        """Tokens kept, P, over all lanes."""
+        return len(self.lanes)
 
     def keep(self, columns: Sequence[int]) -> None:
-        """Append the given tokens of the last packed pass to the prefix, in this order."""
+        """Append the given tokens of the last packed pass to the prefixes of their lanes, in this order."""
         for layer in self._buffers:
             layer.keep(columns)
-        self.length += len(columns)
+        self.lanes = torch.cat([self.lanes, self.packed_lanes[list(columns)]])
+        self.positions = torch.cat([self.positions, self.packed_positions[list(columns)]])
 
     def truncate(self, length: int) -> None:
-        """Forget all but the first `length` tokens of the prefix."""
-        self.length = min(length, self.length)
+        """Forget all but the first `length` tokens kept."""
+        self._select(torch.arange(min(length, self.length)))
+
+    def drop(self, lane: int) -> None:
+        """Forget one lane. Its columns are given back once they and others dropped are half of all."""
+        self.lanes = self.lanes.masked_fill(self.lanes == lane, _NO_LANE)
+        alive = (self.lanes != _NO_LANE).nonzero()[:, 0]
+        if 2 * len(alive) <= self.length:
+            self._select(alive)
+
+    def _select(self, columns: Tensor) -> None:
         for layer in self._buffers:
-            layer.length = self.length
+            layer.select(columns)
+        self.lanes, self.positions = self.lanes[columns], self.positions[columns]
 
 
 class _PrefixLayer(DynamicLayer):
@@ -83,6 +103,14 @@ class _PrefixLayer(DynamicLayer):
             places = torch.tensor(columns, device=self._k.device) + start
             self._k[..., start : self.length, :] = self._k[..., places, :]
             self._v[..., start : self.length, :] = self._v[..., places, :]
+
+    def select(self, columns: Tensor) -> None:
+        """Keep some of the kept tokens, in their order. (N,)."""
+        self.length = len(columns)
+        if self.is_initialized and not torch.equal(columns, torch.arange(len(columns))):  # else already in place
+            places = columns.to(self._k.device)
+            self._k[..., : self.length, :] = self._k[..., places, :]
+            self._v[..., : self.length, :] = self._v[..., places, :]
 
 
 def _grown(buffer: Tensor, filled: int, needed: int) -> Tensor:
@@ -144,19 +172,27 @@ class TruncatedModel:
         return cast(Tensor, output[0])[0]  # (T, D)
 
     @torch.no_grad()
-    def packed(self, cache: PrefixCache, token_ids: Tensor, positions: Tensor, sees: Tensor | None = None) -> Tensor:
-        """Return the states of Q tokens that all continue the cached prefix, in one row.
+    def packed(
+        self,
+        cache: PrefixCache,
+        token_ids: Tensor,
+        positions: Tensor,
+        sees: Tensor | None = None,
+        lanes: Tensor | None = None,
+    ) -> Tensor:
+        """Return the states of Q tokens that continue cached prefixes, in one row.
 
         Args:
-            cache: of the prefix, P tokens; its room behind the prefix is overwritten.
+            cache: of the prefixes, P tokens; its room behind them is overwritten.
             token_ids: (Q,)
-            positions: (Q,) position of each token in its own prompt, P or more.
+            positions: (Q,) position of each token in its own prompt: the length of its prefix, or more.
             sees: (Q, Q) bool, whether token i attends to packed token j; None: to itself alone.
+            lanes: (Q,) whose prefix each token continues, 0 or more; None: lane 0.
 
         Returns:
             (Q, D)
         """
-        return self._packed_row(self._fast, cache, positions, sees, input_ids=token_ids.to(self.device)[None])
+        return self._packed_row(self._fast, cache, positions, sees, lanes, input_ids=token_ids.to(self.device)[None])
 
     @torch.no_grad()
     def packed_at(
@@ -165,45 +201,55 @@ class TruncatedModel:
         """As `packed`, each token alone behind the prefix, at several (layer, is_final) cuts. (Q, D) each."""
         taps = [_Tap(block) for block in cast(nn.ModuleList, getattr(self._fast, self._family.blocks))]
         tapped = _clone(self._fast, {self._family.blocks: nn.ModuleList(taps)})
-        last = self._packed_row(tapped, cache, positions, None, input_ids=token_ids.to(self.device)[None])
+        last = self._packed_row(tapped, cache, positions, None, None, input_ids=token_ids.to(self.device)[None])
         return [states.reshape(len(token_ids), -1) for states in _at_cuts(taps, last, cuts, self.is_final)]
 
-    def packed_embeddings(self, cache: PrefixCache, embeddings: Tensor, positions: Tensor) -> Tensor:
-        """As `packed`, from embedding vectors (Q, D), each alone behind the prefix; differentiable."""
-        return self._packed_row(self._packed, cache, positions, None, inputs_embeds=embeddings[None])
+    def packed_embeddings(
+        self, cache: PrefixCache, embeddings: Tensor, positions: Tensor, lanes: Tensor | None = None
+    ) -> Tensor:
+        """As `packed`, from embedding vectors (Q, D), each alone behind its prefix; differentiable."""
+        return self._packed_row(self._packed, cache, positions, None, lanes, inputs_embeds=embeddings[None])
 
     def _packed_row(
-        self, model: nn.Module, cache: PrefixCache, positions: Tensor, sees: Tensor | None, **tokens: Tensor
+        self,
+        model: nn.Module,
+        cache: PrefixCache,
+        positions: Tensor,
+        sees: Tensor | None,
+        lanes: Tensor | None,
+        **tokens: Tensor,
     ) -> Tensor:
-        positions = positions.to(self.device)
         n_packed = positions.shape[0]
+        cache.packed_positions = positions.cpu()
+        cache.packed_lanes = lanes = torch.zeros(n_packed, dtype=torch.long) if lanes is None else lanes.cpu()
         if sees is None:
             sees = torch.eye(n_packed, dtype=torch.bool)
-        visible = torch.ones(n_packed, cache.length + n_packed, dtype=torch.bool, device=self.device)
-        visible[:, cache.length :] = sees  # (Q, P + Q)
+        visible = torch.cat([lanes[:, None] == cache.lanes, sees.cpu()], dim=1).to(self.device)  # (Q, P + Q)
+        positions = positions.to(self.device)
+        places = torch.cat([cache.positions.to(self.device), positions])  # (P + Q,)
         output = model(
             **tokens,
             position_ids=positions[None],
-            attention_mask=self._masks(visible, positions, cache.length),
+            attention_mask=self._masks(visible, positions, places),
             past_key_values=cache,
             use_cache=True,
         )
         return cast(Tensor, output[0])[0]  # (Q, D)
 
-    def _masks(self, visible: Tensor, positions: Tensor, n_prefix: int) -> Tensor | dict[str, Tensor]:
+    def _masks(self, visible: Tensor, positions: Tensor, places: Tensor) -> Tensor | dict[str, Tensor]:
         """Return what this family's forward pass takes as attention_mask: additive, (1, 1, Q, P + Q)."""
         family, config = self._family, self._config
         if family.masking == "buffer":
-            self._fill_buffers(visible, positions, n_prefix)
+            self._fill_buffers(visible, positions, places)
             return self._additive(visible)
         window: Any = getattr(config, "sliding_window", None)
         if family.masking == "by_layer_type" and "sliding_attention" in (config.layer_types or ()):
             return {
                 "full_attention": self._additive(visible),
-                "sliding_attention": self._additive(_windowed(visible, positions, n_prefix, window)),
+                "sliding_attention": self._additive(_windowed(visible, positions, places, window)),
             }
         if family.masking == "one_mask" and window is not None:
-            visible = _windowed(visible, positions, n_prefix, window)
+            visible = _windowed(visible, positions, places, window)
         return self._additive(visible)
 
     def _additive(self, visible: Tensor) -> Tensor:
@@ -218,15 +264,15 @@ class TruncatedModel:
         self._attentions.append(inner)
         return _clone(block, {"attn": _clone(outer, {"attention": inner})})
 
-    def _fill_buffers(self, visible: Tensor, positions: Tensor, n_prefix: int) -> None:
+    def _fill_buffers(self, visible: Tensor, positions: Tensor, places: Tensor) -> None:
         """Open the causal buffers: the additive mask tells packed tokens apart, the window stays."""
         n_keys = visible.shape[1]
         everything = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=visible.device)
         everything = everything.expand(1, 1, n_keys, n_keys)
         windowed = everything
         if any(a.attention_type == "local" for a in self._attentions):
-            rows = _windowed(visible, positions, n_prefix, self._config.window_size)  # (Q, P + Q)
-            windowed = torch.cat([visible.new_ones(n_prefix, n_keys), rows])[None, None]
+            rows = _windowed(visible, positions, places, self._config.window_size)  # (Q, P + Q)
+            windowed = torch.cat([visible.new_ones(n_keys - len(rows), n_keys), rows])[None, None]
         for attention in self._attentions:
             attention._buffers["bias"] = windowed if attention.attention_type == "local" else everything
 
@@ -348,11 +394,9 @@ class _Inject(_Skip):
         return super().forward(hidden_states if self.states is None else self.states)
 
 
-def _windowed(visible: Tensor, positions: Tensor, n_prefix: int, window: int) -> Tensor:
-    """Hide keys `window` or more positions back. (Q, P + Q) → (Q, P + Q)."""
-    prefix = torch.arange(n_prefix, device=positions.device)
-    keys = torch.cat([prefix, positions])  # (P + Q,)
-    return visible & (positions[:, None] - keys[None, :] < window)
+def _windowed(visible: Tensor, positions: Tensor, places: Tensor, window: int) -> Tensor:
+    """Hide keys `window` or more positions back. (Q, P + Q), (Q,), (P + Q,) → (Q, P + Q)."""
+    return visible & (positions[:, None] - places[None, :] < window)
 
 
 def _clone(module: nn.Module, children: Mapping[str, nn.Module]) -> nn.Module:

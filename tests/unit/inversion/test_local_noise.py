@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 import sipit
 from sipit import LanguageModel
 from sipit.inversion import check as check_module
 from sipit.inversion import check_certificate, tolerance
+from sipit.inversion import search as search_module
 from sipit.inversion.certificate import certificate_of
+from sipit.inversion.check import Checked
+from sipit.inversion.proposals import Scene
+from sipit.inversion.tree import Outlook
+from sipit.models import PrefixCache, TruncatedModel
 from tests.tiny_models import random_ids, tiny_model
 
 IDS = random_ids(24, seed=3)
@@ -41,7 +47,7 @@ def test_right_token_above_the_noise_floor_is_accepted_by_its_own_noise(lm: Lang
 
 @pytest.mark.usefixtures("low_floor")
 def test_without_its_own_noise_it_would_be_refused(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_module, "local_noise", lambda *_: (0.0, 0))
+    monkeypatch.setattr(check_module, "local_noise", lambda *_, **__: (0.0, 0))
     assert sipit.invert(lm, lm.capture(input_ids=IDS, layer=LAYER)).verdict == "unmatched"
 
 
@@ -67,3 +73,50 @@ def test_local_noise_looks_at_every_shape_and_no_observation(lm: LanguageModel) 
     scale = float(cut.ordinary(torch.cat([prefix, torch.tensor([9])]))[-1].norm())
     assert 0 <= noise < 1e-4 * scale
     assert spent == 20 + sum(tolerance._WIDTHS)
+
+
+class _WithDecoys:
+    """A proposal that knows the prompt, and offers a wrong token beside the right one at every position ahead."""
+
+    batch_limit = None
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene = scene
+
+    def begin(self) -> None: ...
+
+    def next(self, n: int, untried: Tensor) -> Tensor:
+        pair = self._pair(self.scene.position)
+        return pair[untried[pair]] if bool(untried[pair].any()) else untried.nonzero()[:n, 0]
+
+    def outlook(self) -> Outlook:
+        later = range(self.scene.position + 1, len(IDS))
+        return Outlook(first=0.999, ahead=((self._pair(p), torch.tensor([0.999, 0.999])) for p in later))
+
+    def learn(self, checked: Checked) -> None: ...
+
+    def settle(self, token_id: int) -> None: ...
+
+    def _pair(self, position: int) -> Tensor:
+        return torch.stack([IDS[position], (IDS[position] + 1) % 150])
+
+
+@pytest.mark.usefixtures("low_floor")
+def test_noise_of_a_state_behind_tokens_accepted_in_the_same_pass_is_measured_behind_them(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    behind: list[tuple[int, int]] = []
+    measure = tolerance.local_noise
+
+    def watched(cut: TruncatedModel, cache: PrefixCache, prefix: Tensor, *rest: int, lane: int) -> tuple[float, int]:
+        behind.append((cache.length, len(prefix)))
+        return measure(cut, cache, prefix, *rest, lane=lane)
+
+    monkeypatch.setattr(check_module, "local_noise", watched)
+    monkeypatch.setattr(search_module, "pass_price", lambda *_: 2.0)  # as for a long prompt: wide levels
+    monkeypatch.setattr(search_module, "proposal_for", lambda _, scene, **__: _WithDecoys(scene))
+    found = sipit.invert(lm, lm.capture(input_ids=IDS, layer=LAYER))
+    assert found.input_ids == tuple(IDS.tolist())
+    assert any(n_prefix for _, n_prefix in behind)
+    assert all(n_cached == n_prefix for n_cached, n_prefix in behind)
+    assert max(p.tolerance for p in found.positions) < 1e-3

@@ -63,7 +63,7 @@ class Gradient:
         with torch.enable_grad():
             proxy = self._proxy.detach().requires_grad_()
             place = torch.tensor([scene.position])
-            state = check.cut.packed_embeddings(check.cache, proxy[None], place)[0]  # (D,)
+            state = check.cut.packed_embeddings(check.cache, proxy[None], place, check.lanes(1))[0]  # (D,)
             loss = 0.5 * (state.to(scene.target.dtype) - scene.target).square().sum()
             (gradient,) = torch.autograd.grad(loss, proxy)
         scene.meter.spend(1, check.cut.layer, passes=3)

@@ -24,6 +24,7 @@ class Scene:
     check: PackedCheck  # for its prefix cache and observed states; proposals accept nothing
     meter: Meter
     generator: torch.Generator
+    price: float  # what one more packed pass may cost in wasted tokens
     prefix: list[int] = field(default_factory=list)  # accepted token ids
 
     @property

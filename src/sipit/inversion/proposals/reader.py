@@ -22,7 +22,7 @@ from sipit.inversion.proposals.likely import Likely
 from sipit.inversion.proposals.proposal import Scene
 from sipit.inversion.regression import ridge
 from sipit.inversion.token_keys import TokenKeys
-from sipit.inversion.tree import Outlook, pass_price, worthwhile
+from sipit.inversion.tree import Outlook, worthwhile
 
 _BLOCK = 32  # positions scored at a time
 _MAX_SCORES = 1 << 25  # scores held at once, over all positions ahead
@@ -122,7 +122,7 @@ class Reader:
             return untried.nonzero()[:, 0]
         chances, order = logits.softmax(dim=0).topk(min(n, n_left))
         self._first = float(self._believed(chances)[0])
-        n_worth = worthwhile(chances, pass_price(self.scene.seen.seq_len))
+        n_worth = worthwhile(chances, self.scene.price)
         return order[: max(n_worth, min(n_checked, len(order)))].cpu()
 
     def outlook(self) -> Outlook | None:

@@ -1,0 +1,176 @@
+"""One search under way: from what a proposal offers to accepted tokens, position by position.
+
+No token is accepted because a proposal liked it, and a vocabulary without a match ends the search
+with the prefix kept and the miss described.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sipit.inversion.proposals import Proposal, Scene
+from sipit.inversion.result import Candidate, Miss, PositionEvidence, Verdict
+from sipit.inversion.tree import Tree, grow
+from sipit.inversion.tried import Best, Tried
+
+_FIRST_BATCH = 16
+_GROWTH = 4
+_STANDS_OUT = 16.0  # a token this many times nearer than all others is worth a second look
+_AMPLIFIED = 256.0  # at most this many tolerances away
+_MAX_RIVALS = 16  # tokens that fit as well, named in the evidence of one position
+
+
+@dataclass
+class Run:
+    """One search under way: plans packed passes, and walks along what came out of them."""
+
+    scene: Scene
+    proposal: Proposal
+    exhaustive: bool
+    max_batch: int
+    evidence: list[PositionEvidence] = field(default_factory=list)
+    miss: Miss | None = None
+    accepted_by_noise: bool = False
+    _tried: Tried = field(init=False)
+    _measured: set[int] = field(init=False)  # tokens whose own noise was
+    _doubted_best: Best | None = field(init=False, default=None)  # of the pass just walked
+    _size: int = field(init=False)
+    _certain: Tensor = field(init=False)  # a token that fits, to be run with its twins
+
+    def __post_init__(self) -> None:
+        self._begin()
+
+    def verdict(self) -> Verdict:
+        """Return what the evidence amounts to."""
+        if self.miss is not None:
+            return "unmatched"
+        if self.accepted_by_noise or any(p.rivals for p in self.evidence):
+            return "ambiguous"
+        return "recovered"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every position is settled, or one is a miss."""
+        return self.miss is not None or self.scene.position >= self.scene.seen.seq_len
+
+    def plan(self) -> Tree | None:
+        """Return the next packed pass: candidates for the next position, and guesses behind the best of them.
+
+        None once the search is done.
+        """
+        while not self.is_done:
+            batch = self._certain if len(self._certain) else self._proposed()
+            if len(batch) == 0:
+                self._conclude()
+                continue
+            speculates = not self.exhaustive and len(self._certain) == 0
+            outlook = self.proposal.outlook() if speculates else None
+            return grow(batch, self.scene.position, outlook, self.max_batch, self.scene.price)
+        return None
+
+    def _proposed(self) -> Tensor:
+        """Return candidates not tried yet; none once the whole vocabulary was. (N,)."""
+        untried = self._tried.untried
+        limit = min(self._size, self.max_batch, self.proposal.batch_limit or self.max_batch)
+        batch = self.proposal.next(limit, untried)
+        batch = batch[untried[batch]]  # whatever a proposal says, no token is tried twice
+        self._size *= _GROWTH
+        # where the proposal has no more, whatever it left out comes last
+        return batch if len(batch) else untried.nonzero()[: self.max_batch, 0]
+
+    def walk(self, tree: Tree, states: Tensor) -> list[int]:
+        """Accept along the tree as long as a token fits; return the columns to keep. (Q, D).
+
+        Only nodes behind accepted tokens count. `settle` is to follow once the columns are kept.
+        """
+        checked = self.scene.check.judge(tree.token_ids, tree.positions, states)
+        accepted: list[int] = []
+        for level, continued in zip(tree.levels, tree.chain, strict=True):
+            here = checked.subset(torch.tensor(level))
+            self._tried.add(here)
+            best = self._tried.best()
+            if not best.is_near or (self.exhaustive and len(self._certain) == 0):
+                self.proposal.learn(here)
+                self._doubted_best = best
+                break
+            twins = [t for t in self.scene.lm.embeddings.twins(best.token_id) if self._tried.untried[t]]
+            if twins:  # the next pass checks them beside it, behind the same prefix
+                beside = [best.token_id, *twins] if self.max_batch > 1 else twins
+                self._certain = torch.tensor(beside[: self.max_batch])
+                break
+            if best.token_id not in here.token_ids.tolist():  # it was checked in an earlier pass
+                self._certain = torch.tensor([best.token_id])
+                break
+            column = level[here.token_ids.tolist().index(best.token_id)]
+            accepted.append(column)
+            self._accept(best)
+            if column != continued:
+                break
+        return accepted
+
+    def settle(self) -> None:
+        """Measure a doubtful state's own noise, with the prefix in the cache and nothing else of value behind it."""
+        best, self._doubted_best = self._doubted_best, None
+        if best is not None:
+            self._doubt(best)
+
+    def _doubt(self, best: Best) -> None:
+        """Where one token is far nearer than all others and yet too far, measure the noise of its own state."""
+        runner_up = self._tried.runner_up(best.token_id)
+        limit = self.scene.check.limit(self.scene.position)
+        stands_out = runner_up is not None and best.distance * _STANDS_OUT < runner_up
+        if best.is_near or not stands_out or best.distance > _AMPLIFIED * limit or best.token_id in self._measured:
+            return
+        self._measured.add(best.token_id)
+        self.scene.check.remeasure(self.scene.prefix, best.token_id)
+        limit = self.scene.check.limit(self.scene.position)
+        if best.distance <= limit:  # its own noise explains the distance: check again all that lies so near
+            self._certain = self._tried.take_back(limit)[: self.max_batch]
+
+    def _conclude(self) -> None:
+        """With the whole vocabulary tried: accept the nearest token in the next pass, or describe the miss."""
+        best = self._tried.best()
+        if best.is_near:
+            self._certain = torch.tensor([best.token_id])
+            return
+        self.miss = Miss(
+            position=self.scene.position,
+            token_id=best.token_id,
+            token=self.scene.lm.decode([best.token_id]),
+            distance=best.distance,
+            tolerance=self.scene.check.limit(self.scene.position),
+            n_checked=self._tried.n_checked,
+        )
+
+    def _accept(self, best: Best) -> None:
+        """Write down the evidence for a token, and begin the next position."""
+        scene, tried = self.scene, self._tried
+        self.accepted_by_noise |= not best.fits
+        self.evidence.append(
+            PositionEvidence(
+                token_id=best.token_id,
+                token=scene.lm.decode([best.token_id]),
+                distance=best.distance,
+                tolerance=scene.check.limit(scene.position),
+                runner_up=tried.runner_up(best.token_id),
+                n_checked=tried.n_checked,
+                rivals=tuple(
+                    Candidate(token_id=i, token=scene.lm.decode([i]), distance=d)
+                    for i, d in tried.rivals(best.token_id)[:_MAX_RIVALS]
+                ),
+            )
+        )
+        self.proposal.settle(best.token_id)
+        scene.prefix.append(best.token_id)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._tried = Tried(self.scene.lm.vocab_size)
+        self._measured = set()
+        self._certain = torch.empty(0, dtype=torch.long)
+        self._size = _FIRST_BATCH
+        if self.scene.position < self.scene.seen.seq_len:
+            self.proposal.begin()

@@ -1,0 +1,126 @@
+"""Prompts that share their packed passes come out as each would by itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sipit
+from sipit import LanguageModel, Observation
+from sipit.errors import MismatchError, OptionError
+from sipit.inversion import invert_many
+from sipit.inversion import search as search_module
+from sipit.inversion.search import search_together
+from sipit.models import TruncatedModel
+from tests.tiny_models import random_ids, tiny_model
+
+LAYER = 2
+LENGTHS = (7, 1, 12, 3, 9)
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    return LanguageModel(tiny_model("mistral"), name="mistral")  # its window is shorter than most prompts here
+
+
+@pytest.fixture(scope="module")
+def observations(lm: LanguageModel) -> list[Observation]:
+    return [lm.capture(input_ids=random_ids(n, seed=n), layer=LAYER) for n in LENGTHS]
+
+
+def _ids(n: int) -> tuple[int, ...]:
+    return tuple(random_ids(n, seed=n).tolist())
+
+
+@given(
+    n_lanes=st.integers(1, 6), max_batch=st.sampled_from([1, 3, 16, 256]), policy=st.sampled_from(["auto", "likely"])
+)
+@settings(max_examples=12, deadline=None)
+def test_however_they_share_every_prompt_is_recovered_in_order(
+    lm: LanguageModel, observations: list[Observation], n_lanes: int, max_batch: int, policy: str
+) -> None:
+    found = list(search_together(lm, observations, n_lanes=n_lanes, max_batch=max_batch, policy=policy))
+    assert [f.input_ids for f in found] == [_ids(n) for n in LENGTHS]
+    assert {f.verdict for f in found} == {"recovered"}
+    assert [f.observation for f in found] == [seen.digest() for seen in observations]
+
+
+def test_sharing_neither_exceeds_the_batch_nor_runs_prompts_apart(
+    lm: LanguageModel, observations: list[Observation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[tuple[int, int]] = []
+    packed = TruncatedModel.packed
+
+    def watched(cut: TruncatedModel, cache: object, token_ids: torch.Tensor, *rest: object) -> torch.Tensor:
+        if len(rest) == 3 and isinstance(rest[2], torch.Tensor):
+            rows.append((len(token_ids), len(rest[2].unique())))
+        return packed(cut, cache, token_ids, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TruncatedModel, "packed", watched)
+    list(search_together(lm, observations, n_lanes=4, max_batch=32))
+    shared = len(rows)
+    assert max(n_tokens for n_tokens, _ in rows) <= 32
+    assert max(n_prompts for _, n_prompts in rows) > 1
+    rows.clear()
+    list(search_together(lm, observations, n_lanes=1, max_batch=32))
+    assert {n_prompts for _, n_prompts in rows} == {1}
+    assert shared < len(rows)
+
+
+def test_one_prompt_of_another_model_is_unmatched_and_leaves_its_neighbours_alone(
+    lm: LanguageModel, observations: list[Observation]
+) -> None:
+    foreign = replace(observations[2], states=observations[2].states.flip(1))
+    found = list(search_together(lm, [observations[0], foreign, observations[4]], n_lanes=3))
+    assert [f.verdict for f in found] == ["recovered", "unmatched", "recovered"]
+    assert [found[0].input_ids, found[2].input_ids] == [_ids(7), _ids(9)]
+
+
+def test_cost_of_each_is_its_own(lm: LanguageModel, observations: list[Observation]) -> None:
+    list(invert_many(lm, observations))  # the anchors, once
+    for found in search_together(lm, observations, n_lanes=5, policy="vocabulary"):
+        alone = sipit.invert(lm, next(o for o in observations if o.digest() == found.observation), policy="vocabulary")
+        assert (found.block_tokens, found.n_checked) == (alone.block_tokens, alone.n_checked)
+        assert found.seconds > 0
+
+
+def test_refused_observation_is_named_after_those_before_it(lm: LanguageModel, observations: list[Observation]) -> None:
+    foreign = replace(observations[1], fingerprint="sha256:0")
+    results = search_together(lm, [observations[0], foreign, observations[2]], n_lanes=3)
+    assert next(results).input_ids == _ids(7)
+    with pytest.raises(MismatchError):
+        next(results)
+
+
+def test_layers_and_long_prompts_do_not_share(
+    lm: LanguageModel, observations: list[Observation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = lm.capture(input_ids=random_ids(6, seed=6), layer=3)
+    mixed = [observations[0], other, observations[1]]
+    assert [f.layer for f in search_together(lm, mixed, n_lanes=3)] == [LAYER, 3, LAYER]
+    monkeypatch.setattr(search_module, "_SHARED_TOKENS", 10)
+    assert [f.seq_len for f in search_together(lm, observations, n_lanes=5)] == list(LENGTHS)
+
+
+def test_nothing_starts_before_it_is_among_the_next_to_be_yielded(
+    lm: LanguageModel, observations: list[Observation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[int] = []
+    begin = search_module._Crew.begin
+
+    def watched(crew: search_module._Crew, number: int, seen: Observation) -> None:
+        begun.append(number)
+        begin(crew, number, seen)
+
+    monkeypatch.setattr(search_module._Crew, "begin", watched)
+    for n_yielded, _ in enumerate(search_together(lm, observations, n_lanes=2)):
+        assert max(begun) - n_yielded < 2
+
+
+def test_options_are_refused_before_any_work(lm: LanguageModel, observations: list[Observation]) -> None:
+    with pytest.raises(OptionError, match="max_batch"):
+        list(search_together(lm, observations, n_lanes=2, max_batch=0))
