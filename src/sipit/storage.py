@@ -68,6 +68,33 @@ def require_writable(path: Path | str) -> None:
         raise _ProbeOnlyError
 
 
+@contextlib.contextmanager
+def held_alone(path: Path | str, what: str) -> Iterator[None]:
+    """Hold a lock file while the body runs, so that no other process does the same; it ends with the process.
+
+    Where the system has no such locks (Windows), nothing is held.
+
+    Raises:
+        StorageError: another process holds it, or the file cannot be written.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    target = Path(path)
+    try:
+        stream = target.open("ab")
+    except OSError as error:
+        raise StorageError(f"cannot write {target}: {_reason(error)}; choose a folder that is writable") from error
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise StorageError(f"{what} is under way in another process ({target}); wait until it has ended") from error
+        yield
+
+
 class _ProbeOnlyError(Exception):
     """Leaves `whole_file` without renaming."""
 

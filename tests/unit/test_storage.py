@@ -7,6 +7,8 @@ import hashlib
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sipit.errors import FetchError, StorageError
-from sipit.storage import build_folder, cache_dir, read_json, require_writable, sha256_of, whole_file, write_json
+from sipit.storage import (
+    build_folder,
+    cache_dir,
+    held_alone,
+    read_json,
+    require_writable,
+    sha256_of,
+    whole_file,
+    write_json,
+)
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -229,3 +240,22 @@ def test_two_processes_that_race_leave_one_whole_folder(tmp_path: Path) -> None:
     assert len({content for _, _, content in outcomes}) == 1
     assert list(tmp_path.iterdir()) == [target]
     assert json.dumps((target / "text").read_text()) in ('"one"', '"two"')
+
+
+def test_what_is_held_alone_is_refused_to_another_process_and_given_back(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    program = "import sys; from sipit.storage import held_alone\nwith held_alone(sys.argv[1], 'a fit'): print('held')"
+
+    def elsewhere() -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", program, str(lock)], capture_output=True, text=True, check=False)
+
+    with held_alone(lock, "a fit"):
+        refused = elsewhere()
+    assert refused.returncode != 0
+    assert "a fit is under way in another process" in refused.stderr
+    assert elsewhere().stdout == "held\n"
+
+
+def test_lock_in_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="writable"), held_alone(tmp_path / "no" / "lock", "a fit"):
+        pass

@@ -8,7 +8,6 @@ machine is fast in bfloat16, a table of the keys in it.
 from __future__ import annotations
 
 import weakref
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,7 +16,6 @@ from sipit.inversion.arithmetic import is_fast_in_bfloat16
 from sipit.models import LanguageModel
 
 _REFINED = 32  # best tokens of a row whose scores are computed again in float32
-_SLICE = 8192  # keys made at a time
 _FLOOR = 1e-3  # eigenvalues below this fraction of the largest are held there: they are noise
 
 
@@ -28,8 +26,8 @@ class TokenKeys:
         self._rows = lm.embeddings
         mean, second, count = torch.tensor(0.0), torch.tensor(0.0), 0
         for _, rows in self._rows.slices():
-            wide = rows.double()
-            mean, second = mean + wide.sum(dim=0).cpu(), second + (wide.T @ wide).cpu()
+            mean = mean + rows.double().sum(dim=0).cpu()
+            second = second + (rows.float().T @ rows.float()).double().cpu()
             count += len(rows)
         mean = mean / count  # (D,)
         values, vectors = torch.linalg.eigh(second / count - torch.outer(mean, mean))
@@ -37,9 +35,16 @@ class TokenKeys:
         device = lm.device
         self._mean = mean.float().to(device)
         self.whitening = ((vectors * values.rsqrt()) @ vectors.T).float().to(device)  # (D, D), symmetric
-        norms = [((rows.float() - self._mean) @ self.whitening).norm(dim=1) for _, rows in self._rows.slices()]
-        self._is_fast = is_fast_in_bfloat16(device)
-        self._inverse_norms = 1 / torch.cat(norms).clamp(min=1e-6)  # (V,)
+        self._rounded: Tensor | None = None  # all keys in bfloat16 where that is fast. (V, D)
+        norms, rounded = [], []
+        for _, rows in self._rows.slices():
+            directions = (rows.float() - self._mean) @ self.whitening
+            norms.append(directions.norm(dim=1).clamp(min=1e-6))
+            if is_fast_in_bfloat16(device):
+                rounded.append((directions / norms[-1][:, None]).bfloat16())
+        self._inverse_norms = 1 / torch.cat(norms)  # (V,)
+        if rounded:
+            self._rounded = torch.cat(rounded)
 
     @property
     def width(self) -> int:
@@ -62,24 +67,17 @@ class TokenKeys:
 
         In bfloat16 where that is fast; then the best of each row are computed again in float32.
         """
-        if self._is_fast:
-            return self._fast_scores(queries)
+        if self._rounded is not None:
+            return self._fast_scores(queries, self._rounded)
         vectors = queries @ self.whitening
         shift = vectors @ self._mean  # (N,)
         return self._rows.products(vectors).sub_(shift[:, None]).mul_(self._inverse_norms)
 
-    def _fast_scores(self, queries: Tensor) -> Tensor:
-        scores = (queries.bfloat16() @ self._rounded.T).float()  # (N, V)
+    def _fast_scores(self, queries: Tensor, rounded: Tensor) -> Tensor:
+        scores = (queries.bfloat16() @ rounded.T).float()  # (N, V)
         best = scores.topk(min(_REFINED, self.vocab_size), dim=1).indices  # (N, K)
         keys = self.keys(best.flatten()).view(*best.shape, -1)  # (N, K, D)
         return scores.scatter_(1, best, torch.einsum("nd,nkd->nk", queries, keys))
-
-    @cached_property
-    def _rounded(self) -> Tensor:
-        """All keys in bfloat16. (V, D)."""
-        firsts = range(0, self.vocab_size, _SLICE)
-        ids = (torch.arange(first, min(first + _SLICE, self.vocab_size)) for first in firsts)
-        return torch.cat([self.keys(part).bfloat16() for part in ids])
 
 
 _made: weakref.WeakKeyDictionary[LanguageModel, TokenKeys] = weakref.WeakKeyDictionary()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -48,8 +50,16 @@ def capture_windows(
             if done % _SAVE_EVERY == 0 or done == n_windows:
                 for file in files:
                     file.flush()
+                    release(file)
                 write_json(note, {"done": done})
     return paths, n_windows * length * tapped.layer
+
+
+def release(file: np.memmap[Any, Any]) -> None:
+    """Let go of the pages of a mapped file; they are read again when they are needed."""
+    mapping = file._mmap  # type: ignore[attr-defined]
+    if hasattr(mapping, "madvise"):
+        mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def _opened(path: Path, shape: tuple[int, ...], *, is_new: bool) -> np.memmap[tuple[int, ...], np.dtype[np.float16]]:

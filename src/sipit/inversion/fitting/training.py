@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sipit.inversion.arithmetic import fast_arithmetic
 from sipit.inversion.fitting.network import KEY_LENGTH, InverseNetwork, beside
+from sipit.inversion.fitting.states import release
 from sipit.inversion.fitting.windows import OnStep
 from sipit.inversion.token_keys import TokenKeys
 from sipit.storage import whole_file
@@ -66,7 +67,8 @@ def train(
         checkpoint: where to keep the state of the training.
         on_step: told the steps done.
     """
-    states = torch.from_numpy(np.lib.format.open_memmap(path, mode="r+"))
+    file = np.lib.format.open_memmap(path, mode="r+")
+    states = torch.from_numpy(file)
     length, width = states.shape[1:]
     flat, ids = states.view(-1, width), windows.reshape(-1)
     rows = torch.arange(len(ids))
@@ -103,6 +105,7 @@ def train(
         on_step(step + 1, n_steps)
         if (step + 1) % _SAVE_EVERY == 0:
             _save(checkpoint, step + 1, network, optimizer)
+            release(file)
     return network.eval()
 
 
