@@ -252,6 +252,27 @@ def test_precision_measures_the_same_prompts_under_each(run: Run, text_lm: Langu
     assert len(out.splitlines()) == 1 + 4
 
 
+def test_real_quantisers_stand_beside_the_simulated_ones(run: Run) -> None:
+    pytest.importorskip("bitsandbytes")
+    names = ["bnb-int8", "int8", "bnb-nf4"]
+    chosen = [word for name in names for word in ("--precision", name)]
+    assert run("collisions", "precision", *CORPUS, "--layer", "2", *chosen, "--json", "p.json")[0] == 0
+    assert [result["precision"] for result in record_of("p.json")["results"]] == names
+    code, _, err = run("collisions", "precision", *CORPUS, "--layer", "2", "--precision", "int3")
+    assert (code, "bnb-nf4" in err) == (2, True)
+
+
+def test_survey_of_a_quantised_model_says_so(run: Run) -> None:
+    pytest.importorskip("bitsandbytes")
+    arguments = ("collisions", "survey", "--folder", "s", *CORPUS, "--layer", "2", "--quantize", "int8")
+    assert run(*arguments, "--json", "s.json")[0] == 0
+    assert record_of("s.json")["quantize"] == "int8"
+    code, _, err = run("collisions", "continuations", "--folder", "c", "--survey", "s", "--layer", "2")
+    assert (code, "name the model it was made with" in err) == (2, True)
+    code, _, err = run("collisions", "margins", *CORPUS, "--layer", "2", "--quantize", "int8-vectorwise")
+    assert (code, "rounds activations to int8" in err) == (2, True)
+
+
 def test_precision_of_families_leaves_out_what_is_equal_in_exact_arithmetic(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,6 +53,13 @@ def add_cases(inner: Any, command: Adder, model_options: Adder) -> None:
     precision = command(inner, "precision", run_precision, "the closest pair under weights of lower precision")
     corpus_options(precision, n_prompts=300, lengths="4,8,12")
     precision.add_argument("--families", action="store_true", help="prompts that differ by little instead of a corpus")
+    precision.add_argument(
+        "--precision",
+        action="append",
+        metavar="P",
+        help="float32, bfloat16, float16, int8, int4 (simulated), bnb-int8, bnb-int8-vectorwise, bnb-nf4, bnb-fp4 "
+        "(bitsandbytes); repeatable (default: float32, bfloat16, int8, int4)",
+    )
     layer_option(precision, "default: 1, the middle one, the last and final")
     _common_options(precision, has_seed=True)
     model_options(precision, default="smollm2-135m")
@@ -162,16 +169,17 @@ def run_precision(options: argparse.Namespace) -> int:
         prompts, source = prompts_of(lm, options)
     with CountDisplay(0) as display:
         results = precision_survey(
-            lm, prompts, cuts, threshold=options.threshold, seed=options.seed, on_step=display.phase("prompts run")
-        )
+            lm, prompts, cuts, **({"precisions": options.precision} if options.precision else {}),
+            threshold=options.threshold, seed=options.seed, on_step=display.phase("prompts run"),
+        )  # fmt: skip
     print(
-        f"{'layer':>6} {'weights':>9} {'error':>8} {'closest':>10} {'/ norm':>8} {'/ median':>8} {'equal':>6} "
+        f"{'layer':>6} {'weights':>19} {'error':>8} {'closest':>10} {'/ norm':>8} {'/ median':>8} {'equal':>6} "
         f"{'collide':>8}"
     )
     for result in sorted(results, key=lambda r: (r.layer, r.site)):
         distance = float("nan") if result.distance is None else result.distance
         print(
-            f"{layer_name(result.layer, result.site):>6} {result.precision:>9} {result.weight_error:8.2%} "
+            f"{layer_name(result.layer, result.site):>6} {result.precision:>19} {result.weight_error:8.2%} "
             f"{distance:10.4g} {short(result.distance_over_mean_norm)} {short(result.distance_over_median)} "
             f"{result.n_equal:>6} {result.n_within:>8}"
         )

@@ -317,8 +317,9 @@ def prompts_of(lm: LanguageModel, options: argparse.Namespace) -> tuple[list[Ten
 def head(lm: LanguageModel) -> dict[str, Any]:
     """Return what every record of a survey begins with."""
     from sipit.experiments.record import record_head
+    from sipit.models.quantized import quantizer_of
 
-    return {**record_head(lm), "made": time.strftime("%Y-%m-%d", time.gmtime())}
+    return {**record_head(lm), "quantize": quantizer_of(lm.model), "made": time.strftime("%Y-%m-%d", time.gmtime())}
 
 
 def write(path: Path | None, record: dict[str, Any]) -> None:

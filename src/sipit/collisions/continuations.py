@@ -24,6 +24,7 @@ from sipit.collisions.states import Cut, finite_states, last_states
 from sipit.collisions.store import StateFolder, StateWriter, prompts_sha256
 from sipit.errors import OptionError
 from sipit.models import LanguageModel
+from sipit.models.quantized import rounds_activations
 from sipit.observations import Site
 
 _ROWS = 8192  # embedding rows compared at a time
@@ -118,7 +119,16 @@ def capture_continuations(
 def continued_states(
     lm: LanguageModel, prefix: Tensor, token_ids: Tensor, cuts: Sequence[Cut], *, batch: int = _BATCH
 ) -> list[Tensor]:
-    """Return the states of each next token behind one prefix. (P,), (N,) → one (N, D) a cut, on the CPU."""
+    """Return the states of each next token behind one prefix. (P,), (N,) → one (N, D) a cut, on the CPU.
+
+    Raises:
+        OptionError: the model rounds activations to int8, so packed passes do not give its states.
+    """
+    if rounds_activations(lm.model):
+        raise OptionError(
+            f"model {lm.name!r} rounds activations to int8, so tokens run packed behind one prefix do not get its "
+            "states; load it with quantize 'nf4' or 'fp4', or unquantised"
+        )
     layer = max(layer for layer, _ in cuts)
     model = lm.cut(layer, "final" if any(site == "final" for _, site in cuts) else "block")
     cache = model.cache_of(prefix)
