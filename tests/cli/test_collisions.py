@@ -228,6 +228,26 @@ def test_families_tell_rounding_from_distance(run: Run) -> None:
     assert len(out.splitlines()) == 1 + len(record["families"]) + len(record["climbs"])
 
 
+def test_families_and_climbs_start_from_the_closest_prompts_of_a_survey(run: Run, text_lm: LanguageModel) -> None:
+    run(*SURVEY, "--folder", "s", "--json", "s.json", "--layer", "1", "--layer", "2")
+    arguments = ("collisions", "families", "--survey", "s", "--longest", "3", "--layer", "1", "--layer", "2")
+    code, out, _ = run(*arguments, "--climb", "1", "--pairs", "2", "--json", "f.json")
+    assert code == 0
+    record = record_of("f.json")
+    surveyed = {layer["layer"]: layer["closest_varied"] for layer in record_of("s.json")["layers"]}
+    near = surveyed[2][0]
+    assert record["texts"] == [near["first_text"], near["second_text"]]
+    assert record["survey"]["name"] == "texts"
+    orders = next(x for x in record["families"] if (x["family"], x["layer"]) == ("sample_order", 2))
+    assert (len(record["similar"]), orders["n_prompts"]) == (5, 120)
+    assert [(x["family"], x["layer"]) for x in record["climbs"]] == [("survey", layer) for layer in (1, 1, 2, 2)]
+    starts = [x["steps"][0] for x in record["climbs"]]
+    for start, pair in zip(starts, [*surveyed[1][:2], *surveyed[2][:2]], strict=True):
+        assert [start["first_ids"], start["second_ids"]] == [pair["first_ids"], pair["second_ids"]]
+        assert start["distance"] == pytest.approx(pair["distance"], rel=1e-4)
+    assert out.count("climb from survey") == 4
+
+
 def test_constructed_cases_go_as_expected_and_else_exit_with_one(run: Run) -> None:
     code, out, err = run("collisions", "constructed", "--tiny", "--json", "c.json")
     assert (code, err) == (0, "")
@@ -305,6 +325,8 @@ REFUSED = [
     (("margins", *CORPUS, "--layer", "0"), "layers of 1 or more"),
     (("margins", *CORPUS, "--tokens", "1"), "at least 2 next tokens"),
     (("families", "--text", TEXT, "--longest", "1"), "--longest must be at least 2"),
+    (("families", "--text", TEXT, "--survey", "s"), "not from both"),
+    (("families", "--text", TEXT, "--pairs", "0"), "--pairs at least 1"),
     (("families", "--text", TEXT, "--threshold", "-1"), "threshold of 0 or more"),
     (("precision", *CORPUS, "--layer", "4"), "layer 4 is out of range"),
     (("constructed", "--tiny", "--threshold", "nan"), "threshold of 0 or more"),

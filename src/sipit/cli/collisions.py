@@ -147,7 +147,7 @@ def run_survey(options: argparse.Namespace) -> int:
 def run_continuations(options: argparse.Namespace) -> int:
     """Run `sipit collisions continuations`."""
     from sipit.cli.display import CountDisplay
-    from sipit.collisions import StateFolder, capture_continuations, closest_prompts, survey_continuations
+    from sipit.collisions import capture_continuations, closest_prompts, survey_continuations
     from sipit.storage import require_writable
 
     if (options.survey is None) == (not options.text):
@@ -160,12 +160,7 @@ def run_continuations(options: argparse.Namespace) -> int:
     if options.survey is None:
         prefixes = [lm.encode(text) for text in options.text]
     else:
-        surveyed = StateFolder(options.survey)
-        if surveyed.manifest["fingerprint"] != lm.fingerprint:
-            raise MismatchError(
-                f"{options.survey} holds states of the model {surveyed.manifest['model']!r}, not of {lm.name!r}; name "
-                "the model it was made with"
-            )
+        surveyed = surveyed_folder(lm, options.survey)
         prefixes = closest_prompts(surveyed, cuts[-1], n=options.prefixes, memory=memory)
     records = []
     with CountDisplay(0) as display:
@@ -312,6 +307,23 @@ def prompts_of(lm: LanguageModel, options: argparse.Namespace) -> tuple[list[Ten
             per_text=options.per_text,
         )
     return prompts, {**texts.describe(), "lengths": lengths, "per_text": options.per_text}
+
+
+def surveyed_folder(lm: LanguageModel, path: Path) -> StateFolder:
+    """Open the folder of a survey of this model.
+
+    Raises:
+        MismatchError: it holds another model's states.
+    """
+    from sipit.collisions import StateFolder
+
+    folder = StateFolder(path)
+    if folder.manifest["fingerprint"] != lm.fingerprint:
+        raise MismatchError(
+            f"{path} holds states of the model {folder.manifest['model']!r}, not of {lm.name!r}; name the model it was "
+            "made with"
+        )
+    return folder
 
 
 def head(lm: LanguageModel) -> dict[str, Any]:
