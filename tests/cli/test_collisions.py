@@ -194,7 +194,8 @@ def test_margins_agree_with_brute_force(run: Run, text_lm: LanguageModel) -> Non
     corpus = (*CORPUS, "--prompts", "4", "--layer", "2")
     run("collisions", "survey", *corpus, "--folder", "s")  # keeps the prompts
     assert run("collisions", "margins", *corpus, "--tokens", "0", "--json", "all.json")[0] == 0
-    code, out, _ = run("collisions", "margins", *corpus, "--tokens", "20", "--json", "some.json")
+    some = ("--tokens", "20", "--exhaustive", "1")
+    code, out, _ = run("collisions", "margins", *corpus, *some, "--json", "some.json")
     assert code == 0
     assert len(out.splitlines()) == 2
     (whole,), (sampled,) = (record_of(name)["layers"] for name in ("all.json", "some.json"))
@@ -207,7 +208,13 @@ def test_margins_agree_with_brute_force(run: Run, text_lm: LanguageModel) -> Non
     prefix, (one, two) = tuple(whole["least_prefix"]), whole["least_tokens"]
     assert expected[prefix] == min(expected.values())
     assert float((states[prefix][one] - states[prefix][two]).norm()) == pytest.approx(whole["least"], rel=1e-5)
-    assert sampled["least"] > whole["least"]
+    assert sampled["least"] >= whole["least"] * (1 - 1e-5)
+    assert run("collisions", "margins", *corpus, "--tokens", "20", "--pick", "random", "--json", "any.json")[0] == 0
+    assert record_of("any.json")["layers"][0]["least"] > whole["least"] * (1 + 1e-5)
+    (exact,) = sampled["exact"]
+    assert exact["distance"] == pytest.approx(expected[tuple(exact["prefix"])], rel=1e-5)
+    assert f"{exact['bound'] / exact['distance']:.4g}" in out
+    assert (sampled["pick"], whole["exact"]) == ("near", [])
 
 
 def test_families_tell_rounding_from_distance(run: Run) -> None:

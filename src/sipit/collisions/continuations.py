@@ -140,6 +140,18 @@ def continued_states(
     return [torch.cat(rows) for rows in zip(*parts, strict=True)]
 
 
+def distinct_tokens(lm: LanguageModel, token_ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Return the places of tokens with different embedding rows, and the groups of places with equal ones. (N,) → (n,).
+
+    Of each group the first place is among those returned: equal rows have equal states behind any prefix.
+    """
+    groups = equal_groups(Rows([lm.embeddings.rows(part) for part in token_ids.split(_ROWS)]))
+    is_kept = torch.ones(len(token_ids), dtype=torch.bool)
+    for group in groups:
+        is_kept[group[1:]] = False
+    return is_kept.nonzero()[:, 0], groups
+
+
 def survey_continuations(
     lm: LanguageModel,
     folder: StateFolder,
@@ -164,11 +176,7 @@ def survey_continuations(
     """
     n_tokens = folder.shards[0].n_prompts
     tokens = torch.stack([ids[-1] for ids in islice(folder.prompts(), n_tokens)])
-    groups = equal_groups(Rows([lm.embeddings.rows(part) for part in tokens.split(_ROWS)]))
-    is_kept = torch.ones(n_tokens, dtype=torch.bool)
-    for group in groups:
-        is_kept[group[1:]] = False
-    kept = is_kept.nonzero()[:, 0]
+    kept, groups = distinct_tokens(lm, tokens)
     for cut in folder.cuts if cuts is None else cuts:
         started = time.perf_counter()
         blocks = [block[kept.to(block.device)] for block in folder.blocks(cut)]
