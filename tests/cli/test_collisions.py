@@ -194,7 +194,8 @@ def test_margins_agree_with_brute_force(run: Run, text_lm: LanguageModel) -> Non
     corpus = (*CORPUS, "--prompts", "4", "--layer", "2")
     run("collisions", "survey", *corpus, "--folder", "s")  # keeps the prompts
     assert run("collisions", "margins", *corpus, "--tokens", "0", "--json", "all.json")[0] == 0
-    code, out, _ = run("collisions", "margins", *corpus, "--tokens", "20", "--json", "some.json")
+    some = ("--tokens", "20", "--exhaustive", "1")
+    code, out, _ = run("collisions", "margins", *corpus, *some, "--json", "some.json")
     assert code == 0
     assert len(out.splitlines()) == 2
     (whole,), (sampled,) = (record_of(name)["layers"] for name in ("all.json", "some.json"))
@@ -207,7 +208,13 @@ def test_margins_agree_with_brute_force(run: Run, text_lm: LanguageModel) -> Non
     prefix, (one, two) = tuple(whole["least_prefix"]), whole["least_tokens"]
     assert expected[prefix] == min(expected.values())
     assert float((states[prefix][one] - states[prefix][two]).norm()) == pytest.approx(whole["least"], rel=1e-5)
-    assert sampled["least"] > whole["least"]
+    assert sampled["least"] >= whole["least"] * (1 - 1e-5)
+    assert run("collisions", "margins", *corpus, "--tokens", "20", "--pick", "random", "--json", "any.json")[0] == 0
+    assert record_of("any.json")["layers"][0]["least"] > whole["least"] * (1 + 1e-5)
+    (exact,) = sampled["exact"]
+    assert exact["distance"] == pytest.approx(expected[tuple(exact["prefix"])], rel=1e-5)
+    assert f"{exact['bound'] / exact['distance']:.4g}" in out
+    assert (sampled["pick"], whole["exact"]) == ("near", [])
 
 
 def test_families_tell_rounding_from_distance(run: Run) -> None:
@@ -226,6 +233,26 @@ def test_families_tell_rounding_from_distance(run: Run) -> None:
         assert found["relative_to_norm"] <= families[found["family"]]["pairs"][0]["relative_to_norm"] * (1 + 1e-4)
         assert found["first_ids"] != found["second_ids"]
     assert len(out.splitlines()) == 1 + len(record["families"]) + len(record["climbs"])
+
+
+def test_families_and_climbs_start_from_the_closest_prompts_of_a_survey(run: Run, text_lm: LanguageModel) -> None:
+    run(*SURVEY, "--folder", "s", "--json", "s.json", "--layer", "1", "--layer", "2")
+    arguments = ("collisions", "families", "--survey", "s", "--longest", "3", "--layer", "1", "--layer", "2")
+    code, out, _ = run(*arguments, "--climb", "1", "--pairs", "2", "--json", "f.json")
+    assert code == 0
+    record = record_of("f.json")
+    surveyed = {layer["layer"]: layer["closest_varied"] for layer in record_of("s.json")["layers"]}
+    near = surveyed[2][0]
+    assert record["texts"] == [near["first_text"], near["second_text"]]
+    assert record["survey"]["name"] == "texts"
+    orders = next(x for x in record["families"] if (x["family"], x["layer"]) == ("sample_order", 2))
+    assert (len(record["similar"]), orders["n_prompts"]) == (5, 120)
+    assert [(x["family"], x["layer"]) for x in record["climbs"]] == [("survey", layer) for layer in (1, 1, 2, 2)]
+    starts = [x["steps"][0] for x in record["climbs"]]
+    for start, pair in zip(starts, [*surveyed[1][:2], *surveyed[2][:2]], strict=True):
+        assert [start["first_ids"], start["second_ids"]] == [pair["first_ids"], pair["second_ids"]]
+        assert start["distance"] == pytest.approx(pair["distance"], rel=1e-4)
+    assert out.count("climb from survey") == 4
 
 
 def test_constructed_cases_go_as_expected_and_else_exit_with_one(run: Run) -> None:
@@ -250,6 +277,27 @@ def test_precision_measures_the_same_prompts_under_each(run: Run, text_lm: Langu
     assert errors[0] == 0
     assert errors == sorted(errors)
     assert len(out.splitlines()) == 1 + 4
+
+
+def test_real_quantisers_stand_beside_the_simulated_ones(run: Run) -> None:
+    pytest.importorskip("bitsandbytes")
+    names = ["bnb-int8", "int8", "bnb-nf4"]
+    chosen = [word for name in names for word in ("--precision", name)]
+    assert run("collisions", "precision", *CORPUS, "--layer", "2", *chosen, "--json", "p.json")[0] == 0
+    assert [result["precision"] for result in record_of("p.json")["results"]] == names
+    code, _, err = run("collisions", "precision", *CORPUS, "--layer", "2", "--precision", "int3")
+    assert (code, "bnb-nf4" in err) == (2, True)
+
+
+def test_survey_of_a_quantised_model_says_so(run: Run) -> None:
+    pytest.importorskip("bitsandbytes")
+    arguments = ("collisions", "survey", "--folder", "s", *CORPUS, "--layer", "2", "--quantize", "int8")
+    assert run(*arguments, "--json", "s.json")[0] == 0
+    assert record_of("s.json")["quantize"] == "int8"
+    code, _, err = run("collisions", "continuations", "--folder", "c", "--survey", "s", "--layer", "2")
+    assert (code, "name the model it was made with" in err) == (2, True)
+    code, _, err = run("collisions", "margins", *CORPUS, "--layer", "2", "--quantize", "int8-vectorwise")
+    assert (code, "rounds activations to int8" in err) == (2, True)
 
 
 def test_precision_of_families_leaves_out_what_is_equal_in_exact_arithmetic(
@@ -284,6 +332,8 @@ REFUSED = [
     (("margins", *CORPUS, "--layer", "0"), "layers of 1 or more"),
     (("margins", *CORPUS, "--tokens", "1"), "at least 2 next tokens"),
     (("families", "--text", TEXT, "--longest", "1"), "--longest must be at least 2"),
+    (("families", "--text", TEXT, "--survey", "s"), "not from both"),
+    (("families", "--text", TEXT, "--pairs", "0"), "--pairs at least 1"),
     (("families", "--text", TEXT, "--threshold", "-1"), "threshold of 0 or more"),
     (("precision", *CORPUS, "--layer", "4"), "layer 4 is out of range"),
     (("constructed", "--tiny", "--threshold", "nan"), "threshold of 0 or more"),

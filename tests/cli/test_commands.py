@@ -142,6 +142,17 @@ def test_any_model_drops_the_fingerprint(run: Run, text_folder: Path, tmp_path: 
     assert (code, out) in ((0, b"moved"), (1, b""))  # float64 may differ from float32 by more than its own noise
 
 
+def test_quantised_states_are_inverted_by_the_model_quantised_alike(run: Run, text_folder: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    run("capture", "--text", "small", "--layer", "2", "--out", "seen", "--model", text_folder, "--quantize", "nf4")
+    code, out, err = run("invert", "seen", "--quantize", "nf4")
+    assert (code, out) == (0, b"small")
+    assert run("invert", "seen")[0] == 2  # the plain model is another
+    code, out, err = run("capture", "--text", "x", "--layer", "2", "--out", "other", "--quantize", "int4")
+    assert code == 2
+    assert b"int8-vectorwise" in err
+
+
 @pytest.mark.parametrize("bos", [False, True])
 def test_demo_recovers_its_paragraph_whatever_the_tokenizer_adds(
     run: Run, text_folder: Path, bos_folder: Path, bos: bool

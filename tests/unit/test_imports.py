@@ -26,7 +26,18 @@ PUBLIC = [
     *("Inversion", "LanguageModel", "Observation", "SipitError", "check_certificate", "invert", "load"),
     *("read_observation", "write_observation"),
 ]
-HEAVY = ("torch", "transformers", "numpy", "safetensors", "matplotlib", "datasets", "jinja2", "rich", "gguf")
+HEAVY = (
+    "torch",
+    "transformers",
+    "numpy",
+    "safetensors",
+    "matplotlib",
+    "datasets",
+    "jinja2",
+    "rich",
+    "gguf",
+    "bitsandbytes",
+)
 
 
 def _imported(module: str) -> set[str]:

@@ -14,6 +14,7 @@ from sipit.errors import OptionError
 _MODEL = "pinned model (smollm2-135m, gemma-3-270m), folder, .gguf file or hub id"
 _POLICIES = ("auto", "likely", "gradient", "random", "vocabulary")
 _METHODS = ("auto", "auto-no-fit", "vocabulary-matching", "reference-sipit", "random")
+_QUANTIZERS = ("int8", "int8-vectorwise", "nf4", "fp4")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -139,3 +140,6 @@ def _model_options(command: argparse.ArgumentParser, *, default: str | None) -> 
     command.add_argument("--model", default=default, metavar="M", help=f"{_MODEL} (default: {known})")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     command.add_argument("--dtype", default="auto", help="dtype of the weights (default: auto, as stored)")
+    command.add_argument(
+        "--quantize", choices=_QUANTIZERS, help="hold the linear weights so, by bitsandbytes (extra 'quantized')"
+    )

@@ -17,18 +17,22 @@ from sipit.cli.collisions import (
     prompts_of,
     short,
     shown,
+    surveyed_folder,
     write,
 )
 from sipit.cli.commands import loaded, say
 from sipit.errors import OptionError
 
 if TYPE_CHECKING:
-    from sipit.collisions import FamilyResult
+    from sipit.collisions import FamilyResult, StateFolder
     from sipit.collisions.states import Cut
     from sipit.models import LanguageModel
 
+    _Start = tuple[str, Cut, list[int], list[int]]  # family, layer and site, the two prompts' ids
+
 Adder = Callable[..., Any]
 
+_ORDERED = 5  # most similar samples of a survey that are put in every order: 120 prompts
 _SAME = 1e-6  # of the float32 distance: what is left of it in float64 where only rounding was between two states
 
 
@@ -36,9 +40,15 @@ def add_cases(inner: Any, command: Adder, model_options: Adder) -> None:
     """Add the commands to those of `sipit collisions`."""
     families = command(inner, "families", run_families, "prompts that differ by little, and searched near-collisions")
     families.add_argument("--text", action="append", default=[], metavar="T", help="a text to vary; repeatable")
-    families.add_argument("--texts", type=int, default=2, metavar="N", help="else this many of the standard library's")
+    families.add_argument("--survey", type=Path, metavar="FOLDER", help="vary the closest prompts of this survey")
+    families.add_argument(
+        "--texts", type=int, default=2, metavar="N", help="of --survey, or else of the standard library (default: 2)"
+    )
     families.add_argument("--longest", type=int, default=64, metavar="N", help="longest run of one token (default: 64)")
     families.add_argument("--climb", type=int, default=0, metavar="ROUNDS", help="hill-climb from each closest pair")
+    families.add_argument(
+        "--pairs", type=int, default=3, metavar="N", help="closest pairs of --survey to climb from at a layer (3)"
+    )
     layer_option(families, "default: 1, the middle one, the last and final")
     _common_options(families)
     model_options(families, default="smollm2-135m")
@@ -53,6 +63,13 @@ def add_cases(inner: Any, command: Adder, model_options: Adder) -> None:
     precision = command(inner, "precision", run_precision, "the closest pair under weights of lower precision")
     corpus_options(precision, n_prompts=300, lengths="4,8,12")
     precision.add_argument("--families", action="store_true", help="prompts that differ by little instead of a corpus")
+    precision.add_argument(
+        "--precision",
+        action="append",
+        metavar="P",
+        help="float32, bfloat16, float16, int8, int4 (simulated), bnb-int8, bnb-int8-vectorwise, bnb-nf4, bnb-fp4 "
+        "(bitsandbytes); repeatable (default: float32, bfloat16, int8, int4)",
+    )
     layer_option(precision, "default: 1, the middle one, the last and final")
     _common_options(precision, has_seed=True)
     model_options(precision, default="smollm2-135m")
@@ -68,17 +85,27 @@ def _common_options(command: argparse.ArgumentParser, *, has_seed: bool = False)
 def run_families(options: argparse.Namespace) -> int:
     """Run `sipit collisions families`."""
     from sipit.cli.display import CountDisplay
-    from sipit.collisions import family_prompts, sample_texts, survey_families
+    from sipit.collisions import family_prompts, sample_texts, similar_texts, survey_families
     from sipit.storage import require_writable
 
     if options.json is not None:
         require_writable(options.json)
-    if options.longest < 2 or options.texts < 1 or options.climb < 0:
-        raise OptionError("--longest must be at least 2, --texts at least 1 and --climb 0 or more")
+    if options.longest < 2 or min(options.texts, options.pairs) < 1 or options.climb < 0:
+        raise OptionError("--longest must be at least 2, --texts and --pairs at least 1 and --climb 0 or more")
+    if options.survey is not None and options.text:
+        raise OptionError("families grow from --survey FOLDER or from --text, not from both; leave one out")
     lm = loaded(options.model, options)
     cuts = cuts_of(lm, options, default=_few_layers(lm))
-    texts = options.text or sample_texts(n_prose=-(-options.texts // 2), n_code=options.texts // 2, seed=options.seed)
-    families = family_prompts(lm, texts, counts=_counts(options.longest), seed=options.seed)
+    folder = None if options.survey is None else surveyed_folder(lm, options.survey)
+    similar: list[str] = []
+    if folder is not None:
+        similar = similar_texts(lm, folder, cuts[-1], n=max(options.texts, _ORDERED))
+        texts = similar[: options.texts]
+    else:
+        texts = options.text or sample_texts(
+            n_prose=-(-options.texts // 2), n_code=options.texts // 2, seed=options.seed
+        )
+    families = family_prompts(lm, texts, similar=similar[:_ORDERED], counts=_counts(options.longest), seed=options.seed)
     with CountDisplay(0) as display:
         results = survey_families(
             lm, families, cuts, threshold=options.threshold, seed=options.seed, on_step=display.phase("prompts run")
@@ -97,7 +124,10 @@ def run_families(options: argparse.Namespace) -> int:
                     f"{distance:9.2g} {result.n_equal:>6} {result.n_within:>8}  "
                     f"{near.first_label} | {near.second_label}"
                 )
-        climbs = _climbed(lm, results, exact, options, display.phase("climbs done")) if options.climb else []
+        climbs = []
+        if options.climb:
+            starts = _from_families(results, exact) if folder is None else _from_survey(lm, folder, cuts, options.pairs)
+            climbs = _climbed(lm, starts, options, display.phase("climbs done"))
     same = sum(
         d is not None and r.pairs[0].distance > 0 and d < _SAME * r.pairs[0].distance
         for r, d in zip(results, exact, strict=True)
@@ -108,7 +138,8 @@ def run_families(options: argparse.Namespace) -> int:
             "millionth of their distance is left, the rest was rounding"
         )
     records = [{**asdict(r), "float64_distance": d} for r, d in zip(results, exact, strict=True)]
-    write(options.json, {**head(lm), "texts": texts, "families": records, "climbs": climbs})
+    source = {"survey": None if folder is None else folder.manifest["source"], "similar": similar}
+    write(options.json, {**head(lm), "texts": texts, **source, "families": records, "climbs": climbs})
     return 0
 
 
@@ -162,16 +193,17 @@ def run_precision(options: argparse.Namespace) -> int:
         prompts, source = prompts_of(lm, options)
     with CountDisplay(0) as display:
         results = precision_survey(
-            lm, prompts, cuts, threshold=options.threshold, seed=options.seed, on_step=display.phase("prompts run")
-        )
+            lm, prompts, cuts, **({"precisions": options.precision} if options.precision else {}),
+            threshold=options.threshold, seed=options.seed, on_step=display.phase("prompts run"),
+        )  # fmt: skip
     print(
-        f"{'layer':>6} {'weights':>9} {'error':>8} {'closest':>10} {'/ norm':>8} {'/ median':>8} {'equal':>6} "
+        f"{'layer':>6} {'weights':>19} {'error':>8} {'closest':>10} {'/ norm':>8} {'/ median':>8} {'equal':>6} "
         f"{'collide':>8}"
     )
     for result in sorted(results, key=lambda r: (r.layer, r.site)):
         distance = float("nan") if result.distance is None else result.distance
         print(
-            f"{layer_name(result.layer, result.site):>6} {result.precision:>9} {result.weight_error:8.2%} "
+            f"{layer_name(result.layer, result.site):>6} {result.precision:>19} {result.weight_error:8.2%} "
             f"{distance:10.4g} {short(result.distance_over_mean_norm)} {short(result.distance_over_median)} "
             f"{result.n_equal:>6} {result.n_within:>8}"
         )
@@ -215,33 +247,49 @@ def _exact_distances(lm: LanguageModel, results: list[FamilyResult]) -> list[flo
     return found
 
 
-def _climbed(
-    lm: LanguageModel, results: list[FamilyResult], exact: list[float | None], options: argparse.Namespace, tell: Any
-) -> list[dict[str, Any]]:
-    """Climb from the closest pair of each family and layer that is not equal already; print and return the climbs."""
+def _from_families(results: list[FamilyResult], exact: list[float | None]) -> list[_Start]:
+    """Return the closest pair of each family and layer that is not equal already."""
+    return [
+        (result.family, (result.layer, result.site), result.pairs[0].first_ids, result.pairs[0].second_ids)
+        for result, distance in zip(results, exact, strict=True)
+        if result.pairs and distance is not None and distance > _SAME * result.pairs[0].distance
+    ]
+
+
+def _from_survey(lm: LanguageModel, folder: StateFolder, cuts: list[Cut], n: int) -> list[_Start]:
+    """Return the n closest pairs of a survey at each layer, those left out that are equal in exact arithmetic."""
+    from sipit.collisions import closest_pairs, float64_distances, in_float64, last_states
+
+    wide = in_float64(lm)
+    starts: list[_Start] = []
+    for cut in cuts:
+        for first, second in closest_pairs(folder, cut, n=n):
+            a, b = last_states(lm, [first, second], [cut])[0].double()
+            if float64_distances(wide, [(first, second)], cut)[0] > _SAME * float((a - b).norm()):
+                starts.append(("survey", cut, first.tolist(), second.tolist()))
+    return starts
+
+
+def _climbed(lm: LanguageModel, starts: list[_Start], options: argparse.Namespace, tell: Any) -> list[dict[str, Any]]:
+    """Climb from each pair; print and return the climbs."""
     import torch
 
     from sipit.collisions import climb
 
     climbs = []
-    starts = [
-        (result, result.pairs[0])
-        for result, distance in zip(results, exact, strict=True)
-        if result.pairs and distance is not None and distance > _SAME * result.pairs[0].distance
-    ]
-    for number, (result, near) in enumerate(starts, start=1):
+    for number, (family, cut, first, second) in enumerate(starts, start=1):
         found = climb(
             lm,
-            torch.tensor(near.first_ids),
-            torch.tensor(near.second_ids),
-            (result.layer, result.site),
+            torch.tensor(first),
+            torch.tensor(second),
+            cut,
             rounds=options.climb,
             threshold=options.threshold,
             generator=torch.Generator().manual_seed(options.seed),
         )
-        climbs.append({"family": result.family, **asdict(found)})
+        climbs.append({"family": family, **asdict(found)})
         print(
-            f"climb from {result.family} at layer {layer_name(result.layer, result.site)}: {near.distance:.4g} → "
+            f"climb from {family} at layer {layer_name(*cut)}: {found.steps[0].distance:.4g} → "
             f"{found.distance:.4g} ({short(found.relative_to_norm).strip()} of the norm), "
             f"{found.n_evaluated} pairs tried, {'a COLLISION' if found.is_within else 'no collision'}: "
             f"{shown(lm, found.first_ids)} | {shown(lm, found.second_ids)}",

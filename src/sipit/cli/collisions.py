@@ -54,7 +54,13 @@ def add_collisions(add: Any, command: Adder, model_options: Adder) -> None:
     margins = command(inner, "margins", run_margins, "how far apart the next tokens of a prefix lie, at every layer")
     corpus_options(margins, n_prompts=100, lengths="4,8,12")
     margins.add_argument(
-        "--tokens", type=int, default=256, metavar="N", help="next tokens tried, 0 for all (default: 256, at random)"
+        "--tokens", type=int, default=256, metavar="N", help="next tokens tried, 0 for all (default: 256)"
+    )
+    margins.add_argument(
+        "--pick", choices=("near", "random"), default="near", help="tokens of near embedding rows, or any (near)"
+    )
+    margins.add_argument(
+        "--exhaustive", type=int, default=0, metavar="N", help="also the exact margin of the first N prefixes"
     )
     layer_option(margins, "default: every layer from 1 on, and final")
     margins.add_argument("--json", type=Path, metavar="OUT", help="write the record")
@@ -147,7 +153,7 @@ def run_survey(options: argparse.Namespace) -> int:
 def run_continuations(options: argparse.Namespace) -> int:
     """Run `sipit collisions continuations`."""
     from sipit.cli.display import CountDisplay
-    from sipit.collisions import StateFolder, capture_continuations, closest_prompts, survey_continuations
+    from sipit.collisions import capture_continuations, closest_prompts, survey_continuations
     from sipit.storage import require_writable
 
     if (options.survey is None) == (not options.text):
@@ -160,12 +166,7 @@ def run_continuations(options: argparse.Namespace) -> int:
     if options.survey is None:
         prefixes = [lm.encode(text) for text in options.text]
     else:
-        surveyed = StateFolder(options.survey)
-        if surveyed.manifest["fingerprint"] != lm.fingerprint:
-            raise MismatchError(
-                f"{options.survey} holds states of the model {surveyed.manifest['model']!r}, not of {lm.name!r}; name "
-                "the model it was made with"
-            )
+        surveyed = surveyed_folder(lm, options.survey)
         prefixes = closest_prompts(surveyed, cuts[-1], n=options.prefixes, memory=memory)
     records = []
     with CountDisplay(0) as display:
@@ -209,15 +210,22 @@ def run_margins(options: argparse.Namespace) -> int:
     prefixes, source = prompts_of(lm, options)
     with CountDisplay(0) as display:
         found = survey_margins(
-            lm, prefixes, cuts, n_tokens=options.tokens or None, seed=options.seed,
-            on_step=display.phase("prefixes done"),
+            lm, prefixes, cuts, n_tokens=options.tokens or None, pick=options.pick, n_exhaustive=options.exhaustive,
+            seed=options.seed, on_step=display.phase("next tokens run"),
         )  # fmt: skip
-    print(f"{'layer':>8} {'least':>10} {'median':>10} {'mean':>10} {'least/norm':>11} {'median/norm':>11}  closest")
+    print(
+        f"{'layer':>8} {'least':>10} {'median':>10} {'mean':>10} {'least/norm':>11} {'median/norm':>11} "
+        f"{'exact':>10} {'bound/exact':>11}  closest"
+    )
     for layer in found:
+        exact, ratio = "-", "-"
+        if layer.exact:
+            exact = f"{min(margin.distance for margin in layer.exact):.4g}"
+            ratio = f"{max(margin.bound / margin.distance for margin in layer.exact if margin.distance):.4g}"
         print(
             f"{layer_name(layer.layer, layer.site):>8} {layer.least:10.4g} {dict(layer.percentiles)[50]:10.4g} "
-            f"{layer.mean:10.4g} {layer.least_relative_to_norm:11.2g} {layer.median_relative_to_norm:11.2g}  "
-            f"{' | '.join(shown(lm, [token]) for token in layer.least_tokens)}"
+            f"{layer.mean:10.4g} {layer.least_relative_to_norm:11.2g} {layer.median_relative_to_norm:11.2g} "
+            f"{exact:>10} {ratio:>11}  {' | '.join(shown(lm, [token]) for token in layer.least_tokens)}"
         )
     write(options.json, {**head(lm), "source": source, "layers": [asdict(layer) for layer in found]})
     return 0
@@ -314,11 +322,29 @@ def prompts_of(lm: LanguageModel, options: argparse.Namespace) -> tuple[list[Ten
     return prompts, {**texts.describe(), "lengths": lengths, "per_text": options.per_text}
 
 
+def surveyed_folder(lm: LanguageModel, path: Path) -> StateFolder:
+    """Open the folder of a survey of this model.
+
+    Raises:
+        MismatchError: it holds another model's states.
+    """
+    from sipit.collisions import StateFolder
+
+    folder = StateFolder(path)
+    if folder.manifest["fingerprint"] != lm.fingerprint:
+        raise MismatchError(
+            f"{path} holds states of the model {folder.manifest['model']!r}, not of {lm.name!r}; name the model it was "
+            "made with"
+        )
+    return folder
+
+
 def head(lm: LanguageModel) -> dict[str, Any]:
     """Return what every record of a survey begins with."""
     from sipit.experiments.record import record_head
+    from sipit.models.quantized import quantizer_of
 
-    return {**record_head(lm), "made": time.strftime("%Y-%m-%d", time.gmtime())}
+    return {**record_head(lm), "quantize": quantizer_of(lm.model), "made": time.strftime("%Y-%m-%d", time.gmtime())}
 
 
 def write(path: Path | None, record: dict[str, Any]) -> None:

@@ -245,7 +245,7 @@ def loaded(name: str, options: Namespace) -> LanguageModel:
     with waiting(f"loading {name}"):
         from sipit.models import load
 
-        return load(name, device=options.device, dtype=options.dtype)
+        return load(name, device=options.device, dtype=options.dtype, quantize=options.quantize)
 
 
 def _inverted(lm: LanguageModel, seen: Observation, options: Namespace) -> Inversion:

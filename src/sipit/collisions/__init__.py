@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sipit.collisions.families import FamilyResult as FamilyResult
     from sipit.collisions.families import family_prompts as family_prompts
     from sipit.collisions.families import sample_texts as sample_texts
+    from sipit.collisions.families import similar_texts as similar_texts
     from sipit.collisions.families import survey_families as survey_families
     from sipit.collisions.farthest import farthest_pair as farthest_pair
     from sipit.collisions.margins import MarginSurvey as MarginSurvey
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from sipit.collisions.states import last_states as last_states
     from sipit.collisions.store import StateFolder as StateFolder
     from sipit.collisions.survey import LayerSurvey as LayerSurvey
+    from sipit.collisions.survey import closest_pairs as closest_pairs
     from sipit.collisions.survey import closest_prompts as closest_prompts
     from sipit.collisions.survey import survey_layers as survey_layers
 
@@ -57,6 +59,7 @@ _HOMES = {
     "capture_continuations": "continuations",
     "capture_states": "capture",
     "climb": "climbing",
+    "closest_pairs": "survey",
     "closest_prompts": "survey",
     "constructed_cases": "constructed",
     "survey_continuations": "continuations",
@@ -72,6 +75,7 @@ _HOMES = {
     "sample_texts": "families",
     "sampled_spread": "spread",
     "search_between": "nearest",
+    "similar_texts": "families",
     "search_pairs": "nearest",
     "survey_layers": "survey",
     "survey_families": "families",
@@ -92,6 +96,7 @@ __all__ = [
     "capture_continuations",
     "capture_states",
     "climb",
+    "closest_pairs",
     "closest_prompts",
     "constructed_cases",
     "family_prompts",
@@ -106,6 +111,7 @@ __all__ = [
     "sampled_spread",
     "search_between",
     "search_pairs",
+    "similar_texts",
     "survey_continuations",
     "survey_families",
     "survey_layers",

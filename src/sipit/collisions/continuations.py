@@ -24,6 +24,7 @@ from sipit.collisions.states import Cut, finite_states, last_states
 from sipit.collisions.store import StateFolder, StateWriter, prompts_sha256
 from sipit.errors import OptionError
 from sipit.models import LanguageModel
+from sipit.models.quantized import rounds_activations
 from sipit.observations import Site
 
 _ROWS = 8192  # embedding rows compared at a time
@@ -118,7 +119,16 @@ def capture_continuations(
 def continued_states(
     lm: LanguageModel, prefix: Tensor, token_ids: Tensor, cuts: Sequence[Cut], *, batch: int = _BATCH
 ) -> list[Tensor]:
-    """Return the states of each next token behind one prefix. (P,), (N,) → one (N, D) a cut, on the CPU."""
+    """Return the states of each next token behind one prefix. (P,), (N,) → one (N, D) a cut, on the CPU.
+
+    Raises:
+        OptionError: the model rounds activations to int8, so packed passes do not give its states.
+    """
+    if rounds_activations(lm.model):
+        raise OptionError(
+            f"model {lm.name!r} rounds activations to int8, so tokens run packed behind one prefix do not get its "
+            "states; load it with quantize 'nf4' or 'fp4', or unquantised"
+        )
     layer = max(layer for layer, _ in cuts)
     model = lm.cut(layer, "final" if any(site == "final" for _, site in cuts) else "block")
     cache = model.cache_of(prefix)
@@ -128,6 +138,18 @@ def continued_states(
         for part in token_ids.split(batch)
     ]
     return [torch.cat(rows) for rows in zip(*parts, strict=True)]
+
+
+def distinct_tokens(lm: LanguageModel, token_ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Return the places of tokens with different embedding rows, and the groups of places with equal ones. (N,) → (n,).
+
+    Of each group the first place is among those returned: equal rows have equal states behind any prefix.
+    """
+    groups = equal_groups(Rows([lm.embeddings.rows(part) for part in token_ids.split(_ROWS)]))
+    is_kept = torch.ones(len(token_ids), dtype=torch.bool)
+    for group in groups:
+        is_kept[group[1:]] = False
+    return is_kept.nonzero()[:, 0], groups
 
 
 def survey_continuations(
@@ -154,11 +176,7 @@ def survey_continuations(
     """
     n_tokens = folder.shards[0].n_prompts
     tokens = torch.stack([ids[-1] for ids in islice(folder.prompts(), n_tokens)])
-    groups = equal_groups(Rows([lm.embeddings.rows(part) for part in tokens.split(_ROWS)]))
-    is_kept = torch.ones(n_tokens, dtype=torch.bool)
-    for group in groups:
-        is_kept[group[1:]] = False
-    kept = is_kept.nonzero()[:, 0]
+    kept, groups = distinct_tokens(lm, tokens)
     for cut in folder.cuts if cuts is None else cuts:
         started = time.perf_counter()
         blocks = [block[kept.to(block.device)] for block in folder.blocks(cut)]

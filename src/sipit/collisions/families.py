@@ -18,7 +18,9 @@ from torch import Tensor
 
 from sipit.collisions.scales import THRESHOLD, closeness
 from sipit.collisions.states import Cut, OnStep, last_states
-from sipit.corpora import library_code, library_prose
+from sipit.collisions.store import StateFolder
+from sipit.collisions.survey import closest_prompts
+from sipit.corpora import library_code, library_prose, special_start
 from sipit.errors import InputError, OptionError
 from sipit.models import LanguageModel
 from sipit.observations import Site
@@ -88,10 +90,30 @@ def sample_texts(*, n_prose: int = 3, n_code: int = 2, seed: int = 0) -> list[st
     return [*islice(kept_prose, n_prose), *islice(kept_code, n_code)]
 
 
+def similar_texts(lm: LanguageModel, folder: StateFolder, cut: Cut, *, n: int) -> list[str]:
+    """Return the texts of n different prompts out of a survey's closest pairs at a layer, the closest pair's first.
+
+    What the tokenizer puts in front of every text is left out, so that it is not put there twice.
+
+    Args:
+        lm: the model that was surveyed, with a tokenizer.
+        folder: the survey's states.
+        cut: (layer, site).
+        n: texts wanted; fewer come back where fewer differ.
+
+    Raises:
+        ModelError: the model has no tokenizer.
+    """
+    n_start = len(special_start(lm.encode))
+    texts = (lm.decode(ids[n_start:]) for ids in closest_prompts(folder, cut, n=n))
+    return list(dict.fromkeys(text for text in texts if text))
+
+
 def family_prompts(
     lm: LanguageModel,
     text_samples: Sequence[str] | None = None,
     *,
+    similar: Sequence[str] = (),
     counts: Sequence[int] = RUNS,
     max_sentences: int = 5,
     max_words: int = 16,
@@ -104,8 +126,9 @@ def family_prompts(
     Args:
         lm: a model with a tokenizer.
         text_samples: texts to vary; default: five passages of the standard library's prose and code.
+        similar: samples to put in every order, each as a sentence of its own: the family "sample_order".
         counts: lengths of the runs of newlines, spaces and repeated tokens.
-        max_sentences: sentences (or lines) of a text that are put in every order.
+        max_sentences: sentences (or lines) of a text, or similar samples, that are put in every order.
         max_words: words of a text whose case is changed.
         seed: of the default texts.
 
@@ -135,6 +158,8 @@ def family_prompts(
             for count in (*counts,):
                 ids = torch.cat([start, plain[-1].repeat(count)])
                 _add(lm, families.setdefault(name, {}), ids, f"text {number}: its last token {count} times more")
+    for label, variant in _sample_orders(similar[:max_sentences]):
+        _add(lm, families.setdefault("sample_order", {}), _encoded(lm, variant), label)
     return {name: list(members.values()) for name, members in families.items()}
 
 
@@ -283,6 +308,13 @@ def _orders(text: str, max_sentences: int) -> Iterator[tuple[str, str]]:
     between = "\n" if "\n".join(parts) in text else " "
     for order in permutations(range(len(parts))):
         yield f"order {' '.join(map(str, order))}", between.join(parts[i] for i in order)
+
+
+def _sample_orders(samples: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the samples as sentences, in every order; nothing for fewer than two."""
+    sentences = [sample.strip().rstrip(".") + "." for sample in samples]
+    for order in permutations(range(len(sentences))) if len(sentences) > 1 else ():
+        yield f"samples {' '.join(map(str, order))}", " ".join(sentences[i] for i in order)
 
 
 def _delimiters(text: str, max_sentences: int) -> Iterator[tuple[str, str]]:

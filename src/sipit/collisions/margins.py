@@ -1,24 +1,53 @@
 """One-step margins: how far apart the next tokens of a prefix lie, which bounds the noise an inversion bears.
 
 Inversion stays exact while every observed state is off by less than half the margin (arXiv
-2510.15511, theorem 3.2).
+2510.15511, theorem 3.2). The least distance among some next tokens is an upper bound of the margin. It
+is close where the tokens are chosen well: two states can lie near each other where the embedding rows
+of their tokens do, and which rows those are does not depend on the prefix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from sipit.collisions.continuations import continued_states
+from sipit.collisions.continuations import continued_states, distinct_tokens
 from sipit.collisions.nearest import nearest_pairs
 from sipit.collisions.spread import PERCENTILES
 from sipit.collisions.states import Cut
 from sipit.errors import OptionError
 from sipit.models import LanguageModel
 from sipit.observations import Site
+
+Pick = Literal["near", "random"]  # next tokens with near embedding rows, or any
+PICKS: tuple[Pick, ...] = get_args(Pick)
+
+_PAIRS = 8  # closest pairs of rows looked at for each token wanted: near rows come in clusters
+_ROWS = 8192  # embedding rows read at a time
+_BYTES = 1 << 30  # of the states of one prefix's next tokens held at once, about
+
+
+@dataclass(frozen=True, kw_only=True)
+class Margin:
+    """The two next tokens of one prefix that lie closest, of those tried."""
+
+    distance: float  # L2
+    relative_to_norm: float  # over the mean norm of the states tried
+    tokens: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExactMargin:
+    """The margin of one prefix over every next token, beside the bound from those tried."""
+
+    prefix: tuple[int, ...]  # token ids
+    bound: float  # L2, over the tokens tried
+    distance: float  # L2, over all tokens with different embedding rows
+    tokens: tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +58,8 @@ class MarginSurvey:
     site: Site
     n_prefixes: int
     n_tokens: int  # next tokens tried behind each prefix
-    is_whole_vocabulary: bool  # else each margin is an upper bound of the one over all tokens
+    pick: Pick  # how they were chosen
+    is_whole_vocabulary: bool  # of tokens with different rows; else each margin is an upper bound of the one over all
     least: float  # L2
     mean: float  # L2
     percentiles: tuple[tuple[float, float], ...]  # (per cent, L2)
@@ -37,6 +67,7 @@ class MarginSurvey:
     least_relative_to_norm: float
     least_prefix: tuple[int, ...]  # token ids of the prefix with the least margin
     least_tokens: tuple[int, int]  # the two next tokens that lie closest there
+    exact: tuple[ExactMargin, ...]  # of the first n_exhaustive prefixes
 
 
 def survey_margins(
@@ -45,67 +76,109 @@ def survey_margins(
     cuts: Sequence[Cut],
     *,
     n_tokens: int | None = 256,
+    pick: Pick = "near",
+    n_exhaustive: int = 0,
     seed: int = 0,
     on_step: Callable[[int, int], None] | None = None,
 ) -> list[MarginSurvey]:
-    """Return the one-step margins at each cut.
+    """Return the one-step margins at each cut. Of tokens with equal embedding rows one takes part.
 
     Args:
         lm: the model.
         prefixes: token ids, at least one each. (P,)
         cuts: (layer, site) pairs, of layers 1 to n_layers.
-        n_tokens: next tokens drawn at random behind each prefix, without repeats; None: the whole
-            vocabulary, which is the margin itself.
+        n_tokens: next tokens tried behind each prefix; None: the whole vocabulary, which is the margin itself.
+        pick: "near": those whose embedding rows lie closest to one another, see `closest_tokens`, the same
+            behind every prefix; "random": drawn anew behind each.
+        n_exhaustive: prefixes, the first ones, whose exact margin is computed beside the bound.
         seed: of the draws.
-        on_step: told the prefixes done and in all.
+        on_step: told the next tokens run and in all.
 
     Raises:
-        OptionError: no prefix, fewer than two tokens, or a layer below 1.
+        OptionError: no prefix, fewer than two tokens, an unknown pick, or a layer below 1.
     """
     if not prefixes or not cuts or any(layer < 1 for layer, _ in cuts):
         raise OptionError("margins need at least one prefix and layers of 1 or more")
-    n_drawn = lm.vocab_size if n_tokens is None else min(n_tokens, lm.vocab_size)
-    if n_drawn < 2:
-        raise OptionError(f"n_tokens is {n_drawn}; a margin lies between at least 2 next tokens")
+    if pick not in PICKS or n_exhaustive < 0:
+        raise OptionError(f"pick is one of {', '.join(PICKS)} and n_exhaustive 0 or more, got {pick!r}, {n_exhaustive}")
+    everything, _ = distinct_tokens(lm, torch.arange(lm.vocab_size))
+    n = len(everything) if n_tokens is None else min(n_tokens, len(everything))
+    if n < 2:
+        raise OptionError(f"n_tokens is {n}; a margin lies between at least 2 next tokens")
     generator = torch.Generator().manual_seed(seed)
-    found = torch.empty(len(cuts), len(prefixes), dtype=torch.float64)
-    relative = torch.empty_like(found)
-    closest = torch.empty(len(cuts), len(prefixes), 2, dtype=torch.long)
+    is_whole = n == len(everything)
+    tokens = closest_tokens(lm, everything, n, generator) if pick == "near" and not is_whole else everything
+    tried: list[list[Margin]] = []  # by prefix, by cut
+    exact: list[list[Margin]] = []
+    n_all = min(n_exhaustive, len(prefixes))
+    total, done = len(prefixes) * n + (0 if is_whole else n_all * len(everything)), 0
     for number, prefix in enumerate(prefixes):
-        tokens = torch.arange(lm.vocab_size)
-        if n_drawn < lm.vocab_size:
-            tokens = torch.randperm(lm.vocab_size, generator=generator)[:n_drawn]
-        for i, states in enumerate(continued_states(lm, prefix, tokens, cuts)):
-            pair = nearest_pairs([states])[0]
-            norm = torch.linalg.vector_norm(states.double(), dim=1).mean()
-            found[i, number] = pair.distance
-            relative[i, number] = pair.distance / norm
-            closest[i, number] = tokens[[pair.first, pair.second]]
+        if pick == "random" and not is_whole:
+            tokens = everything[torch.randperm(len(everything), generator=generator)[:n]]
+        tried.append(list(_margins(lm, prefix, tokens, cuts)))
+        done += n
+        if number < n_all:
+            exact.append(tried[-1] if is_whole else list(_margins(lm, prefix, everything, cuts)))
+            done += 0 if is_whole else len(everything)
         if on_step is not None:
-            on_step(number + 1, len(prefixes))
+            on_step(done, total)
     return [
-        _surveyed(cut, prefixes, n_drawn, n_drawn == lm.vocab_size, found[i], relative[i], closest[i])
+        _surveyed(cut, prefixes, n, pick, is_whole, [row[i] for row in tried], [row[i] for row in exact])
         for i, cut in enumerate(cuts)
     ]
+
+
+def closest_tokens(lm: LanguageModel, among: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """Return n tokens whose embedding rows lie closest to one another. (N,) → (n,).
+
+    Members of the closest pairs of rows, as they are and scaled to unit norm in turn: the first block sees
+    a token through a norm, the residual stream carries its row as it is. Few rows may make up many pairs;
+    where the pairs looked at have fewer than n members, the rest are drawn.
+
+    Args:
+        lm: the model.
+        among: tokens to choose from.
+        n: how many.
+        generator: of the draws.
+    """
+    rows = [lm.embeddings.rows(part) for part in among.split(_ROWS)]
+    units = [part.float() / part.float().norm(dim=1, keepdim=True).clamp(min=1e-30) for part in rows]
+    plain, scaled = (nearest_pairs(blocks, k=_PAIRS * n) for blocks in (rows, units))
+    near = [place for both in zip(plain, scaled, strict=True) for pair in both for place in (pair.first, pair.second)]
+    drawn = torch.randperm(len(among), generator=generator).tolist()
+    return among[list(dict.fromkeys([*near, *drawn]))[:n]]
+
+
+def _margins(lm: LanguageModel, prefix: Tensor, tokens: Tensor, cuts: Sequence[Cut]) -> Iterator[Margin]:
+    """Yield the margin at each cut; as many cuts in one pass as memory holds the states of."""
+    size = max(1, _BYTES // (len(tokens) * lm.d_model * lm.dtype.itemsize))
+    for start in range(0, len(cuts), size):
+        for states in continued_states(lm, prefix, tokens, cuts[start : start + size]):
+            pair = nearest_pairs([states])[0]
+            norm = float(torch.linalg.vector_norm(states.double(), dim=1).mean())
+            one, two = tokens[[pair.first, pair.second]].tolist()
+            yield Margin(distance=pair.distance, relative_to_norm=pair.distance / norm, tokens=(one, two))
 
 
 def _surveyed(
     cut: Cut,
     prefixes: Sequence[Tensor],
     n_tokens: int,
+    pick: Pick,
     is_whole: bool,
-    found: Tensor,
-    relative: Tensor,
-    closest: Tensor,
+    tried: Sequence[Margin],
+    exact: Sequence[Margin],
 ) -> MarginSurvey:
+    found = torch.tensor([margin.distance for margin in tried], dtype=torch.float64)
+    relative = torch.tensor([margin.relative_to_norm for margin in tried], dtype=torch.float64)
     least = int(found.argmin())
     shares = torch.tensor(PERCENTILES, dtype=torch.float64) / 100
-    one, two = closest[least].tolist()
     return MarginSurvey(
         layer=cut[0],
         site=cut[1],
         n_prefixes=len(prefixes),
         n_tokens=n_tokens,
+        pick=pick,
         is_whole_vocabulary=is_whole,
         least=float(found[least]),
         mean=float(found.mean()),
@@ -113,5 +186,11 @@ def _surveyed(
         median_relative_to_norm=float(relative.median()),
         least_relative_to_norm=float(relative.min()),
         least_prefix=tuple(prefixes[least].tolist()),
-        least_tokens=(one, two),
+        least_tokens=tried[least].tokens,
+        exact=tuple(
+            ExactMargin(
+                prefix=tuple(prefix.tolist()), bound=bound.distance, distance=margin.distance, tokens=margin.tokens
+            )
+            for prefix, bound, margin in zip(prefixes, tried, exact, strict=False)  # the first ones
+        ),
     )

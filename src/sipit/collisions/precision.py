@@ -1,9 +1,9 @@
 """Does rounding the weights bring states together? Closest pairs per precision, with the scale taken out.
 
-Weight-only and simulated: every linear map inside the blocks of a copy of the model is rounded, its
-values are held as floats in the model's own dtype, and all arithmetic stays in that dtype.
-Embeddings, norms and biases are left as they are. No quantised kernel is run, so what activations
-lose in one is not measured here.
+Two kinds. Weight-only and simulated: every linear map inside the blocks of a copy of the model is
+rounded, its values are held as floats in the model's own dtype, and all arithmetic stays in that dtype;
+what activations lose in a quantised kernel is not measured. And real: the same maps held and multiplied
+by bitsandbytes ("bnb-int8" and so on). Embeddings, norms and biases are left as they are.
 
 The states of a rounded model may be longer, and their distances larger for that alone; hence each
 distance is also given relative to the mean norm and to the median distance.
@@ -25,9 +25,12 @@ from sipit.collisions.states import Cut, OnStep, last_states
 from sipit.errors import OptionError
 from sipit.models import LanguageModel
 from sipit.models.families import family_of, module_at
+from sipit.models.quantized import dequantized_copy, is_quantized, quantized_copy, quantizer_named
 from sipit.observations import Site
 
-Precision = Literal["float32", "bfloat16", "float16", "int8", "int4"]
+Precision = Literal[
+    "float32", "bfloat16", "float16", "int8", "int4", "bnb-int8", "bnb-int8-vectorwise", "bnb-nf4", "bnb-fp4"
+]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 _LEVELS = {"int8": 127, "int4": 7}  # largest code of the symmetric grid; the lowest code is not used
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -126,10 +129,17 @@ def with_rounded_weights(lm: LanguageModel, precision: Precision) -> tuple[Langu
     """Return a copy of the model with rounded linear weights inside its blocks, and their relative error.
 
     Raises:
-        OptionError: the precision is unknown.
+        OptionError: the precision is unknown or needs a package that is absent, or the model is quantised already.
     """
     if precision not in PRECISIONS:
         raise OptionError(f"precision {precision!r} is unknown; choose from {', '.join(PRECISIONS)}")
+    if is_quantized(lm.model):
+        raise OptionError(f"model {lm.name!r} holds quantised weights already; pass it without quantize")
+    name = f"{lm.name} {precision}"
+    if precision.startswith("bnb-"):
+        quantizer = quantizer_named(precision.removeprefix("bnb-"))
+        made, error = quantized_copy(lm.model, _blocks(lm.model), quantizer)
+        return LanguageModel(made, lm.tokenizer, name=name), error
     model = copy.deepcopy(lm.model)
     error = size = 0.0
     for weight, outputs in _linear_weights(model):
@@ -137,7 +147,7 @@ def with_rounded_weights(lm: LanguageModel, precision: Precision) -> tuple[Langu
         error += float((rounded.double() - weight.double()).square().sum())
         size += float(weight.double().square().sum())
         weight.copy_(rounded)
-    return LanguageModel(model, lm.tokenizer, name=f"{lm.name} {precision}"), (error / size) ** 0.5 if size else 0.0
+    return LanguageModel(model, lm.tokenizer, name=name), (error / size) ** 0.5 if size else 0.0
 
 
 def rounded_weight(weight: Tensor, precision: Precision, *, outputs: int = 0) -> Tensor:
@@ -161,8 +171,12 @@ def rounded_weight(weight: Tensor, precision: Precision, *, outputs: int = 0) ->
 
 @torch.no_grad()
 def in_float64(lm: LanguageModel) -> LanguageModel:
-    """Return the same weights in float64: a copy, twice the memory of the float32 model."""
-    return LanguageModel(copy.deepcopy(lm.model).double(), lm.tokenizer, name=f"{lm.name} in float64")
+    """Return the same weights in float64: a copy, twice the memory of the float32 model.
+
+    Quantised weights become the values their codes mean; of an int8 model this copy rounds no activation.
+    """
+    twin = dequantized_copy(lm.model) if is_quantized(lm.model) else copy.deepcopy(lm.model)
+    return LanguageModel(twin.double(), lm.tokenizer, name=f"{lm.name} in float64")
 
 
 def float64_distances(wide: LanguageModel, pairs: Sequence[tuple[Tensor, Tensor]], cut: Cut) -> list[float]:
@@ -183,10 +197,13 @@ def float64_distances(wide: LanguageModel, pairs: Sequence[tuple[Tensor, Tensor]
 
 def _linear_weights(model: nn.Module) -> Iterator[tuple[Tensor, int]]:
     """Yield the weight of each linear map inside the blocks, and which of its dimensions counts outputs."""
-    family = family_of(model)
-    blocks = cast(nn.ModuleList, getattr(module_at(model, family.trunk), family.blocks))
-    for module in blocks.modules():
+    for module in _blocks(model).modules():
         if isinstance(module, nn.Linear):
             yield module.weight.detach(), 0
         elif isinstance(module, Conv1D):  # GPT-2 keeps its weights as (inputs, outputs)
             yield module.weight.detach(), 1
+
+
+def _blocks(model: nn.Module) -> nn.Module:
+    family = family_of(model)
+    return cast(nn.Module, getattr(module_at(model, family.trunk), family.blocks))

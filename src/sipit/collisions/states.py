@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sipit.errors import NonFiniteError
 from sipit.models import LanguageModel
+from sipit.models.quantized import mixes_rows
 from sipit.observations import Site
 
 Cut = tuple[int, Site]
@@ -28,7 +29,8 @@ def last_states(
 ) -> list[Tensor]:
     """Return the state of each prompt's last token at each cut. N prompts of (T,) → one (N, D) a cut, on the CPU.
 
-    Prompts run together only with prompts of their own length, so no padding can leak into a state.
+    Prompts run together only with prompts of their own length, so no padding can leak into a state; each
+    runs alone in a model that lets the rows of a batch act on one another (LLM.int8).
 
     Args:
         lm: the model.
@@ -41,6 +43,8 @@ def last_states(
     by_length: dict[int, list[int]] = defaultdict(list)
     for number, ids in enumerate(prompts):
         by_length[len(ids)].append(number)
+    if mixes_rows(lm.model):
+        max_tokens = 1
     found = [torch.empty(len(prompts), lm.width(site), dtype=lm.dtype) for _, site in cuts]
     done = 0
     for length, numbers in sorted(by_length.items()):

@@ -128,16 +128,26 @@ def closest_prompts(folder: StateFolder, cut: Cut, *, n: int, memory: int = MEMO
 
     Of prompts that repeat one and the same token, one takes part; see `varied`.
     """
-    is_varied = varied(folder)
-    blocks, numbers = _chosen(folder.blocks(cut), is_varied), is_varied.nonzero()[:, 0].tolist()
-    n = min(n, len(numbers))
     k = n
     while True:
-        pairs = search_pairs(blocks, k=k, memory=memory).pairs
-        found = list(dict.fromkeys(row for pair in pairs for row in (pair.first, pair.second)))
+        pairs = _closest(folder, cut, k, memory)
+        found = list(dict.fromkeys(number for pair in pairs for number in pair))
         if len(found) >= n or len(pairs) < k:
-            return [folder.prompt(numbers[row]) for row in found[:n]]
+            return [folder.prompt(number) for number in found[:n]]
         k *= 2
+
+
+def closest_pairs(folder: StateFolder, cut: Cut, *, n: int, memory: int = MEMORY) -> list[tuple[Tensor, Tensor]]:
+    """Return the two prompts of each of the n closest pairs at a layer, of prompts as in `closest_prompts`."""
+    return [(folder.prompt(one), folder.prompt(two)) for one, two in _closest(folder, cut, n, memory)]
+
+
+def _closest(folder: StateFolder, cut: Cut, k: int, memory: int) -> list[tuple[int, int]]:
+    """Return the numbers of the prompts of the k closest pairs, or of all pairs if there are fewer."""
+    is_varied = varied(folder)
+    numbers = is_varied.nonzero()[:, 0].tolist()
+    pairs = search_pairs(_chosen(folder.blocks(cut), is_varied), k=k, memory=memory).pairs
+    return [(numbers[pair.first], numbers[pair.second]) for pair in pairs]
 
 
 def _by_length(blocks: list[Tensor], lengths: Tensor, memory: int) -> Iterator[LengthSurvey]:

@@ -7,6 +7,7 @@ are results on that subset.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -24,6 +25,7 @@ class HubDataset:
     config: str | None
     field: str
     source: str  # in words
+    needs: tuple[str, ...] = ()  # packages beside `datasets` that read its files
 
 
 # name here → place; source: arXiv 2510.15511, section 4.1
@@ -33,7 +35,11 @@ HUB_DATASETS = {
     ),
     "c4": HubDataset(hub_name="allenai/c4", config="en", field="text", source="C4, English web pages"),
     "pile-uncopyrighted": HubDataset(
-        hub_name="monology/pile-uncopyrighted", config=None, field="text", source="public subset of the Pile"
+        hub_name="monology/pile-uncopyrighted",
+        config=None,
+        field="text",
+        source="public subset of the Pile",
+        needs=("zstandard",),  # JSON lines in .zst, which `datasets` calls unsupported without it
     ),
     "python-github-code": HubDataset(
         hub_name="angie-chen55/python-github-code", config=None, field="code", source="Python files from GitHub"
@@ -90,19 +96,20 @@ def hub_texts(name: str, *, revision: str, seed: int, buffer_size: int = SHUFFLE
 
 
 def require_datasets(name: str) -> Any:
-    """Import and return the `datasets` package.
+    """Import what a data set is read with, and return the `datasets` package.
 
     Raises:
-        OptionError: it is not installed, or not whole.
+        OptionError: a package is not installed, or not whole.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise OptionError(
-            f"corpus {name!r} is streamed by the package 'datasets', which cannot be imported here ({error}); "
-            "install it with \"pip install 'sipit[datasets]'\", or choose a library corpus or a file"
-        ) from error
-    return datasets
+    for package in (*HUB_DATASETS[name].needs, "datasets"):
+        try:
+            module = importlib.import_module(package)
+        except ImportError as error:
+            raise OptionError(
+                f"corpus {name!r} is streamed by the package {package!r}, which cannot be imported here ({error}); "
+                "install it with \"pip install 'sipit[datasets]'\", or choose a library corpus or a file"
+            ) from error
+    return module
 
 
 def _texts(rows: Iterable[dict[str, Any]], place: HubDataset) -> Iterator[str]:

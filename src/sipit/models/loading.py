@@ -16,6 +16,14 @@ from safetensors import SafetensorError
 from sipit.errors import ModelError, OptionError
 from sipit.models.language_model import LanguageModel
 from sipit.models.pinned import PINNED, pinned_folder
+from sipit.models.quantized import (
+    Quantizer,
+    is_quantized,
+    quantization_config,
+    quantizer_named,
+    require_bitsandbytes,
+    settled,
+)
 from sipit.observations import dtype_named
 
 _LOADING_ERRORS = (
@@ -24,45 +32,65 @@ _LOADING_ERRORS = (
 )
 
 
-def load(name_or_path: str | Path, *, device: str = "auto", dtype: str | torch.dtype = "auto") -> LanguageModel:
+def load(
+    name_or_path: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    quantize: str | None = None,
+) -> LanguageModel:
     """Load a causal language model and check that it can be cut after any block.
 
     Args:
         name_or_path: a pinned model ("smollm2-135m", "gemma-3-270m"), a folder, a .gguf file, or a hub id.
         device: "auto" (cuda, else mps, else cpu), or any torch device.
         dtype: "auto" (as stored; float32 for GGUF files), "float32", "bfloat16", "float16", "float64".
+        quantize: "int8" (LLM.int8, as bitsandbytes makes it), "int8-vectorwise" (the same without
+            outlier columns), "nf4" or "fp4"; None: no weights are quantised but those stored so.
 
     Raises:
         FetchError: a pinned model is not there and cannot be fetched.
         ModelError: nothing of that name can be loaded, or the self-check refuses it.
-        OptionError: the device or dtype is unknown or absent.
+        OptionError: the device, dtype or quantiser is unknown or absent.
         StorageError: the cache folder cannot be written.
     """
     place = _device(device)
     kind = dtype if dtype == "auto" else dtype_named(dtype)
     name = str(Path(name_or_path).expanduser()) if str(name_or_path).startswith("~") else str(name_or_path)
+    which = None if quantize is None else quantizer_named(quantize)
+    if which is not None:
+        require_bitsandbytes(which, place)
     if name in PINNED:
-        model, tokenizer = _from_pretrained(pinned_folder(name), kind)
+        model, tokenizer = _from_pretrained(pinned_folder(name), kind, place, which)
     elif name.endswith(".gguf"):
         path = Path(name)
         if not path.is_file():
             raise ModelError(f"cannot load {name}: no such file; check its name")
-        model, tokenizer = _from_pretrained(path.parent, torch.float32 if kind == "auto" else kind, gguf_file=path.name)
+        if which is not None:
+            raise OptionError(f"{name} holds weights quantised already; leave quantize out, or pass a folder or hub id")
+        dtype = torch.float32 if kind == "auto" else kind
+        model, tokenizer = _from_pretrained(path.parent, dtype, place, gguf_file=path.name)
     else:
         looks_local = Path(name).is_absolute() or name.startswith(".")
         if looks_local and not Path(name).is_dir():
             raise ModelError(f"cannot load {name}: no such folder; check its name")
-        model, tokenizer = _from_pretrained(name, kind)
-    return LanguageModel(model.to(place).eval(), tokenizer, name=name)
+        model, tokenizer = _from_pretrained(name, kind, place, which)
+    model = settled(model) if is_quantized(model) else model.to(place)
+    return LanguageModel(model.eval(), tokenizer, name=name)
 
 
-def _from_pretrained(source: str | Path, dtype: Any, **options: Any) -> tuple[Any, Any]:
+def _from_pretrained(
+    source: str | Path, dtype: Any, place: torch.device, quantize: Quantizer | None = None, **options: Any
+) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         with quiet_transformers():
+            quantizing = {} if options else _quantizing(source, dtype, place, quantize)
             read: Any = AutoModelForCausalLM.from_pretrained
-            model, loaded = read(source, dtype=dtype, output_loading_info=True, **options)
+            model, loaded = read(source, dtype=dtype, output_loading_info=True, **quantizing, **options)
+    except OptionError:
+        raise
     except _LOADING_ERRORS as error:
         raise ModelError(
             f"cannot load a causal language model from {str(source)!r} ({_first_sentence(error)}); pass a pinned name "
@@ -81,6 +109,19 @@ def _from_pretrained(source: str | Path, dtype: Any, **options: Any) -> tuple[An
     except (*_LOADING_ERRORS, AttributeError):
         tokenizer = None  # weights without a tokenizer are useful: ids in, ids out
     return model, tokenizer
+
+
+def _quantizing(source: str | Path, dtype: Any, place: torch.device, quantize: Quantizer | None) -> dict[str, Any]:
+    """Return the options that make `from_pretrained` quantise, or put quantised weights where they are wanted."""
+    from transformers import AutoConfig
+
+    stored = getattr(AutoConfig.from_pretrained(source), "quantization_config", None)
+    if stored is None and quantize is None:
+        return {}
+    if stored is not None and quantize is not None:
+        raise OptionError(f"{str(source)!r} holds weights quantised already; leave quantize out")
+    options = {"device_map": {"": str(place)}}  # the library does not move them later
+    return options if quantize is None else {**options, "quantization_config": quantization_config(quantize, dtype)}
 
 
 @contextlib.contextmanager

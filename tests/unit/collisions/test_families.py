@@ -6,12 +6,14 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 
 from sipit import LanguageModel
-from sipit.collisions.families import Member, family_prompts, sample_texts, survey_families
+from sipit.collisions import capture_states, closest_pairs
+from sipit.collisions.families import Member, family_prompts, sample_texts, similar_texts, survey_families
 from sipit.collisions.states import Cut
 from sipit.errors import OptionError
 from tests.tiny_models import byte_tokenizer, embedding_rows, random_ids, text_model, tiny_model, true_states
@@ -52,6 +54,31 @@ def test_members_are_the_texts_they_are_said_to_be() -> None:
     assert len(texts("one_digit")) == 91
     assert {text.upper(), text.lower(), "first" + text[5:], text[:6] + "ONE" + text[9:]} <= texts("case")
     assert "First one. Then two!\tLast three?" in texts("delimiter")
+
+
+def test_similar_samples_are_put_in_every_order_as_sentences() -> None:
+    lm = text_model()
+    similar = ["one two ", "three.", "four", "five"]
+    families = family_prompts(lm, TEXTS[:1], similar=similar, counts=COUNTS, max_sentences=3)
+    texts = {str(lm.decode(member.ids)).removeprefix("<s>") for member in families["sample_order"]}
+    assert texts == {" ".join(order) for order in itertools.permutations(["one two.", "three.", "four."])}
+    assert "sample_order" not in family_prompts(lm, TEXTS[:1], similar=similar[:1], counts=COUNTS)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_similar_texts_are_the_closest_pairs_of_a_survey(tmp_path: Path, bos: bool) -> None:
+    lm = text_model(bos=bos)
+    written = [f"{a}{b}{c}" for a, b, c in itertools.product("xyz", "pq", "mn")]
+    folder = capture_states(lm, [lm.encode(text) for text in written], [(2, "block")], tmp_path)
+    states = torch.stack([lm.capture(text, layer=2).states[-1] for text in written]).double()
+    gaps = torch.cdist(states, states, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf)
+    first, second = divmod(int(gaps.argmin()), len(written))
+    assert set(similar_texts(lm, folder, (2, "block"), n=2)) == {written[first], written[second]}
+    assert set(similar_texts(lm, folder, (2, "block"), n=99)) == set(written)
+    ((one, two),) = closest_pairs(folder, (2, "block"), n=1)
+    assert {tuple(one.tolist()), tuple(two.tolist())} == {
+        tuple(lm.encode(written[i]).tolist()) for i in (first, second)
+    }
 
 
 def test_prompts_longer_than_the_model_has_positions_for_are_left_out() -> None:

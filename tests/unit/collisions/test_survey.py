@@ -19,9 +19,20 @@ from sipit.collisions import (
     survey_margins,
 )
 from sipit.collisions.continuations import continued_states
+from sipit.collisions.margins import Pick, closest_tokens
 from sipit.collisions.states import Cut
 from sipit.errors import OptionError
-from tests.tiny_models import FAMILIES, N_LAYERS, VOCAB, random_ids, text_model, tiny_model, true_states, twin_model
+from tests.tiny_models import (
+    FAMILIES,
+    N_LAYERS,
+    VOCAB,
+    embedding_rows,
+    random_ids,
+    text_model,
+    tiny_model,
+    true_states,
+    twin_model,
+)
 from tests.unit.collisions.test_nearest import brute
 
 CUTS: list[Cut] = [(2, "block"), (N_LAYERS, "block"), (N_LAYERS, "final")]
@@ -169,13 +180,63 @@ def test_margins_over_the_whole_vocabulary_equal_brute_force(lm: LanguageModel) 
         assert layer.least_prefix == tuple(prefixes[least.index(min(least))].tolist())
 
 
-def test_margins_over_some_tokens_say_so_and_are_no_smaller() -> None:
+@pytest.mark.parametrize("pick", ["near", "random"])
+def test_margins_over_some_tokens_say_so_and_are_no_smaller(pick: Pick) -> None:
     lm = text_model()
     prefixes = [random_ids(3, seed=n) for n in range(4)]
     [whole] = survey_margins(lm, prefixes, [(2, "block")], n_tokens=None)
-    [some] = survey_margins(lm, prefixes, [(2, "block")], n_tokens=40, seed=3)
+    [some] = survey_margins(lm, prefixes, [(2, "block")], n_tokens=40, pick=pick, seed=3, n_exhaustive=3)
     assert not some.is_whole_vocabulary
-    assert some.n_tokens == 40
+    assert (some.n_tokens, some.pick) == (40, pick)
     assert some.least >= whole.least * (1 - 1e-3)
     with pytest.raises(OptionError, match="at least 2"):
         survey_margins(lm, prefixes, [(2, "block")], n_tokens=1)
+    assert len(some.exact) == 3
+    for prefix, margin in zip(prefixes, some.exact, strict=False):
+        prompts = [torch.cat([prefix, torch.tensor([t])]) for t in range(lm.vocab_size)]
+        distance, one, two = brute(last_states(lm, prompts, [(2, "block")])[0], 1)[0]
+        assert margin.prefix == tuple(prefix.tolist())
+        assert margin.distance == pytest.approx(distance, rel=1e-3)
+        assert margin.tokens == (one, two)
+        assert margin.bound >= margin.distance * (1 - 1e-3)
+
+
+def test_near_rows_give_the_margin_where_random_ones_miss_it() -> None:
+    """Two tokens with nearly one row have nearly one state; equal rows are one token and give no margin of zero."""
+    model = tiny_model("llama")
+    rows = embedding_rows(model)
+    rows[90], rows[120] = rows[17], 1.02 * rows[50]
+    lm = LanguageModel(model)
+    prefixes = [random_ids(3, seed=n) for n in range(3)]
+    cuts: list[Cut] = [(1, "block"), (4, "final")]
+    whole = survey_margins(lm, prefixes, cuts, n_tokens=None)
+    near = survey_margins(lm, prefixes, cuts, n_tokens=6, n_exhaustive=3)
+    random = survey_margins(lm, prefixes, cuts, n_tokens=6, pick="random")
+    for all_of_them, some, any_ in zip(whole, near, random, strict=True):
+        assert all_of_them.least_tokens == some.least_tokens == (50, 120)
+        assert some.least == pytest.approx(all_of_them.least, rel=1e-3)
+        assert [m.bound for m in some.exact] == pytest.approx([m.distance for m in some.exact], rel=1e-3)
+        assert any_.least > 5 * all_of_them.least > 0
+        assert all_of_them.n_tokens == VOCAB - 1
+
+
+def test_closest_tokens_are_members_of_the_closest_pairs_of_rows() -> None:
+    lm = LanguageModel(tiny_model("gpt2"))
+    rows = lm.embeddings.rows(torch.arange(VOCAB)).double()
+    expected: list[int] = []
+    plain, units = (brute(each, 8 * 9) for each in (rows, rows / rows.norm(dim=1, keepdim=True)))
+    for one, two in zip(plain, units, strict=True):
+        expected += [*one[1:], *two[1:]]
+    got = closest_tokens(lm, torch.arange(VOCAB), 9, torch.Generator().manual_seed(0))
+    assert got.tolist() == list(dict.fromkeys(expected))[:9]
+    some = closest_tokens(lm, torch.arange(40, 60), 20, torch.Generator().manual_seed(0))
+    assert sorted(some.tolist()) == list(range(40, 60))
+
+
+def test_memory_for_few_cuts_at_a_time_changes_no_margin(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefixes = [random_ids(3, seed=1)]
+    at_once = survey_margins(lm, prefixes, CUTS, n_tokens=None)
+    monkeypatch.setattr("sipit.collisions.margins._BYTES", 1)
+    one_by_one = survey_margins(lm, prefixes, CUTS, n_tokens=None)
+    assert [layer.least_tokens for layer in one_by_one] == [layer.least_tokens for layer in at_once]
+    assert [layer.least for layer in one_by_one] == pytest.approx([layer.least for layer in at_once], rel=1e-4)

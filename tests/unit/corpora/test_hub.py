@@ -56,6 +56,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     fake, module = FakeHub(), types.ModuleType("datasets")
     vars(module).update(load_dataset=fake.load_dataset, __version__="3.9.9")
     monkeypatch.setitem(sys.modules, "datasets", module)
+    monkeypatch.setitem(sys.modules, "zstandard", types.ModuleType("zstandard"))
     monkeypatch.setattr(
         huggingface_hub.HfApi, "dataset_info", lambda _, *names, **options: fake.dataset_info(*names, **options)
     )
@@ -97,6 +98,16 @@ def test_missing_package_is_named_with_the_way_out(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(OptionError, match=r"'c4' .* 'datasets'.*pip install 'sipit\[datasets\]'"):
         corpus("c4", seed=0, revision=COMMIT)
+
+
+def test_package_that_unpacks_the_pile_is_asked_for_before_the_hub(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(OptionError, match=r"'zstandard'.*pip install 'sipit\[datasets\]'"):
+        corpus("pile-uncopyrighted", seed=0)
+    assert hub.revisions == []
+    assert corpus("c4", seed=0).revision == COMMIT
 
 
 def test_unreachable_hub_is_a_fetch_error_when_the_commit_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
