@@ -83,6 +83,10 @@ class PackedCheck:
         """Largest distance that arithmetic alone explains at a position."""
         return float(self._limit[position])
 
+    def is_coarse(self, position: int) -> bool:
+        """Whether the tolerance at a position is not clearly below the distance of wrong tokens."""
+        return bool(self._tolerance.is_coarse[position])
+
     def judge(self, token_ids: Tensor, positions: Tensor, states: Tensor) -> Checked:
         """Compare the states of packed tokens with the observed ones. (Q,), (Q,), (Q, D)."""
         states = states.to(self.observed.dtype)
@@ -113,3 +117,10 @@ class PackedCheck:
         more = max(0.0, SAFETY * noise - float(self._floor[place]))
         self._floor[place] += more
         self._limit[place] += more
+
+    def own_limit(self, prefix: Sequence[int], token_id: int) -> float:
+        """Return the largest distance that the measured noise of this very token's state explains."""
+        ids = torch.tensor(prefix, dtype=torch.long)
+        noise, spent = local_noise(self.cut, self.cut.cache_of(ids), ids, token_id, self._seq_len)
+        self._meter.spend(spent + len(ids), self.cut.layer)
+        return SAFETY * noise

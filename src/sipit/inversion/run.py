@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sipit.inversion.proposals import Proposal, Scene
 from sipit.inversion.result import Candidate, Miss, PositionEvidence, Verdict
+from sipit.inversion.token_keys import token_keys
 from sipit.inversion.tree import Tree, grow
 from sipit.inversion.tried import Best, Tried
 
@@ -20,6 +21,7 @@ _FIRST_BATCH = 16
 _GROWTH = 4
 _STANDS_OUT = 16.0  # a token this many times nearer than all others is worth a second look
 _AMPLIFIED = 256.0  # at most this many tolerances away
+_COARSE_RIVALS = 48  # tokens checked beside one that fits only by a coarse tolerance
 _MAX_RIVALS = 16  # tokens that fit as well, named in the evidence of one position
 
 
@@ -66,7 +68,7 @@ class Run:
             if len(batch) == 0:
                 self._conclude()
                 continue
-            speculates = not self.exhaustive and len(self._certain) == 0
+            speculates = not self._tries_all and len(self._certain) == 0
             outlook = self.proposal.outlook() if speculates else None
             return grow(batch, self.scene.position, outlook, self.max_batch, self.scene.price)
         return None
@@ -74,6 +76,8 @@ class Run:
     def _proposed(self) -> Tensor:
         """Return candidates not tried yet; none once the whole vocabulary was. (N,)."""
         untried = self._tried.untried
+        if self._tries_all:  # all will be checked: no order is worth its price
+            return untried.nonzero()[: self.max_batch, 0]
         limit = min(self._size, self.max_batch, self.proposal.batch_limit or self.max_batch)
         batch = self.proposal.next(limit, untried)
         batch = batch[untried[batch]]  # whatever a proposal says, no token is tried twice
@@ -92,11 +96,11 @@ class Run:
             here = checked.subset(torch.tensor(level))
             self._tried.add(here)
             best = self._tried.best()
-            if not best.is_near or (self.exhaustive and len(self._certain) == 0):
+            if not best.is_near or (self._tries_all and len(self._certain) == 0):
                 self.proposal.learn(here)
                 self._doubted_best = best
                 break
-            twins = [t for t in self.scene.lm.embeddings.twins(best.token_id) if self._tried.untried[t]]
+            twins = [t for t in self._alike(best.token_id) if self._tried.untried[t]]
             if twins:  # the next pass checks them beside it, behind the same prefix
                 beside = [best.token_id, *twins] if self.max_batch > 1 else twins
                 self._certain = torch.tensor(beside[: self.max_batch])
@@ -111,6 +115,30 @@ class Run:
                 break
         return accepted
 
+    @property
+    def _tries_all(self) -> bool:
+        """Whether the whole vocabulary is checked at this position before a token is accepted.
+
+        Where the first position's tolerance is coarse it must be: its state is long and nearly
+        constant, and the tokens nearest to it there have nothing in common.
+        """
+        position = self.scene.position
+        return self.exhaustive or (position == 0 and self.scene.check.is_coarse(position))
+
+    def _alike(self, token_id: int) -> list[int]:
+        """Return tokens that may fit where this one does, the likeliest first.
+
+        Those with nearly the same embedding row; where the tolerance is coarse, the nearest rows by
+        direction as well, so that the best of them is accepted and not the first.
+        """
+        twins = self.scene.lm.embeddings.twins(token_id)
+        if not self.scene.check.is_coarse(self.scene.position):
+            return twins
+        keys = token_keys(self.scene.lm)
+        scores = keys.scores(keys.keys(torch.tensor([token_id])))[0]  # (V,)
+        nearest = scores.topk(min(_COARSE_RIVALS + 1, len(scores))).indices.tolist()
+        return [*twins, *(i for i in nearest if i != token_id and i not in twins)]
+
     def settle(self) -> None:
         """Measure a doubtful state's own noise, with the prefix in the cache and nothing else of value behind it."""
         best, self._doubted_best = self._doubted_best, None
@@ -122,7 +150,13 @@ class Run:
         runner_up = self._tried.runner_up(best.token_id)
         limit = self.scene.check.limit(self.scene.position)
         stands_out = runner_up is not None and best.distance * _STANDS_OUT < runner_up
-        if best.is_near or not stands_out or best.distance > _AMPLIFIED * limit or best.token_id in self._measured:
+        if (
+            best.is_near
+            or not stands_out
+            or self.scene.check.is_coarse(self.scene.position)
+            or best.distance > _AMPLIFIED * limit
+            or best.token_id in self._measured
+        ):
             return
         self._measured.add(best.token_id)
         self.scene.check.remeasure(self.scene.prefix, best.token_id)
@@ -148,18 +182,22 @@ class Run:
     def _accept(self, best: Best) -> None:
         """Write down the evidence for a token, and begin the next position."""
         scene, tried = self.scene, self._tried
+        limit, rivals = scene.check.limit(scene.position), tried.rivals(best.token_id)
+        if rivals and scene.check.is_coarse(scene.position):
+            own = scene.check.own_limit(scene.prefix, best.token_id)
+            if best.distance <= own < limit:  # its own noise tells it from tokens that the coarse tolerance does not
+                limit, rivals = own, [(i, d) for i, d in rivals if d <= own]
         self.accepted_by_noise |= not best.fits
         self.evidence.append(
             PositionEvidence(
                 token_id=best.token_id,
                 token=scene.lm.decode([best.token_id]),
                 distance=best.distance,
-                tolerance=scene.check.limit(scene.position),
+                tolerance=limit,
                 runner_up=tried.runner_up(best.token_id),
                 n_checked=tried.n_checked,
                 rivals=tuple(
-                    Candidate(token_id=i, token=scene.lm.decode([i]), distance=d)
-                    for i, d in tried.rivals(best.token_id)[:_MAX_RIVALS]
+                    Candidate(token_id=i, token=scene.lm.decode([i]), distance=d) for i, d in rivals[:_MAX_RIVALS]
                 ),
             )
         )

@@ -8,6 +8,7 @@ ordinary forward pass and through packed passes. (b) is bounded exactly from the
 
 from __future__ import annotations
 
+import math
 import weakref
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ from sipit.models import LanguageModel, PrefixCache, TruncatedModel
 from sipit.observations import Observation, Site
 
 SAFETY = 8.0  # the tolerance is this many times the largest noise seen in calibration
+_CLEAR = 0.25  # of the gap to wrong tokens that a tolerance stays below, or it is coarse
+_LOW_GAP = 0.1  # quantile of the gaps that counts: a few tokens of any vocabulary are hardly trained, and alike
 _LENGTHS = (48, 17)  # tokens of the calibration prompts
 _SHORT, _FIRSTS = 5, 8  # length and number of prompts for more first tokens, whose norm is extreme
 _SHAPES = ((1, 0), (2, 15), (1, 1), (8, 3), (1, 2), (1, 63), (16, 0), (2, 0))  # tokens right in a row, wrong beside
@@ -32,7 +35,8 @@ class NoiseFloor:
 
     first: float  # at position 0
     rest: float  # at later positions
-    gap: float  # smallest distance of a wrong token seen, over the state's norm
+    first_gap: float  # how near wrong tokens come to the right one's state, over its norm, at position 0
+    rest_gap: float  # and at later positions
     block_tokens: int  # what measuring it cost
 
 
@@ -41,6 +45,7 @@ class Tolerance:
     """What counts as equal to one observation's states, position by position."""
 
     noise: Tensor  # (T,) float64: explained by the order of sums
+    is_coarse: Tensor  # (T,) bool: not clearly below the gap to wrong tokens, so that one may fit as well
     half_ulp: Tensor | None  # (T, D): half a unit in the last place of each stored value; None: not rounded
     total: Tensor  # (T,) float64: noise plus the norm of half_ulp
 
@@ -64,13 +69,26 @@ def tolerance_for(lm: LanguageModel, seen: Observation) -> Tolerance:
     """Return the tolerance at each position of an observation."""
     floor = noise_floor(lm, seen.layer, seen.site)
     norms = seen.states.double().norm(dim=1)  # (T,)
-    ratios = torch.full_like(norms, floor.rest)
-    ratios[0] = floor.first
-    noise = SAFETY * ratios * norms
+    first, rest = _allowed(floor.first, floor.first_gap), _allowed(floor.rest, floor.rest_gap)
+    ratios = torch.full_like(norms, rest)
+    ratios[0] = first
+    is_coarse = torch.full_like(norms, rest > _CLEAR * floor.rest_gap, dtype=torch.bool)
+    is_coarse[0] = first > _CLEAR * floor.first_gap
+    noise = ratios * norms
     if torch.finfo(seen.states.dtype).eps <= torch.finfo(lm.dtype).eps:
-        return Tolerance(noise=noise, half_ulp=None, total=noise)
+        return Tolerance(noise=noise, is_coarse=is_coarse, half_ulp=None, total=noise)
     half = half_ulp(seen.states)  # (T, D)
-    return Tolerance(noise=noise, half_ulp=half, total=noise + half.double().norm(dim=1))
+    return Tolerance(noise=noise, is_coarse=is_coarse, half_ulp=half, total=noise + half.double().norm(dim=1))
+
+
+def _allowed(noise: float, gap: float) -> float:
+    """Return the tolerance for a measured noise and gap, all over the state's norm.
+
+    The safety factor, as far as wrong tokens leave room for it: where noise is not far below their
+    distance (a model in bfloat16), it stops half-way between the two, by ratio.
+    """
+    wide = SAFETY * noise
+    return wide if wide <= _CLEAR * gap else min(wide, max(2 * noise, math.sqrt(noise * gap)))
 
 
 def half_ulp(values: Tensor) -> Tensor:
@@ -99,35 +117,47 @@ def noise_floor(lm: LanguageModel, layer: int, site: Site) -> NoiseFloor:
 def _measure(lm: LanguageModel, cut: TruncatedModel) -> NoiseFloor:
     firsts: list[float] = []
     rests: list[float] = []
-    gaps: list[float] = []
+    first_gaps: list[float] = []
+    rest_gaps: list[float] = []
     spent = 0
     for ids in _prompts(lm):
         expected = cut.ordinary(ids).double()  # (T, D)
         norms = expected.norm(dim=1).cpu()  # (T,)
         try:
-            right, wrong, n_packed = _packed_distances(cut, ids, expected, lm.vocab_size)
+            right, wrong, n_packed = _packed_distances(cut, ids, expected, lm)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise ModelError(
                 f"model {lm.name!r} cannot run many candidates in one row behind a shared prefix ({error}); "
                 "this layout is not supported"
             ) from error
-        ratios = (right / norms).tolist()
+        ratios, gaps = (right / norms).tolist(), (wrong / norms).tolist()
         firsts.append(ratios[0])
         rests += ratios[1:]
-        gaps += (wrong / norms)[wrong.isfinite()].tolist()
+        first_gaps += [gap for gap in gaps[:1] if gap < math.inf]
+        rest_gaps += [gap for gap in gaps[1:] if gap < math.inf]
         spent += (len(ids) + n_packed) * cut.layer
     unit = torch.finfo(lm.dtype).eps  # one rounding of the norm: less cannot be told from zero
-    rest = max(*rests, unit)
-    floor = NoiseFloor(first=max(*firsts, rest), rest=rest, gap=min(gaps), block_tokens=spent)
-    typical_gap = sorted(gaps)[len(gaps) // 2]
-    typical_noise = sorted(rests)[len(rests) // 2]
-    if typical_noise > typical_gap / 4:
+    rest, rest_gap = max(*rests, unit), _quantile(rest_gaps, _LOW_GAP)
+    first, first_gap = max(*firsts, unit), min(_quantile(first_gaps, _LOW_GAP), rest_gap)
+    floor = NoiseFloor(
+        first=max(first, rest) if SAFETY * rest <= _CLEAR * first_gap else first,  # few first tokens are measured
+        rest=rest,
+        first_gap=first_gap,
+        rest_gap=rest_gap,
+        block_tokens=spent,
+    )
+    typical = _quantile(rests, 0.5)
+    if typical > _CLEAR * _quantile(rest_gaps, 0.5) or 2 * rest > rest_gap:
         raise ModelError(
-            f"model {lm.name!r}: packed and ordinary states after {cut.layer} blocks differ by "
-            f"{typical_noise:.2g} of their norm, wrong tokens by {typical_gap:.2g}; the packed check does not "
+            f"model {lm.name!r}: packed and ordinary states after {cut.layer} blocks differ by up to "
+            f"{rest:.2g} of their norm, wrong tokens by {rest_gap:.2g} and more; the packed check does not "
             "reproduce this model, or its dtype is too coarse (try dtype float32)"
         )
     return floor
+
+
+def _quantile(values: list[float], q: float) -> float:
+    return sorted(values)[int(q * (len(values) - 1))] if values else math.inf
 
 
 def _prompts(lm: LanguageModel) -> list[Tensor]:
@@ -147,7 +177,7 @@ def _prompts(lm: LanguageModel) -> list[Tensor]:
 
 
 def _packed_distances(
-    cut: TruncatedModel, ids: Tensor, expected: Tensor, vocab_size: int
+    cut: TruncatedModel, ids: Tensor, expected: Tensor, lm: LanguageModel
 ) -> tuple[Tensor, Tensor, int]:
     """Return the distances of right tokens and of the nearest wrong ones, by packed passes. (T,), (T,).
 
@@ -158,8 +188,9 @@ def _packed_distances(
     while start < len(ids):
         n_chain, n_decoys = _SHAPES[(start + len(ids)) % len(_SHAPES)]
         chain = ids[start : start + n_chain]
-        decoys = (ids[start] + torch.arange(1, n_decoys + 1)) % vocab_size
-        decoys = decoys[decoys != ids[start]]
+        alike = [int(ids[start]), *lm.embeddings.twins(int(ids[start]))]  # no check tells these apart
+        decoys = (ids[start] + torch.arange(1, n_decoys + 1)) % lm.vocab_size
+        decoys = decoys[~torch.isin(decoys, torch.tensor(alike))]
         tokens = torch.cat([chain, decoys])  # (Q,)
         places = torch.cat([torch.arange(start, start + len(chain)), torch.full((len(decoys),), start)])
         sees = torch.eye(len(tokens), dtype=torch.bool)

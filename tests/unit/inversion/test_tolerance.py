@@ -101,13 +101,13 @@ def test_excess_without_rounding_is_the_distance(llama: LanguageModel) -> None:
 def test_noise_floor_is_positive_and_far_below_the_gap(family_lm: LanguageModel) -> None:
     for layer in (0, 2, N_LAYERS):
         floor = noise_floor(family_lm, layer, "block")
-        assert 0 < floor.first < floor.gap
-        assert 0 < floor.rest < floor.gap
-        assert math.isfinite(floor.gap)
+        assert 0 < floor.first < floor.first_gap
+        assert 0 < floor.rest < floor.rest_gap
+        assert math.isfinite(floor.rest_gap)
 
 
 def test_first_position_has_a_noise_floor_of_its_own(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    floor = NoiseFloor(first=1e-3, rest=1e-6, gap=1.0, block_tokens=0)
+    floor = NoiseFloor(first=1e-3, rest=1e-6, first_gap=1.0, rest_gap=1.0, block_tokens=0)
     monkeypatch.setattr(tolerance_module, "noise_floor", lambda *_: floor)
     seen = llama.capture(input_ids=IDS, layer=2)
     norms = seen.states.double().norm(dim=1)

@@ -1,0 +1,101 @@
+"""Where arithmetic is coarse, the first token that fits is not taken for the right one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sipit
+from sipit import LanguageModel
+from sipit.errors import ModelError
+from sipit.inversion import check as check_module
+from sipit.inversion import run as run_module
+from sipit.inversion import tolerance
+from tests.tiny_models import VOCAB, random_ids, tiny_model
+
+LAYER = 2
+RIGHT, NEAR = 90, 20  # NEAR comes first by id
+IDS = torch.tensor([*random_ids(5, seed=4).tolist(), RIGHT, 7])
+
+
+@pytest.fixture
+def lm(monkeypatch: pytest.MonkeyPatch) -> LanguageModel:
+    """A model with two tokens whose states lie near, and noise that is not far below the usual gap."""
+    model = tiny_model("llama")
+    rows = model.get_input_embeddings().weight.data
+    rows[NEAR] = rows[RIGHT] + 0.01 * rows[NEAR]
+    lm = LanguageModel(model, name="llama")
+    floor = tolerance.NoiseFloor(first=1e-6, rest=0.04, first_gap=0.5, rest_gap=0.5, block_tokens=0)
+    monkeypatch.setitem(tolerance._measured, lm, {(LAYER, "block"): floor})
+    return lm
+
+
+def test_nearest_of_the_tokens_alike_is_accepted(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = lm.capture(input_ids=IDS, layer=LAYER)
+    found = sipit.invert(lm, seen, policy="vocabulary")
+    assert found.input_ids == tuple(IDS.tolist())
+    assert found.positions[5].n_checked > NEAR + 1
+    monkeypatch.setattr(run_module, "_COARSE_RIVALS", 0)
+    wrong = sipit.invert(lm, seen, policy="vocabulary", max_batch=16)
+    assert wrong.input_ids[5] == NEAR  # else this test shows nothing
+
+
+def test_own_noise_of_the_nearest_tells_it_from_rivals(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = lm.capture(input_ids=IDS, layer=LAYER)
+    found = sipit.invert(lm, seen, policy="vocabulary")
+    assert found.verdict == "recovered"
+    evidence = found.positions[5]
+    assert evidence.distance <= evidence.tolerance < tolerance.tolerance_for(lm, seen).total[5]
+    assert evidence.runner_up is not None
+    assert evidence.tolerance < evidence.runner_up
+    monkeypatch.setattr(check_module.PackedCheck, "own_limit", lambda *_: torch.inf)
+    doubtful = sipit.invert(lm, seen, policy="vocabulary")
+    assert doubtful.verdict == "ambiguous"
+    assert [r.token_id for r in doubtful.positions[5].rivals] == [NEAR]
+
+
+def test_coarse_first_position_is_judged_over_the_whole_vocabulary(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    floor = tolerance.NoiseFloor(first=0.04, rest=1e-6, first_gap=0.5, rest_gap=0.5, block_tokens=0)
+    monkeypatch.setitem(tolerance._measured, lm, {(LAYER, "block"): floor})
+    found = sipit.invert(lm, lm.capture(input_ids=IDS, layer=LAYER))
+    assert found.input_ids == tuple(IDS.tolist())
+    assert found.positions[0].n_checked == VOCAB
+
+
+@given(noise=st.floats(1e-9, 10), gap=st.floats(1e-9, 10))
+def test_tolerance_covers_the_noise_and_stops_short_of_wrong_tokens(noise: float, gap: float) -> None:
+    allowed = tolerance._allowed(noise, gap)
+    assert noise < allowed <= tolerance.SAFETY * noise
+    if 4 * noise <= gap:
+        assert allowed <= 0.51 * gap
+    if tolerance.SAFETY * noise <= tolerance._CLEAR * gap:
+        assert allowed == tolerance.SAFETY * noise
+
+
+def test_noise_as_large_as_the_gap_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = LanguageModel(tiny_model("llama"), name="llama")
+    monkeypatch.setattr(
+        tolerance,
+        "_packed_distances",
+        lambda _cut, ids, expected, _lm: (
+            0.6 * expected.norm(dim=1).cpu() * (torch.arange(len(ids)) == 1),
+            expected.norm(dim=1).cpu(),
+            0,
+        ),
+    )
+    with pytest.raises(ModelError, match="too coarse"):
+        tolerance.noise_floor(lm, LAYER, "block")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+def test_bfloat16_model_never_takes_a_wrong_prompt_for_recovered(family: str) -> None:
+    lm = LanguageModel(tiny_model(family).bfloat16(), name=family)
+    for seed in range(3):
+        ids = random_ids(8, seed=seed)
+        found = sipit.invert(lm, lm.capture(input_ids=ids, layer=3))
+        assert found.input_ids == tuple(ids.tolist())
+        assert found.verdict in ("recovered", "ambiguous")
