@@ -59,8 +59,10 @@ class Tried:
         ids, distances, _, near = self._all()
         keep = near & (ids != token_id)
         order = distances[keep].argsort(stable=True)
-        found = zip(ids[keep][order].tolist(), distances[keep][order].tolist(), strict=True)
-        return [(int(i), float(d)) for i, d in found]
+        found: dict[int, float] = {}  # a token that was run again beside others stands here once, as it was nearest
+        for i, d in zip(ids[keep][order].tolist(), distances[keep][order].tolist(), strict=True):
+            found.setdefault(int(i), float(d))
+        return list(found.items())
 
     def take_back(self, distance: float) -> Tensor:
         """Forget the tokens tried within a distance, as if they had not been; return them, nearest first. (N,)."""
