@@ -86,6 +86,16 @@ def test_certificate_holds_and_rejects_a_swapped_token(lm: LanguageModel, tmp_pa
     assert check.reasons[0].startswith("position ")
 
 
+def test_special_tokens_with_nearly_equal_rows_are_told_apart_or_named_both(lm: LanguageModel) -> None:
+    one, other = (lm.tokenizer.convert_tokens_to_ids(name) for name in ("<gh_stars>", "<issue_start>"))
+    for right in (one, other):
+        seen = lm.capture(input_ids=[400, 260, right], layer=15, dtype="bfloat16")
+        found = sipit.invert(lm, seen)
+        last = found.positions[-1]
+        assert last.token_id == right or right in [rival.token_id for rival in last.rivals]
+        assert (found.verdict == "ambiguous") == any(p.rivals for p in found.positions)
+
+
 def test_bfloat16_model_gives_the_prompt_back() -> None:
     coarse = sipit.load("smollm2-135m", dtype="bfloat16")
     text = "The invoice is unpaid."

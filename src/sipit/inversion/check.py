@@ -87,6 +87,10 @@ class PackedCheck:
         """Whether the tolerance at a position is not clearly below the distance of wrong tokens."""
         return bool(self._tolerance.is_coarse[position])
 
+    def reach(self, position: int) -> float:
+        """Return the tolerance at a position over the norm of the state observed there."""
+        return self.limit(position) / max(float(self.observed[position].norm()), 1e-30)
+
     def judge(self, token_ids: Tensor, positions: Tensor, states: Tensor) -> Checked:
         """Compare the states of packed tokens with the observed ones. (Q,), (Q,), (Q, D)."""
         states = states.to(self.observed.dtype)

@@ -21,7 +21,9 @@ _FIRST_BATCH = 16
 _GROWTH = 4
 _STANDS_OUT = 16.0  # a token this many times nearer than all others is worth a second look
 _AMPLIFIED = 256.0  # at most this many tolerances away
-_COARSE_RIVALS = 48  # tokens checked beside one that fits only by a coarse tolerance
+_NARROW = 2e-4  # tolerance, over the state's norm, at which none but twins can fit beside a token
+_ALIKE = 0.8  # cosine of keys from which a token may fit beside another where the tolerance is not coarse
+_RIVALS = 48  # tokens checked beside one that fits by a tolerance that is not narrow, at most
 _MAX_RIVALS = 16  # tokens that fit as well, named in the evidence of one position
 
 
@@ -128,16 +130,17 @@ class Run:
     def _alike(self, token_id: int) -> list[int]:
         """Return tokens that may fit where this one does, the likeliest first.
 
-        Those with nearly the same embedding row; where the tolerance is coarse, the nearest rows by
-        direction as well, so that the best of them is accepted and not the first.
+        Those with nearly the same embedding row. Where the tolerance is wider than that (coarse
+        arithmetic, states stored rounded), also the nearest rows by direction, so that the best of
+        them is accepted and not the first.
         """
+        check, position = self.scene.check, self.scene.position
         twins = self.scene.lm.embeddings.twins(token_id)
-        if not self.scene.check.is_coarse(self.scene.position):
+        if check.reach(position) <= _NARROW:
             return twins
-        keys = token_keys(self.scene.lm)
-        scores = keys.scores(keys.keys(torch.tensor([token_id])))[0]  # (V,)
-        nearest = scores.topk(min(_COARSE_RIVALS + 1, len(scores))).indices.tolist()
-        return [*twins, *(i for i in nearest if i != token_id and i not in twins)]
+        least = -1.0 if check.is_coarse(position) else _ALIKE
+        near = token_keys(self.scene.lm).nearest(token_id, _RIVALS, least)
+        return [*twins, *(i for i in near if i not in twins)]
 
     def settle(self) -> None:
         """Measure a doubtful state's own noise, with the prefix in the cache and nothing else of value behind it."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from sipit.inversion.arithmetic import is_fast_in_bfloat16
 from sipit.models import LanguageModel
 
+_NEIGHBOURS = 64  # of a token, remembered
 _REFINED = 32  # best tokens of a row whose scores are computed again in float32
 _FLOOR = 1e-3  # eigenvalues below this fraction of the largest are held there: they are noise
 
@@ -35,6 +36,7 @@ class TokenKeys:
         device = lm.device
         self._mean = mean.float().to(device)
         self.whitening = ((vectors * values.rsqrt()) @ vectors.T).float().to(device)  # (D, D), symmetric
+        self._nearest: dict[int, list[tuple[int, float]]] = {}  # token → its neighbours, as they were asked for
         self._rounded: Tensor | None = None  # all keys in bfloat16 where that is fast. (V, D)
         norms, rounded = [], []
         for _, rows in self._rows.slices():
@@ -61,6 +63,15 @@ class TokenKeys:
         rows = (self._rows.rows(token_ids).float() - self._mean) @ self.whitening
         keys: Tensor = rows * self._inverse_norms[token_ids.to(rows.device)][:, None]
         return keys
+
+    def nearest(self, token_id: int, n: int, least: float) -> list[int]:
+        """Return up to n other tokens whose keys have at least this cosine with a token's, the nearest first."""
+        if token_id not in self._nearest:
+            scores = self.scores(self.keys(torch.tensor([token_id])))[0].cpu()  # (V,)
+            scores[token_id] = -torch.inf
+            best = scores.topk(min(_NEIGHBOURS, len(scores)))
+            self._nearest[token_id] = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        return [i for i, score in self._nearest[token_id][:n] if score >= least]
 
     def scores(self, queries: Tensor) -> Tensor:
         """Return the inner product of each query with every key. (N, D) → (N, V).

@@ -21,7 +21,8 @@ from sipit.models import LanguageModel, PrefixCache, TruncatedModel
 from sipit.observations import Observation, Site
 
 SAFETY = 8.0  # the tolerance is this many times the largest noise seen in calibration
-_CLEAR = 0.25  # of the gap to wrong tokens that a tolerance stays below, or it is coarse
+_CLEAR = 0.25  # of the gap to wrong tokens that a tolerance stays below where noise allows
+_COARSE = 0.02  # of that gap, above which a later position's tolerance is coarse
 _LOW_GAP = 0.1  # quantile of the gaps that counts: a few tokens of any vocabulary are hardly trained, and alike
 _LENGTHS = (48, 17)  # tokens of the calibration prompts
 _SHORT, _FIRSTS = 5, 8  # length and number of prompts for more first tokens, whose norm is extreme
@@ -72,7 +73,7 @@ def tolerance_for(lm: LanguageModel, seen: Observation) -> Tolerance:
     first, rest = _allowed(floor.first, floor.first_gap), _allowed(floor.rest, floor.rest_gap)
     ratios = torch.full_like(norms, rest)
     ratios[0] = first
-    is_coarse = torch.full_like(norms, rest > _CLEAR * floor.rest_gap, dtype=torch.bool)
+    is_coarse = torch.full_like(norms, rest > _COARSE * floor.rest_gap, dtype=torch.bool)
     is_coarse[0] = first > _CLEAR * floor.first_gap
     noise = ratios * norms
     if torch.finfo(seen.states.dtype).eps <= torch.finfo(lm.dtype).eps:

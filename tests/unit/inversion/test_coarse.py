@@ -37,7 +37,7 @@ def test_nearest_of_the_tokens_alike_is_accepted(lm: LanguageModel, monkeypatch:
     found = sipit.invert(lm, seen, policy="vocabulary")
     assert found.input_ids == tuple(IDS.tolist())
     assert found.positions[5].n_checked > NEAR + 1
-    monkeypatch.setattr(run_module, "_COARSE_RIVALS", 0)
+    monkeypatch.setattr(run_module, "_RIVALS", 0)
     wrong = sipit.invert(lm, seen, policy="vocabulary", max_batch=16)
     assert wrong.input_ids[5] == NEAR  # else this test shows nothing
 
