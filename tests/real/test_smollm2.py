@@ -88,9 +88,9 @@ def test_certificate_holds_and_rejects_a_swapped_token(lm: LanguageModel, tmp_pa
 
 def test_special_tokens_with_nearly_equal_rows_are_told_apart_or_named_both(lm: LanguageModel) -> None:
     one, other = (lm.tokenizer.convert_tokens_to_ids(name) for name in ("<gh_stars>", "<issue_start>"))
-    for right in (one, other):
+    for right, wrong in ((one, other), (other, one)):
         seen = lm.capture(input_ids=[400, 260, right], layer=15, dtype="bfloat16")
-        found = sipit.invert(lm, seen)
+        found = sipit.invert(lm, seen, hint=[400, 260, wrong])  # the wrong one is tried first
         last = found.positions[-1]
         assert last.token_id == right or right in [rival.token_id for rival in last.rivals]
         assert (found.verdict == "ambiguous") == any(p.rivals for p in found.positions)

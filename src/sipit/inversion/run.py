@@ -42,7 +42,8 @@ class Run:
     _measured: set[int] = field(init=False)  # tokens whose own noise was
     _doubted_best: Best | None = field(init=False, default=None)  # of the pass just walked
     _size: int = field(init=False)
-    _certain: Tensor = field(init=False)  # a token that fits, to be run with its twins
+    _certain: Tensor = field(init=False)  # a token that fits, to be run with its twins in the next pass
+    _is_settling: bool = field(init=False, default=False)  # whether the pass under way is such a one
 
     def __post_init__(self) -> None:
         self._begin()
@@ -66,11 +67,13 @@ class Run:
         None once the search is done.
         """
         while not self.is_done:
-            batch = self._certain if len(self._certain) else self._proposed()
+            self._is_settling = len(self._certain) > 0
+            batch = self._certain if self._is_settling else self._proposed()
+            self._certain = self._certain[:0]
             if len(batch) == 0:
                 self._conclude()
                 continue
-            speculates = not self._tries_all and len(self._certain) == 0
+            speculates = not self._tries_all and not self._is_settling
             outlook = self.proposal.outlook() if speculates else None
             return grow(batch, self.scene.position, outlook, self.max_batch, self.scene.price)
         return None
@@ -98,7 +101,7 @@ class Run:
             here = checked.subset(torch.tensor(level))
             self._tried.add(here)
             best = self._tried.best()
-            if not best.is_near or (self._tries_all and len(self._certain) == 0):
+            if not best.is_near or (self._tries_all and not self._is_settling):
                 self.proposal.learn(here)
                 self._doubted_best = best
                 break

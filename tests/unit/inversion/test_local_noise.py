@@ -8,15 +8,15 @@ from torch import Tensor
 
 import sipit
 from sipit import LanguageModel
+from sipit.inversion import Progress, check_certificate, tolerance
 from sipit.inversion import check as check_module
-from sipit.inversion import check_certificate, tolerance
 from sipit.inversion import search as search_module
 from sipit.inversion.certificate import certificate_of
 from sipit.inversion.check import Checked
 from sipit.inversion.proposals import Scene
 from sipit.inversion.tree import Outlook
 from sipit.models import PrefixCache, TruncatedModel
-from tests.tiny_models import random_ids, tiny_model
+from tests.tiny_models import VOCAB, random_ids, tiny_model
 
 IDS = random_ids(24, seed=3)
 LAYER = 3
@@ -61,6 +61,27 @@ def test_wrong_states_stay_unmatched_and_a_wrong_claim_does_not_hold(lm: Languag
     right = certificate_of(sipit.invert(lm, seen))
     swapped = {**right, "input_ids": [*right["input_ids"][:-1], (right["input_ids"][-1] + 1) % lm.vocab_size]}
     assert not check_certificate(swapped, seen, lm).holds
+
+
+@pytest.mark.usefixtures("low_floor")
+def test_token_that_its_own_noise_does_not_explain_is_looked_at_once(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check_module, "local_noise", lambda *_, **__: (0.0, 0))  # explains nothing
+    states = lm.capture(input_ids=IDS, layer=LAYER, dtype="bfloat16").states.clone()
+    limit = tolerance.half_ulp(states[4]).norm()
+    states[4, states[4].abs().argmin()] += 0.5 * limit  # within the plain distance, outside the box of rounded values
+    passes = 0
+
+    def bounded(_: Progress) -> None:
+        nonlocal passes
+        passes += 1
+        assert passes < 4 * VOCAB
+
+    found = sipit.invert(lm, states, layer=LAYER, policy="vocabulary", on_progress=bounded)
+    assert (found.verdict, len(found.input_ids)) == ("unmatched", 4)
+    assert found.miss is not None
+    assert found.miss.distance < limit
 
 
 def test_local_noise_looks_at_every_shape_and_no_observation(lm: LanguageModel) -> None:
