@@ -87,7 +87,9 @@ def _reached(start: str) -> set[str]:
 
 def test_certificate_never_reaches_proposals_or_search() -> None:
     reached = _reached("sipit.inversion.certificate")
-    forbidden = [m for m in reached if m.startswith("sipit.inversion.proposals") or m.endswith((".search", ".run", ".tree"))]
+    forbidden = [
+        m for m in reached if m.startswith("sipit.inversion.proposals") or m.endswith((".search", ".run", ".tree"))
+    ]
     assert forbidden == []
     assert "sipit.models.truncated" in reached
 

@@ -27,9 +27,10 @@ from sipit.inversion.tree import Outlook, worthwhile
 _BLOCK = 32  # positions scored at a time
 _MAX_SCORES = 1 << 25  # scores held at once, over all positions ahead
 _WIDTH = 8  # guesses kept for each position ahead
-_PATIENCE = 48  # candidates checked in vain before a regression on them joins
+_PATIENCE = 24  # candidates checked in vain before a regression on them joins
 _PRIOR_NATS = 2.0  # evidence needed to leave the first pair of weights
-_HALF_DOUBT = 128  # candidates checked in vain at which the inverse counts half
+_PERSISTENCE = 0.5  # candidates worth checking next, of those checked in vain: fewer are more passes, more are wasted
+_HALF_DOUBT = 256  # candidates checked in vain at which the inverse counts half
 _BANDS = (0.5, 0.9, 0.99, 0.999)  # guesses of like certainty are judged together by how often they prove right
 _PRIOR_GUESSES = 20.0  # of each band, assumed to have been right as often as they claimed
 _SURE = 0.99  # a guess that proves right at this chance teaches nothing
@@ -123,7 +124,7 @@ class Reader:
         chances, order = logits.softmax(dim=0).topk(min(n, n_left))
         self._first = float(self._believed(chances)[0])
         n_worth = worthwhile(chances, self.scene.price)
-        return order[: max(n_worth, min(n_checked, len(order)))].cpu()
+        return order[: max(n_worth, int(_PERSISTENCE * n_checked))].cpu()
 
     def outlook(self) -> Outlook | None:
         return Outlook(first=self._first, ahead=self._ahead())
