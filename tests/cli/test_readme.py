@@ -32,7 +32,11 @@ def test_every_command_it_shows_parses() -> None:
 def test_every_file_it_links_exists() -> None:
     links = re.findall(r"\]\((?!https?:)([^)]+)\)", _README)
     assert links
-    assert [link for link in links if not (_ROOT / link).exists()] == []
+    files, headings = zip(*(link.partition("#")[::2] for link in links), strict=True)
+    assert [name for name in files if not (_ROOT / name).exists()] == []
+    for name, heading in zip(files, headings, strict=True):
+        titles = re.findall(r"^#+ (.*)$", (_ROOT / name).read_text("utf-8"), flags=re.MULTILINE) if heading else []
+        assert not heading or heading in [title.lower().replace(" ", "-") for title in titles]
 
 
 def test_no_placeholder_is_left() -> None:
