@@ -72,7 +72,7 @@ class PackedCheck:
         self._tolerance = tolerance
         self._floor = tolerance.noise.to(device, copy=True)  # (T,)
         self._limit = tolerance.total.to(device, copy=True)  # (T,)
-        self._noise = noise
+        self.noise = noise
         self._meter = meter
 
     def lanes(self, n: int) -> Tensor:
@@ -106,7 +106,7 @@ class PackedCheck:
             states=states,
             distances=distances,
             fits=(excess <= self._floor[rows]) & (distances <= limit),
-            is_near=(excess <= self._floor[rows] + self._noise) & (distances <= limit + self._noise),
+            is_near=(excess <= self._floor[rows] + self.noise) & (distances <= limit + self.noise),
         )
 
     def remeasure(self, prefix: Sequence[int], token_id: int) -> None:

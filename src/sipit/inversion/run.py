@@ -192,7 +192,7 @@ class Run:
         if rivals and scene.check.is_coarse(scene.position):
             own = scene.check.own_limit(scene.prefix, best.token_id)
             if best.distance <= own < limit:  # its own noise tells it from tokens that the coarse tolerance does not
-                limit, rivals = own, [(i, d) for i, d in rivals if d <= own]
+                limit, rivals = own, [(i, d) for i, d in rivals if d <= own + scene.check.noise]
         self.accepted_by_noise |= not best.fits
         self.evidence.append(
             PositionEvidence(

@@ -56,6 +56,15 @@ def test_own_noise_of_the_nearest_tells_it_from_rivals(lm: LanguageModel, monkey
     assert [r.token_id for r in doubtful.positions[5].rivals] == [NEAR]
 
 
+def test_declared_noise_keeps_the_rivals_within_it(lm: LanguageModel) -> None:
+    seen = lm.capture(input_ids=IDS, layer=LAYER)
+    gap = sipit.invert(lm, seen, policy="vocabulary").positions[5].runner_up
+    assert gap is not None
+    noisy = sipit.invert(lm, seen, policy="vocabulary", noise=2 * gap)
+    assert noisy.verdict == "ambiguous"
+    assert [r.token_id for r in noisy.positions[5].rivals] == [NEAR]
+
+
 def test_coarse_first_position_is_judged_over_the_whole_vocabulary(
     lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
