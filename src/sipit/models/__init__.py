@@ -2,6 +2,6 @@
 
 from sipit.models.language_model import LanguageModel
 from sipit.models.loading import load
-from sipit.models.truncated import PrefixCache, TruncatedModel
+from sipit.models.truncated import PrefixCache, TappedModel, TruncatedModel
 
-__all__ = ["LanguageModel", "PrefixCache", "TruncatedModel", "load"]
+__all__ = ["LanguageModel", "PrefixCache", "TappedModel", "TruncatedModel", "load"]

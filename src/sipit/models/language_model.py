@@ -13,6 +13,7 @@ from sipit.errors import InputError, ModelError, OptionError
 from sipit.models.embeddings import EmbeddingRows
 from sipit.models.families import family_of, module_at
 from sipit.models.fingerprint import fingerprint
+from sipit.models.generation import GenerationCache
 from sipit.models.prepacked import prepacked
 from sipit.models.truncated import TappedModel, TruncatedModel, UpperModel
 from sipit.observations import SITES, Observation, Site, dtype_named
@@ -210,25 +211,13 @@ class LanguageModel:
         missing = self.vocab_size - logits.shape[1]  # a head may have fewer rows than the embedding, or more
         return nn.functional.pad(logits, (0, missing), value=-1e9) if missing else logits
 
-    def generation_cache(self) -> Any:
-        """Return an empty cache for `next_logits`."""
-        from transformers import DynamicCache
-
-        return DynamicCache(config=cast(Any, self.model).config)
-
-    @cached_property
-    def _fast_trunk(self) -> Any:
-        return prepacked(self._trunk)
+    def generation_cache(self, length: int) -> GenerationCache:
+        """Return an empty cache for `tapped(…).states`, with room for `length` tokens a row."""
+        return GenerationCache(self.n_layers, length)
 
     @cached_property
     def _fast_head(self) -> Any:
         return prepacked(cast(Any, self.model).get_output_embeddings())
-
-    @torch.no_grad()
-    def next_logits(self, input_ids: Tensor, cache: Any) -> Tensor:
-        """Return the logits after each row's last token, and extend the cache. (B, N) → (B, vocab_size)."""
-        output = cast(Any, self._fast_trunk)(input_ids=input_ids, past_key_values=cache, use_cache=True)
-        return self.next_token_logits(output[0][:, -1])
 
     def tapped(self, cuts: Sequence[tuple[int, Site]]) -> TappedModel:
         """Return the model stopped after the last of several (layer, site) cuts, giving the states at all of them."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from sipit.models.families import Family
+from sipit.models.generation import GenerationCache, OneQueryAttention
 from sipit.models.prepacked import prepacked
 
 _ROOM = 512  # cache columns added at a time, at least
@@ -329,10 +330,17 @@ class TappedModel:
         return any(tap.returns_tuple for tap in self._taps)
 
     @torch.no_grad()
-    def states(self, input_ids: Tensor) -> list[Tensor]:
-        """Return the states at each cut, in their order. (B, L) → one (B, L, D) a cut."""
-        device = next(self._trunk.parameters()).device
-        last = self._trunk(input_ids=input_ids.to(device), use_cache=False)[0]
+    def states(self, input_ids: Tensor, cache: GenerationCache | None = None) -> list[Tensor]:
+        """Return the states at each cut, in their order. (B, L) → one (B, L, D) a cut.
+
+        With a cache the tokens continue those it holds, and are held in it afterwards.
+        """
+        ids = input_ids.to(next(self._trunk.parameters()).device)
+        if cache is None:
+            last = self._trunk(input_ids=ids, use_cache=False)[0]
+        else:
+            with OneQueryAttention():
+                last = self._trunk(input_ids=ids, past_key_values=cache, use_cache=True)[0]
         found = _at_cuts(self._taps, last, self.cuts, self._is_final)
         for tap in self._taps:
             tap.entered = tap.left = None

@@ -11,24 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sipit.errors import StorageError
 from sipit.inversion.fitting.network import KEY_LENGTH, InverseNetwork
-from sipit.inversion.fitting.states import Cut, capture_windows
+from sipit.inversion.fitting.states import Cut, OnStep, StatesFolder, capture_windows, sample_windows
 from sipit.inversion.fitting.store import Fit, fit_folder, save_fit
 from sipit.inversion.fitting.training import Recipe, train
-from sipit.inversion.fitting.windows import OnStep, fitting_windows, held_out_windows
+from sipit.inversion.fitting.windows import given_windows, held_out_windows, sample_starts
 from sipit.inversion.regression import is_first_kind, may_be_first_kind, sink_cosine, spread_ids
 from sipit.inversion.token_keys import TokenKeys, token_keys
-from sipit.models import LanguageModel
-from sipit.storage import held_alone, read_json, whole_file, write_json
+from sipit.models import LanguageModel, TappedModel
+from sipit.storage import held_alone, read_json, write_json
 
 _FIRSTS = 4096  # single tokens the first position is fitted on
 _FIRST_BATCH = 256
 _HELD_OUT_WINDOWS = 12  # of each kind of text
 _HELD_OUT_LENGTH = 64
+_SINK_WINDOWS = 4  # of each kind, which show what a state that is no sink looks like
 _CALIBRATION_STRIDE = 4  # of the held-out positions, one in so many decides between a few dozen pairs of numbers
 _TEMPERATURES = (0.4, 0.5, 0.6, 0.75, 0.9, 1.1, 1.4, 1.8)
 _LIKELIHOOD_WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5)
@@ -92,13 +92,19 @@ def _fit_in(
     started = time.perf_counter()
     _start_over_if_changed(work, {"recipe": asdict(recipe), "cuts": cuts, "texts": [hash_text(t) for t in texts]})
     told = _Teller(on_progress)
-    windows, sampled = _windows(work, lm, recipe, texts, told.phase("sampling"))
-    held_out, more = held_out_windows(lm, n_windows=_HELD_OUT_WINDOWS, length=_HELD_OUT_LENGTH, seed=recipe.seed)
-    paths, captured = capture_windows(lm, windows, cuts, work, told.phase("capturing"))
+    n_windows, length, seed = recipe.n_windows, recipe.length, recipe.seed
+    starts = sample_starts(lm, n_windows=n_windows, length=length, seed=seed)
+    given = given_windows(lm, n_windows=n_windows, length=length, texts=texts, seed=seed)
+    widths = {(layer, site): lm.width(site) for layer, site in cuts}
+    folder = StatesFolder(work, widths, sum(map(len, starts)) + len(given), length)
+    spent = sample_windows(lm, starts, cuts, folder, seed, told.phase("sampling"))
+    spent += capture_windows(lm, given, cuts, folder, told.phase("capturing"))
+    held_out, more = held_out_windows(lm, n_windows=_HELD_OUT_WINDOWS, length=_HELD_OUT_LENGTH, seed=seed)
+    spent += more
     shared_seconds = time.perf_counter() - started
-    keys = token_keys(lm)
+    keys, windows = token_keys(lm), folder.windows
     fits = {}
-    for (layer, site), path in zip(cuts, paths, strict=True):
+    for (layer, site), path in folder.paths.items():
         began = time.perf_counter()
         checkpoint = work / f"training-{site}-{layer}.safetensors"
         phase = told.phase(f"training {site} {layer}")
@@ -107,7 +113,7 @@ def _fit_in(
         report = {
             **fit.report,
             "recipe": asdict(recipe),
-            "fit_block_tokens": (sampled + more + captured) // len(cuts) + _FIRSTS * layer,
+            "fit_block_tokens": spent // len(cuts) + _FIRSTS * layer,
             "seconds": shared_seconds / len(cuts) + time.perf_counter() - began,
             "n_windows": len(windows),
         }
@@ -187,8 +193,9 @@ def _calibrated(
 ) -> Fit:
     """Choose temperature and likelihood weight on held-out windows, and measure the ranks there."""
     layer, site = cut
+    tapped = lm.tapped([cut, (lm.n_layers, "final")])
     firsts, first_mean, first_weight = _first_position(lm, keys, cut, seed)
-    rests = torch.cat([lm.cut(*cut).ordinary(ids)[1:] for windows in held_out.values() for ids in windows[:4]])
+    rests = torch.cat([tapped.states(windows[:_SINK_WINDOWS])[0][:, 1:].flatten(0, 1) for windows in held_out.values()])
     untuned = Fit(
         network=network,
         first_mean=first_mean,
@@ -202,7 +209,7 @@ def _calibrated(
     nats = torch.zeros(len(_TEMPERATURES), len(_LIKELIHOOD_WEIGHTS))
     for windows in held_out.values():
         for ids in windows:
-            scores, logs, targets = (part[::_CALIBRATION_STRIDE] for part in _held_out_scores(lm, raw, cut, ids))
+            scores, logs, targets = (part[::_CALIBRATION_STRIDE] for part in _held_out_scores(lm, raw, tapped, ids))
             for i, temperature in enumerate(_TEMPERATURES):
                 for j, weight in enumerate(_LIKELIHOOD_WEIGHTS):
                     logits = scores / temperature + weight * logs
@@ -213,7 +220,7 @@ def _calibrated(
     for kind, windows in held_out.items():
         ranks = []
         for ids in windows:
-            scores, logs, targets = _held_out_scores(lm, raw, cut, ids)
+            scores, logs, targets = _held_out_scores(lm, raw, tapped, ids)
             fused = scores / temperature + weight * logs
             ranks.append(torch.stack([_ranks(scores, targets), _ranks(fused, targets)]))
         alone, together = torch.cat(ranks, dim=1)
@@ -222,11 +229,12 @@ def _calibrated(
     return replace(untuned, temperature=temperature, likelihood_weight=weight, report=report)
 
 
-def _held_out_scores(lm: LanguageModel, raw: FittedScores, cut: Cut, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _held_out_scores(
+    lm: LanguageModel, raw: FittedScores, tapped: TappedModel, ids: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return scores, log-probabilities and true tokens from position 1 on. (T, V), (T, V), (T,)."""
-    states = lm.cut(*cut).ordinary(ids)  # (T, D)
+    states, finals = (at_cut[0] for at_cut in tapped.states(ids[None]))  # (T, D), (T, D)
     scores = raw.scores(raw.queries(states)[1:])
-    finals = lm.cut(lm.n_layers, "final").ordinary(ids)
     logs = lm.next_token_logits(finals[:-1]).log_softmax(dim=1)
     return scores, logs, ids[1:].to(scores.device)
 
@@ -260,19 +268,6 @@ def _start_over_if_changed(work: Path, settings: dict[str, Any]) -> None:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     write_json(note, settings)
-
-
-def _windows(work: Path, lm: LanguageModel, recipe: Recipe, texts: list[str], on_step: OnStep) -> tuple[Tensor, int]:
-    path = work / "windows.safetensors"
-    if path.is_file():
-        saved = load_file(path)
-        return saved["windows"], int(saved["block_tokens"])
-    windows, block_tokens = fitting_windows(
-        lm, n_windows=recipe.n_windows, length=recipe.length, texts=texts, seed=recipe.seed, on_step=on_step
-    )
-    with whole_file(path) as temporary:
-        save_file({"windows": windows, "block_tokens": torch.tensor(block_tokens)}, temporary)
-    return windows, block_tokens
 
 
 class _Teller:

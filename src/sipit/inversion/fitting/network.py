@@ -70,6 +70,6 @@ def beside(before: Tensor, here: Tensor, after: Tensor, places: Tensor, length: 
 
 
 def unit_rms(states: Tensor) -> Tensor:
-    """Divide each state by its root mean square. (N, D) → (N, D) float32."""
+    """Divide each state by its root mean square. (…, D) → (…, D) float32."""
     states = states.float()
-    return states / states.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-12)
+    return states / states.square().mean(dim=-1, keepdim=True).sqrt().clamp(min=1e-12)

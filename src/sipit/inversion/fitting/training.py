@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -19,12 +18,12 @@ from torch import Tensor, nn
 
 from sipit.inversion.arithmetic import fast_arithmetic
 from sipit.inversion.fitting.network import KEY_LENGTH, InverseNetwork, beside
-from sipit.inversion.fitting.states import release
-from sipit.inversion.fitting.windows import OnStep
+from sipit.inversion.fitting.states import CapturedStates, OnStep
 from sipit.inversion.token_keys import TokenKeys
 from sipit.storage import whole_file
 
 _RIDGE_ROWS = 60_000
+_PART = 8192  # of them held at once
 _RIDGE = 0.01
 _RIDGE_GAIN = 4.0  # a sane scale of the logits to start from
 _WHITENING_FLOOR = 1e-3  # of the mean eigenvalue
@@ -67,23 +66,32 @@ def train(
         checkpoint: where to keep the state of the training.
         on_step: told the steps done.
     """
-    file = np.lib.format.open_memmap(path, mode="r+")
-    states = torch.from_numpy(file)
-    length, width = states.shape[1:]
-    flat, ids = states.view(-1, width), windows.reshape(-1)
+    with CapturedStates(path) as states:
+        return _trained(states, windows, keys, recipe, checkpoint, on_step)
+
+
+def _trained(
+    states: CapturedStates,
+    windows: Tensor,
+    keys: TokenKeys,
+    recipe: Recipe,
+    checkpoint: Path,
+    on_step: OnStep,
+) -> InverseNetwork:
+    ids, length = windows.reshape(-1), states.length
     rows = torch.arange(len(ids))
     places = rows % length
     early = rows[(places > 0) & (places < _EARLY)].repeat(_EARLY_REPEATS)  # a window has few of these
     rows = torch.cat([rows[places > 0], early])
     generator = torch.Generator().manual_seed(recipe.seed)
     device = keys.whitening.device
-    network = InverseNetwork(width, keys.width, keys.vocab_size, recipe.d_hidden).to(device)
+    network = InverseNetwork(states.width, keys.width, keys.vocab_size, recipe.d_hidden).to(device)
     network.reset(generator)
     sample = rows[torch.randperm(len(rows), generator=generator)[:_RIDGE_ROWS]]
-    network.mean, network.whitener = (t.to(device) for t in _whitening(flat[sample].float()))
+    network.mean, network.whitener = (t.to(device) for t in _whitening(states, sample))
     table = torch.cat([keys.keys(part) for part in torch.arange(keys.vocab_size).split(8192)])
     table = (table * KEY_LENGTH).bfloat16()  # (V, K), while training only
-    _start_at_ridge(network, flat, ids, sample, length, table)
+    _start_at_ridge(network, states, ids, sample, table)
     optimizer = _optimizer(network, recipe)
     n_steps = recipe.epochs * max(1, len(rows) // recipe.batch_size)
     log_in = _log_inclusion(ids, recipe, keys.vocab_size).to(device)  # (V,)
@@ -95,7 +103,7 @@ def train(
         rate *= 0.02 + 0.49 * (1 + math.cos(math.pi * step / n_steps))
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        x = _inputs(network, flat, batch, length, device)  # (B, 3 D)
+        x = _inputs(network, states, batch)  # (B, 3 D)
         drawn = torch.randint(keys.vocab_size, (recipe.n_negatives,), generator=generator).to(device)
         loss = _sampled_loss(network, x, ids[batch].to(device), table, log_in, drawn)
         optimizer.zero_grad()
@@ -105,7 +113,6 @@ def train(
         on_step(step + 1, n_steps)
         if (step + 1) % _SAVE_EVERY == 0:
             _save(checkpoint, step + 1, network, optimizer)
-            release(file)
     return network.eval()
 
 
@@ -122,11 +129,11 @@ def _batch(rows: Tensor, step: int, recipe: Recipe) -> Tensor:
     return rows[order[place * recipe.batch_size : (place + 1) * recipe.batch_size]]
 
 
-def _inputs(network: InverseNetwork, flat: Tensor, rows: Tensor, length: int, device: torch.device) -> Tensor:
-    """Return the network's inputs at some rows of the captured states. (N L, D), (B,) → (B, 3 D)."""
-    near = torch.cat([rows - 1, rows, (rows + 1).clamp(max=len(flat) - 1)])
-    before, here, after = network.white(flat[near].to(device)).chunk(3)
-    return beside(before, here, after, (rows % length).to(device), length)
+def _inputs(network: InverseNetwork, states: CapturedStates, rows: Tensor) -> Tensor:
+    """Return the network's inputs at some rows of the captured states. (B,) → (B, 3 D)."""
+    device = network.mean.device
+    before, here, after = network.white(torch.cat(states.around(rows)).to(device)).chunk(3)
+    return beside(before, here, after, (rows % states.length).to(device), states.length)
 
 
 def _sampled_loss(
@@ -149,25 +156,30 @@ def _log_inclusion(ids: Tensor, recipe: Recipe, vocab_size: int) -> Tensor:
     return torch.log(-torch.expm1(absent)).float()
 
 
-def _whitening(rows: Tensor) -> tuple[Tensor, Tensor]:
+def _whitening(states: CapturedStates, sample: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean (D,) and symmetric W (D, D) that make (rows - mean) @ W white."""
-    wide = rows.double()
-    mean = wide.mean(dim=0)
-    values, basis = torch.linalg.eigh(torch.cov((wide - mean).T))
+    total = torch.zeros(states.width, dtype=torch.float64)
+    gram = torch.zeros(states.width, states.width, dtype=torch.float64)
+    for part in sample.split(_PART):
+        rows = states.around(part)[1].double()  # (N, D)
+        total += rows.sum(dim=0)
+        gram += rows.T @ rows
+    mean = total / len(sample)
+    values, basis = torch.linalg.eigh(gram / len(sample) - mean.outer(mean))
     gain = (values.clamp(min=0) + _WHITENING_FLOOR * values.mean()).rsqrt()
     return mean.float(), ((basis * gain) @ basis.T).float()
 
 
 def _start_at_ridge(
-    network: InverseNetwork, flat: Tensor, ids: Tensor, sample: Tensor, length: int, table: Tensor
+    network: InverseNetwork, states: CapturedStates, ids: Tensor, sample: Tensor, table: Tensor
 ) -> None:
     """Set the linear part to the ridge regression of unit keys."""
     device = table.device
     n_inputs = network.linear.in_features
     gram = torch.zeros(n_inputs, n_inputs, device=device)
     cross = torch.zeros(n_inputs, table.shape[1], device=device)
-    for part in sample.split(8192):
-        x = _inputs(network, flat, part, length, device)
+    for part in sample.split(_PART):
+        x = _inputs(network, states, part)
         gram += x.T @ x
         cross += x.T @ (table[ids[part].to(device)].float() / KEY_LENGTH)
     gram.diagonal().add_(_RIDGE * len(sample))

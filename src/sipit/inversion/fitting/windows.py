@@ -6,13 +6,13 @@ the model's own samples, and the user's text where there is some. N windows of L
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from sipit.corpora import library_code, library_prose
-from sipit.inversion.arithmetic import fast_arithmetic
+from sipit.inversion.fitting.sampling import written_on
 from sipit.models import LanguageModel
 
 _SHARES = {"prose": 0.21, "code": 0.17, "random ids": 0.19, "inserted": 0.18, "own samples": 0.25}
@@ -20,33 +20,38 @@ _HELD_OUT = ("asyncio", "email", "xml", "unittest")  # packages of the library k
 _SAMPLE_BATCH = 192  # windows written at once: their keys and values are most of a fit's memory
 _REPLACED = 0.25  # of the tokens of an "inserted" window
 
-OnStep = Callable[[int, int], None]  # done, total
 
+def given_windows(lm: LanguageModel, *, n_windows: int, length: int, texts: Iterable[str], seed: int) -> Tensor:
+    """Return the windows to fit on beside the model's own samples. (N, L) int64.
 
-def fitting_windows(
-    lm: LanguageModel, *, n_windows: int, length: int, texts: Iterable[str], seed: int, on_step: OnStep
-) -> tuple[Tensor, int]:
-    """Return the windows to fit on, and the block-tokens that sampling took. (N, L) int64.
-
-    Without a tokenizer only random ids and own samples are left.
+    Without a tokenizer only random ids are left.
     """
     generator = torch.Generator().manual_seed(seed)
     counts = {kind: round(share * n_windows) for kind, share in _SHARES.items()}
     parts = []
     if lm.tokenizer is None:
-        counts |= {"random ids": n_windows - counts["own samples"], "prose": 0, "code": 0, "inserted": 0}
+        counts |= {"random ids": n_windows - counts["own samples"]}
     else:
         n_base = counts["inserted"] // 2
         prose = text_windows(lm, library_prose(seed=seed, without=_HELD_OUT), counts["prose"] + n_base, length)
         code = text_windows(lm, library_code(seed=seed, without=_HELD_OUT), counts["code"] + n_base, length)
         base = torch.cat([prose[:n_base], code[:n_base]])
         parts = [prose[n_base:], code[n_base:], _inserted(base, lm.vocab_size, generator)]
-        given = text_windows(lm, texts, n_windows, length)
-        parts.append(given)
+        parts.append(text_windows(lm, texts, n_windows, length))
     n_random = counts["random ids"]
     parts.append(_permuted(n_random * length, lm.vocab_size, generator).view(-1, length))
-    own, block_tokens = own_samples(lm, counts["own samples"], length, generator, on_step)
-    return torch.cat([*parts, own]), block_tokens
+    return torch.cat(parts)
+
+
+def sample_starts(lm: LanguageModel, *, n_windows: int, length: int, seed: int) -> list[Tensor]:
+    """Return what the model's own samples start with: random tokens, its chat template. One (B, P) a batch."""
+    n_own = round(_SHARES["own samples"] * n_windows)
+    head = _chat_head(lm)[: length // 2]
+    n_chat = n_own // 6 if len(head) else 0
+    generator = torch.Generator().manual_seed(seed + 3)
+    first = torch.randint(lm.vocab_size, (n_own - n_chat, 1), generator=generator)
+    starts = [*first.split(_SAMPLE_BATCH), *head.repeat(n_chat, 1).split(_SAMPLE_BATCH)]
+    return [start for start in starts if start.numel()]
 
 
 def held_out_windows(lm: LanguageModel, *, n_windows: int, length: int, seed: int) -> tuple[dict[str, Tensor], int]:
@@ -57,10 +62,11 @@ def held_out_windows(lm: LanguageModel, *, n_windows: int, length: int, seed: in
     if lm.tokenizer is not None:
         kinds["prose"] = text_windows(lm, library_prose(seed=seed, only=_HELD_OUT), n_windows, length)
         kinds["code"] = text_windows(lm, library_code(seed=seed, only=_HELD_OUT), n_windows, length)
-        if getattr(lm.tokenizer, "chat_template", None):
-            head = _chat_head(lm)
-            start = head.repeat(n_windows, 1)
-            kinds["chat"], spent = _continued(lm, start, max(length, len(head) + 24), generator, lambda *_: None)
+        head = _chat_head(lm)
+        if len(head):
+            length = max(length, len(head) + 24)
+            kinds["chat"] = written_on(lm, head.repeat(n_windows, 1), length, generator).windows
+            spent = n_windows * length * lm.n_layers
     return {kind: windows for kind, windows in kinds.items() if len(windows)}, spent
 
 
@@ -76,48 +82,13 @@ def text_windows(lm: LanguageModel, texts: Iterable[str], n_windows: int, length
     return torch.tensor(ids[: n_whole * length], dtype=torch.long).view(n_whole, length)
 
 
-def own_samples(
-    lm: LanguageModel, n_windows: int, length: int, generator: torch.Generator, on_step: OnStep
-) -> tuple[Tensor, int]:
-    """Let the model write windows, after random first tokens and after its chat template. (N, L)."""
-    has_chat = lm.tokenizer is not None and getattr(lm.tokenizer, "chat_template", None)
-    head = _chat_head(lm)[: length // 2] if has_chat else torch.empty(0, dtype=torch.long)
-    n_chat = n_windows // 6 if len(head) else 0
-    first = torch.randint(lm.vocab_size, (n_windows - n_chat, 1), generator=generator)
-    plain, spent = _continued(lm, first, length, generator, on_step)
-    if not n_chat:
-        return plain, spent
-    chat, more = _continued(lm, head.repeat(n_chat, 1), length, generator, on_step)
-    return torch.cat([plain, chat]), spent + more
-
-
 def _chat_head(lm: LanguageModel) -> Tensor:
-    """Return the ids of the chat template up to where the user's words begin. (P,)."""
+    """Return the ids of the chat template up to where the user's words begin; none without one. (P,)."""
+    if not getattr(lm.tokenizer, "chat_template", None):
+        return torch.empty(0, dtype=torch.long)
     turn = [{"role": "user", "content": "\x01"}]
     text = str(lm.tokenizer.apply_chat_template(turn, tokenize=False)).split("\x01")[0]
     return torch.tensor(lm.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
-
-
-@torch.no_grad()
-def _continued(
-    lm: LanguageModel, start: Tensor, length: int, generator: torch.Generator, on_step: OnStep
-) -> tuple[Tensor, int]:
-    """Continue windows to `length` tokens, at temperature 1, a batch at a time. (N, P) → (N, L)."""
-    done: list[Tensor] = []
-    total = len(start) * (length - start.shape[1])
-    with fast_arithmetic(lm.device):
-        for ids in start.split(_SAMPLE_BATCH):
-            rows = ids.to(lm.device)
-            cache, step = lm.generation_cache(), rows
-            while rows.shape[1] < length:
-                mass = lm.next_logits(step, cache).softmax(dim=1).cumsum(dim=1)  # (B, V)
-                draw = torch.rand(len(rows), 1, generator=generator).to(mass) * mass[:, -1:]
-                step = torch.searchsorted(mass, draw).clamp_(max=lm.vocab_size - 1)  # (B, 1)
-                rows = torch.cat([rows, step], dim=1)
-                new = sum(len(d) for d in done) * (length - start.shape[1]) + rows[:, start.shape[1] :].numel()
-                on_step(new, total)
-            done.append(rows.cpu())
-    return torch.cat(done) if done else start, start.shape[0] * (length - 1) * lm.n_layers
 
 
 def _permuted(n_tokens: int, vocab_size: int, generator: torch.Generator) -> Tensor:
