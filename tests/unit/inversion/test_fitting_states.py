@@ -39,14 +39,16 @@ def test_states_on_disk_are_those_of_ordinary_passes(lm: LanguageModel, tmp_path
     assert spent == 14 * _LENGTH * N_LAYERS
     windows = folder.windows
     assert torch.equal(windows[3:], given)
-    assert torch.equal(windows[:2, :1], starts[0]) and torch.equal(windows[2:3, :3], starts[1])
+    assert torch.equal(windows[:2, :1], starts[0])
+    assert torch.equal(windows[2:3, :3], starts[1])
     assert int(windows.max()) < VOCAB
     rows = torch.tensor([5 * _LENGTH + 1, 1, 13 * _LENGTH + 7])
     for cut in _CUTS:
         flat = _expected(lm, cut, windows).flatten(0, 1)
         with CapturedStates(folder.paths[cut]) as states:
             for found, step in zip(states.around(rows), (-1, 0, 1), strict=True):
-                torch.testing.assert_close(found, flat[rows + step], rtol=0, atol=0.1)  # in bfloat16; another row is 1 away
+                # in bfloat16; another row is 1 away
+                torch.testing.assert_close(found, flat[rows + step], rtol=0, atol=0.1)
 
 
 def test_last_row_has_nothing_after_it(lm: LanguageModel, tmp_path: Path) -> None:
@@ -54,7 +56,9 @@ def test_last_row_has_nothing_after_it(lm: LanguageModel, tmp_path: Path) -> Non
     capture_windows(lm, random_ids(2 * _LENGTH, seed=1).view(2, -1), _CUTS, folder, lambda *_: None)
     with CapturedStates(folder.paths[_CUTS[0]]) as states:
         before, here, after = states.around(torch.tensor([2 * _LENGTH - 1]))
-    assert before.any() and here.any() and not after.any()
+    assert before.any()
+    assert here.any()
+    assert not after.any()
 
 
 def test_sampling_goes_on_behind_the_batches_it_kept(
