@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from sipit import LanguageModel
 from sipit.models.generation import OneQueryAttention, one_query_attention
+from sipit.observations import Site
 from tests.tiny_models import FAMILIES, N_LAYERS, random_ids, tiny_model
 
 
@@ -15,7 +16,7 @@ from tests.tiny_models import FAMILIES, N_LAYERS, random_ids, tiny_model
 def test_states_of_rows_written_on_are_those_of_ordinary_passes(family: str) -> None:
     lm = LanguageModel(tiny_model(family), name=family)
     rows = torch.stack([random_ids(14, seed=seed) for seed in range(3)])
-    cuts = [(1, "block"), (N_LAYERS, "final")]
+    cuts: list[tuple[int, Site]] = [(1, "block"), (N_LAYERS, "final")]
     tapped, cache = lm.tapped(cuts), lm.generation_cache(14)
     parts = [tapped.states(part, cache) for part in (rows[:, :3], *rows[:, 3:].split(1, dim=1))]
     for i, cut in enumerate(cuts):
@@ -33,8 +34,8 @@ def test_attention_of_one_query_is_that_of_torch(n_key_heads: int, masked: str) 
     visible = torch.tensor([[True, False, True, True, True], [True, True, True, False, False]])[:, None, None]
     mask = {"none": None, "bool": visible, "additive": torch.zeros(visible.shape).masked_fill(~visible, -1e9).double()}
     groups = 6 // n_key_heads
-    wide = [t.repeat_interleave(groups, dim=1) for t in (key, value)]
-    expected = F.scaled_dot_product_attention(query, *wide, attn_mask=mask[masked], scale=0.3)
+    wide_key, wide_value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    expected = F.scaled_dot_product_attention(query, wide_key, wide_value, attn_mask=mask[masked], scale=0.3)
     torch.testing.assert_close(one_query_attention(query, key, value, attn_mask=mask[masked], scale=0.3), expected)
     with OneQueryAttention():
         found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[masked], scale=0.3, enable_gqa=True)
