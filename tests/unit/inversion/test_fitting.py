@@ -51,6 +51,12 @@ def test_fit_ranks_the_right_token_far_better_than_chance(fitted: LanguageModel)
     assert fit.report["held_out"]["random ids"]["alone"]["mean_rank"] < VOCAB / 5  # chance: VOCAB / 2
 
 
+def test_layer_named_twice_is_fitted_once(cache: Path) -> None:
+    lm = LanguageModel(tiny_model("llama", seed=7), name="twice")
+    recipe = Recipe(n_windows=16, length=24, d_hidden=16, batch_size=64, epochs=1, n_negatives=32)
+    assert list(fit_inverse(lm, [_CUT, _CUT], recipe=recipe)) == [_CUT]
+
+
 def test_work_files_are_gone_after_a_fit(fitted: LanguageModel) -> None:
     assert sorted(p.name for p in fit_path(fitted, *_CUT).parent.iterdir()) == [
         "block-1.safetensors",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sipit.errors import StorageError
 from sipit.inversion.fitting.network import KEY_LENGTH, InverseNetwork
-from sipit.inversion.fitting.states import Cut, OnStep, StatesFolder, capture_windows, sample_windows
+from sipit.inversion.fitting.states import CapturedStates, Cut, OnStep, StatesFolder, capture_windows, sample_windows
 from sipit.inversion.fitting.store import Fit, fit_folder, save_fit
 from sipit.inversion.fitting.training import Recipe, train
 from sipit.inversion.fitting.windows import given_windows, held_out_windows, sample_starts
@@ -69,7 +69,7 @@ def fit_inverse(
     try:
         work.mkdir(parents=True, exist_ok=True)
         with held_alone(fit_folder(lm).with_suffix(".lock"), f"a fit of {lm.name!r}"):
-            fits = _fit_in(work, lm, list(cuts), list(texts), recipe, on_progress)
+            fits = _fit_in(work, lm, list(dict.fromkeys(cuts)), list(texts), recipe, on_progress)
             shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         if isinstance(error, StorageError):
@@ -108,7 +108,8 @@ def _fit_in(
         began = time.perf_counter()
         checkpoint = work / f"training-{site}-{layer}.safetensors"
         phase = told.phase(f"training {site} {layer}")
-        network = train(path, windows, keys, recipe, checkpoint, phase)
+        with CapturedStates(path) as states:
+            network = train(states, windows, keys, recipe, checkpoint, phase)
         fit = _calibrated(lm, keys, (layer, site), network, held_out, recipe.seed)
         report = {
             **fit.report,

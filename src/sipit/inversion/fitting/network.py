@@ -73,3 +73,8 @@ def unit_rms(states: Tensor) -> Tensor:
     """Divide each state by its root mean square. (…, D) → (…, D) float32."""
     states = states.float()
     return states / states.square().mean(dim=-1, keepdim=True).sqrt().clamp(min=1e-12)
+
+
+def compact(states: Tensor) -> Tensor:
+    """Return states as a fit keeps them: at unit root mean square, float16, in main memory. (…, D) → (…, D)."""
+    return unit_rms(states).half().cpu()

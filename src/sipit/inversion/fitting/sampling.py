@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sipit.inversion.arithmetic import fast_arithmetic
-from sipit.inversion.fitting.network import unit_rms
+from sipit.inversion.fitting.network import compact
 from sipit.models import LanguageModel
 from sipit.observations import Site
 
@@ -19,7 +19,7 @@ class Written:
     """Windows that a model wrote."""
 
     windows: Tensor  # (B, L)
-    states: list[Tensor]  # at each cut (B, L, D), float16, at unit root mean square
+    states: list[Tensor]  # at each cut (B, L, D), compact
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def written_on(
             *at_cuts, final = tapped.states(step, cache)
             here = slice(windows.shape[1] - step.shape[1], windows.shape[1])
             for kept, states in zip(found, at_cuts, strict=True):
-                kept[:, here] = unit_rms(states).half().cpu()
+                kept[:, here] = compact(states)
             on_token(windows.shape[1])
             if windows.shape[1] >= length:
                 return Written(windows=windows.cpu(), states=found)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sipit.inversion.arithmetic import fast_arithmetic
-from sipit.inversion.fitting.network import unit_rms
+from sipit.inversion.fitting.network import compact
 from sipit.inversion.fitting.sampling import written_on
 from sipit.models import LanguageModel
 from sipit.observations import Site
@@ -33,15 +32,15 @@ class StatesFolder:
     written before an interruption is kept.
     """
 
-    def __init__(self, folder: Path, shapes: dict[Cut, int], n_windows: int, length: int) -> None:
-        self.paths = {(layer, site): folder / f"states-{site}-{layer}.npy" for layer, site in shapes}
+    def __init__(self, folder: Path, widths: dict[Cut, int], n_windows: int, length: int) -> None:
+        self.paths = {(layer, site): folder / f"states-{site}-{layer}.npy" for layer, site in widths}
         self.n_windows, self.length = n_windows, length
         self._note = folder / "states.json"
         self.done = self._saved = int(read_json(self._note)["done"]) if self._note.is_file() else 0
         mode: Literal["w+", "r+"] = "r+" if self.done else "w+"
         self._files = [
             np.lib.format.open_memmap(self.paths[cut], mode=mode, dtype=np.float16, shape=(n_windows, length, width))
-            for cut, width in shapes.items()
+            for cut, width in widths.items()
         ]
         self._windows = np.lib.format.open_memmap(
             folder / "windows.npy", mode=mode, dtype=np.int64, shape=(n_windows, length)
@@ -98,7 +97,7 @@ def capture_windows(
     with fast_arithmetic(lm.device):
         while folder.done < folder.n_windows:
             batch = windows[folder.done - n_before :][:_BATCH]
-            folder.append(batch, [unit_rms(states).half().cpu() for states in tapped.states(batch)])
+            folder.append(batch, [compact(states) for states in tapped.states(batch)])
             on_step((folder.done - n_before) * folder.length, windows.numel())
     return windows.numel() * tapped.layer
 
@@ -121,7 +120,8 @@ class CapturedStates:
         found = np.zeros((len(rows), 3, self.width), np.float16)
         n_bytes = self.width * found.itemsize
         for place, row in zip(found, rows.tolist(), strict=True):
-            os.preadv(self._file.fileno(), [memoryview(place).cast("B")], self._offset + (row - 1) * n_bytes)
+            self._file.seek(self._offset + (row - 1) * n_bytes)
+            self._file.readinto(memoryview(place).cast("B"))
         before, here, after = torch.from_numpy(found).float().unbind(dim=1)
         return before, here, after
 

@@ -49,7 +49,7 @@ class Recipe:
 
 
 def train(
-    path: Path,
+    states: CapturedStates,
     windows: Tensor,
     keys: TokenKeys,
     recipe: Recipe,
@@ -59,25 +59,13 @@ def train(
     """Return a network trained on captured states; goes on from the checkpoint if there is one.
 
     Args:
-        path: file of states, (N, L, D) float16 at unit root mean square.
+        states: of the windows.
         windows: their token ids, (N, L). Position 0 is no target, but a neighbour of position 1.
         keys: of the model.
         recipe: sizes and rates.
         checkpoint: where to keep the state of the training.
         on_step: told the steps done.
     """
-    with CapturedStates(path) as states:
-        return _trained(states, windows, keys, recipe, checkpoint, on_step)
-
-
-def _trained(
-    states: CapturedStates,
-    windows: Tensor,
-    keys: TokenKeys,
-    recipe: Recipe,
-    checkpoint: Path,
-    on_step: OnStep,
-) -> InverseNetwork:
     ids, length = windows.reshape(-1), states.length
     rows = torch.arange(len(ids))
     places = rows % length
