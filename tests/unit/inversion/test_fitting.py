@@ -74,6 +74,34 @@ def test_fitted_search_is_exact_and_cheaper(fitted: LanguageModel, cut: Cut) -> 
     assert with_fit.n_checked < without.n_checked
 
 
+@pytest.mark.parametrize("place", [1, 2, 5, 9])
+def test_query_of_the_observed_state_in_its_own_place(fitted: LanguageModel, place: int) -> None:
+    fit = load_fit(fitted, *_CUT)
+    assert fit is not None
+    states = fitted.capture(input_ids=random_ids(10, seed=2), layer=_CUT[0]).states
+    at_place = fit.network.queries_at(states, place, states[[place, place]])
+    torch.testing.assert_close(at_place, fit.network.queries(states)[[place, place]])
+
+
+def test_inverse_that_is_off_is_amended_by_what_it_missed(
+    fitted: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = fitted.capture(input_ids=random_ids(12, seed=8), layer=_CUT[0])
+    fit = load_fit(fitted, *_CUT)
+    assert fit is not None
+    noise = torch.randn(fit.network.linear.bias.shape, generator=torch.Generator().manual_seed(1))
+    off = fit.network.linear.bias + noise
+    before = _retouched(fit_path(fitted, *_CUT), **{"network.linear.bias": off.half()})
+    try:
+        amended = invert(fitted, seen)
+        monkeypatch.setattr("sipit.inversion.regression._AMENDED", 0.0)
+        as_it_was = invert(fitted, seen)
+    finally:
+        fit_path(fitted, *_CUT).write_bytes(before)
+    assert amended.input_ids == as_it_was.input_ids
+    assert amended.n_checked < 0.8 * as_it_was.n_checked
+
+
 @pytest.mark.parametrize("kind", ["shuffled", "zero", "huge", "backwards"])
 def test_hostile_fit_costs_time_but_never_correctness(fitted: LanguageModel, kind: str) -> None:
     path = fit_path(fitted, *_CUT)

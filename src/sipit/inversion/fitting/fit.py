@@ -19,7 +19,7 @@ from sipit.inversion.fitting.states import CapturedStates, Cut, OnStep, StatesFo
 from sipit.inversion.fitting.store import Fit, fit_folder, save_fit
 from sipit.inversion.fitting.training import Recipe, train
 from sipit.inversion.fitting.windows import given_windows, held_out_windows, sample_starts
-from sipit.inversion.regression import is_first_kind, may_be_first_kind, sink_cosine, spread_ids
+from sipit.inversion.regression import amended_query, is_first_kind, may_be_first_kind, sink_cosine, spread_ids
 from sipit.inversion.token_keys import TokenKeys, token_keys
 from sipit.models import LanguageModel, TappedModel
 from sipit.storage import held_alone, read_json, write_json
@@ -125,7 +125,7 @@ def _fit_in(
 class FittedScores:
     """A fit as an inverse: one query a position, the score of every token."""
 
-    fallibility = 1.0  # where it is wrong it is sure of it
+    doubtful_weights = (0.6, 0.75)
 
     def __init__(self, keys: TokenKeys, fit: Fit) -> None:
         self.keys = keys
@@ -140,6 +140,16 @@ class FittedScores:
         is_sink = is_first_kind(states, fit.first_mean, fit.sink_cosine)  # (T,)
         queries[is_sink] = self._first_queries(states[is_sink])
         return queries
+
+    def amended_query(self, observed: Tensor, position: int, states: Tensor, token_ids: Tensor) -> Tensor:
+        """Return the query at a position, corrected by candidates checked there. (T, D), (N, D), (N,) → (K,)."""
+        fit = self.fit
+        rows = torch.cat([observed[position][None], states]).float()  # (N + 1, D)
+        if is_first_kind(observed[: position + 1], fit.first_mean, fit.sink_cosine)[position]:
+            queries, gain = self._first_queries(rows), _FIRST_GAIN
+        else:
+            queries, gain = fit.network.queries_at(observed.float(), position, rows), KEY_LENGTH
+        return amended_query(rows, queries, self.keys.keys(token_ids) * gain)
 
     def other_query(self, state: Tensor) -> Tensor | None:
         """Return the first position's reading of a state that is nearly of its kind. (D,) → (K,)."""

@@ -58,6 +58,14 @@ class InverseNetwork(nn.Module):
         places = torch.arange(len(states), device=states.device)
         return cast(Tensor, self(beside(white.roll(1, 0), white, white.roll(-1, 0), places, len(states))))
 
+    @torch.no_grad()
+    def queries_at(self, states: Tensor, position: int, others: Tensor) -> Tensor:
+        """Return the queries at one position of a prompt, were its state there another. (T, D), (N, D) → (N, K)."""
+        window = self.white(states[[max(position - 1, 0), min(position + 1, len(states) - 1)]])  # before, after
+        before, after = window[:, None].expand(-1, len(others), -1)
+        places = torch.full((len(others),), position, device=states.device)
+        return cast(Tensor, self(beside(before, self.white(others), after, places, len(states))))
+
 
 def beside(before: Tensor, here: Tensor, after: Tensor, places: Tensor, length: int) -> Tensor:
     """Return states next to their neighbours, zero where there is none worth having. (B, D) each → (B, 3 D).

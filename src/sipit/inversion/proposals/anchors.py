@@ -12,8 +12,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from sipit.inversion.regression import Ridge, is_first_kind, may_be_first_kind, ridge, sink_cosine, spread_ids
+from sipit.inversion.regression import (
+    Ridge,
+    amended_query,
+    is_first_kind,
+    may_be_first_kind,
+    ridge,
+    sink_cosine,
+    spread_ids,
+)
 from sipit.inversion.result import Meter
 from sipit.inversion.token_keys import TokenKeys, token_keys
 from sipit.models import LanguageModel
@@ -33,7 +42,7 @@ class AnchorInverse:
     rest: Ridge
     sink_cosine: float  # states nearer than this to the mean first state are read as first ones
     block_tokens: int  # what the anchors cost
-    fallibility: float = 0.0  # its scores stay worth having after many misses
+    doubtful_weights: tuple[float, float] = (50.0, 1.0)
     weights: tuple[tuple[float, float], ...] = (
         *((50.0, 1.0), (25.0, 1.0), (100.0, 1.0), (200.0, 1.0)),
         *((25.0, 0.0), (50.0, 0.0), (100.0, 0.0), (200.0, 0.0)),
@@ -43,12 +52,20 @@ class AnchorInverse:
         """Return one unit query a position of one prompt. (T, D) → (T, K)."""
         states = states.float()
         is_sink = is_first_kind(states, self.first.mean, self.sink_cosine)  # (T,)
-        return torch.where(is_sink[:, None], self.first(states), self.rest(states))
+        return normalize(torch.where(is_sink[:, None], self.first(states), self.rest(states)), dim=1)
+
+    def amended_query(self, observed: Tensor, position: int, states: Tensor, token_ids: Tensor) -> Tensor:
+        """Return the query at a position, corrected by candidates checked there. (T, D), (N, D), (N,) → (K,)."""
+        is_sink = bool(is_first_kind(observed[: position + 1], self.first.mean, self.sink_cosine)[position])
+        rows = torch.cat([observed[position][None], states]).float()
+        return amended_query(
+            rows, normalize((self.first if is_sink else self.rest)(rows), dim=1), self.keys.keys(token_ids)
+        )
 
     def other_query(self, state: Tensor) -> Tensor | None:
         """Return the first position's reading of a state that is nearly of its kind. (D,) → (K,)."""
         is_between = may_be_first_kind(state, self.first.mean, self.sink_cosine)
-        return self.first(state[None].float())[0] if is_between else None
+        return normalize(self.first(state[None].float()), dim=1)[0] if is_between else None
 
     def scores(self, queries: Tensor) -> Tensor:
         """Return the cosine of each query with every token's key. (N, K) → (N, V)."""

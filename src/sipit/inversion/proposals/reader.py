@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sipit.inversion.check import Checked
 from sipit.inversion.proposals.likely import Likely
@@ -27,10 +27,10 @@ from sipit.inversion.tree import Outlook, worthwhile
 _BLOCK = 32  # positions scored at a time
 _MAX_SCORES = 1 << 25  # scores held at once, over all positions ahead
 _WIDTH = 8  # guesses kept for each position ahead
-_PATIENCE = 24  # candidates checked in vain before a regression on them joins
+_PATIENCE = 8  # candidates checked in vain before a regression on them corrects the inverse
+_DESPAIR = 64  # at which another regression on them does without the inverse
 _PRIOR_NATS = 2.0  # evidence needed to leave the first pair of weights
 _PERSISTENCE = 0.5  # candidates worth checking next, of those checked in vain: fewer are more passes, more are wasted
-_HALF_DOUBT = 256  # candidates checked in vain at which the inverse counts half
 _BANDS = (0.5, 0.9, 0.99, 0.999)  # guesses of like certainty are judged together by how often they prove right
 _PRIOR_GUESSES = 20.0  # of each band, assumed to have been right as often as they claimed
 _SURE = 0.99  # a guess that proves right at this chance teaches nothing
@@ -50,11 +50,14 @@ class Inverse(Protocol):
         """Pairs (of the inverse's score, of the log-probability) to choose from as evidence comes in."""
 
     @property
-    def fallibility(self) -> float:
-        """How much misses at a position speak against its scores there, 0 to 1."""
+    def doubtful_weights(self) -> tuple[float, float]:
+        """Such a pair for positions where its first choices were wrong."""
 
     def queries(self, states: Tensor) -> Tensor:
         """Return one query a position of one prompt. (T, D) → (T, K)."""
+
+    def amended_query(self, observed: Tensor, position: int, states: Tensor, token_ids: Tensor) -> Tensor:
+        """Return the query at a position, corrected by candidates checked there. (T, D), (N, D), (N,) → (K,)."""
 
     def other_query(self, state: Tensor) -> Tensor | None:
         """Return a second reading of a state that may be of the other kind; None where it is not. (D,) → (K,)."""
@@ -116,8 +119,9 @@ class Reader:
 
     def next(self, n: int, untried: Tensor) -> Tensor:
         n_checked = sum(len(c.token_ids) for c in self._checked)
-        logits = self._doubtful_logits(n_checked) if n_checked >= _PATIENCE else self._logits(self.scene.position)
-        logits = logits.masked_fill(~untried.to(logits.device), -torch.inf)  # (V,)
+        here = untried.to(self.scene.check.observed.device)
+        logits = self._doubtful_logits(here) if n_checked >= _PATIENCE else self._logits(self.scene.position)
+        logits = logits.masked_fill(~here, -torch.inf)  # (V,)
         n_left = int(untried.sum())
         if n_left == 0:
             return untried.nonzero()[:, 0]
@@ -200,26 +204,30 @@ class Reader:
             self._logs[start] = self._likely.log_probabilities(start, stop)
         return row, self._logs[start][position - start]
 
-    def _doubtful_logits(self, n_checked: int) -> Tensor:
-        """Return logits where many candidates were checked in vain: the inverse is wrong here. (V,).
+    def _doubtful_logits(self, untried: Tensor) -> Tensor:
+        """Return logits where candidates were checked in vain: the inverse is wrong here. (V,) → (V,).
 
-        The more were checked, the less the inverse counts, and the more the likelihood and a regression
-        on the candidates checked behind this very prefix.
+        What it gets wrong is learned from these candidates. The likelihood may be wrong here too (it
+        knows nothing at position 1), so that orders with and without it take turns.
         """
-        doubt = n_checked / (n_checked + _HALF_DOUBT)
-        of_score, of_log = self._weights
-        row, logs = self._rows(self.scene.position)
-        logits = (1 - self._inverse.fallibility * doubt) * of_score * row
-        if logs is not None and of_log:
-            logits = logits + (of_log + doubt * (1 - of_log)) * logs
-        other = self._inverse.other_query(self.scene.target)
+        inverse, scene = self._inverse, self.scene
+        states = torch.cat([c.states for c in self._checked]).float()  # (N, D)
+        tokens = torch.cat([c.token_ids for c in self._checked])  # (N,)
+        query = inverse.amended_query(scene.check.observed, scene.position, states, tokens)
+        _, logs = self._rows(scene.position)
+        readings = [inverse.scores(query[None])[0]]
+        if logs is not None:
+            readings.append(_fused(inverse.doubtful_weights, readings[0], logs))
+        if len(tokens) >= _DESPAIR:
+            keys = inverse.keys
+            query = ridge(states, keys.keys(tokens), _LOCAL_RIDGE)(scene.target[None].float())
+            cosines = keys.scores(nn.functional.normalize(query, dim=1))[0]
+            readings.append(_fused((_LOCAL_GAIN, 1.0), cosines, logs))
+        other = inverse.other_query(scene.target)
         if other is not None:
-            return torch.maximum(_by_rank(logits), _by_rank(self._inverse.scores(other[None])[0]))
-        states = torch.cat([c.states for c in self._checked]).float()
-        tokens = torch.cat([c.token_ids for c in self._checked])
-        keys = self._inverse.keys
-        query = ridge(states, keys.keys(tokens), _LOCAL_RIDGE)(self.scene.target[None].float())
-        return logits + doubt * _LOCAL_GAIN * keys.scores(query)[0]
+            readings.append(inverse.scores(other[None])[0])
+        readings = [scores.masked_fill(~untried, -torch.inf) for scores in readings]
+        return torch.stack([_by_rank(scores) for scores in readings]).amax(dim=0) if len(readings) > 1 else readings[0]
 
 
 def _by_rank(scores: Tensor) -> Tensor:

@@ -1,0 +1,37 @@
+"""Queries amended by what candidates checked in vain show."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sipit.inversion.regression import amended_query
+
+
+@pytest.fixture
+def states() -> torch.Tensor:
+    return torch.randn(33, 16, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def right(states: torch.Tensor) -> torch.Tensor:
+    """The query that each state should have."""
+    return states @ torch.randn(16, 8, generator=torch.Generator().manual_seed(4))
+
+
+def test_query_stays_where_the_others_are_right(states: torch.Tensor, right: torch.Tensor) -> None:
+    amended = amended_query(states, right, right[1:])
+    torch.testing.assert_close(amended, right[0])
+
+
+@pytest.mark.parametrize("error", ["same everywhere", "linear in the state"])
+def test_query_moves_towards_what_the_others_miss(states: torch.Tensor, right: torch.Tensor, error: str) -> None:
+    missing = torch.full_like(right, 5.0) if error == "same everywhere" else -right
+    amended = amended_query(states, right - missing, right[1:])
+    before, after = missing[0].norm(), (amended - right[0]).norm()
+    assert after < 0.9 * before
+
+
+def test_few_alike_states_give_a_finite_query(right: torch.Tensor) -> None:
+    alike = torch.ones(5, 16)
+    assert torch.isfinite(amended_query(alike, right[:5], right[1:5] + 1)).all()
