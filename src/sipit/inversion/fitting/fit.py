@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sipit.errors import StorageError
+from sipit.inversion.fitting.memory import release_free_memory
 from sipit.inversion.fitting.network import KEY_LENGTH, InverseNetwork
 from sipit.inversion.fitting.states import CapturedStates, Cut, OnStep, StatesFolder, capture_windows, sample_windows
 from sipit.inversion.fitting.store import Fit, fit_folder, save_fit
@@ -99,6 +100,7 @@ def _fit_in(
     folder = StatesFolder(work, widths, sum(map(len, starts)) + len(given), length)
     spent = sample_windows(lm, starts, cuts, folder, seed, told.phase("sampling"))
     spent += capture_windows(lm, given, cuts, folder, told.phase("capturing"))
+    release_free_memory()
     held_out, more = held_out_windows(lm, n_windows=_HELD_OUT_WINDOWS, length=_HELD_OUT_LENGTH, seed=seed)
     spent += more
     shared_seconds = time.perf_counter() - started
@@ -110,6 +112,7 @@ def _fit_in(
         phase = told.phase(f"training {site} {layer}")
         with CapturedStates(path) as states:
             network = train(states, windows, keys, recipe, checkpoint, phase)
+        release_free_memory()
         fit = _calibrated(lm, keys, (layer, site), network, held_out, recipe.seed)
         report = {
             **fit.report,

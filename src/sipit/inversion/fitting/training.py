@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sipit.inversion.arithmetic import fast_arithmetic
+from sipit.inversion.fitting.memory import release_free_memory
 from sipit.inversion.fitting.network import KEY_LENGTH, InverseNetwork, beside
 from sipit.inversion.fitting.states import CapturedStates, OnStep
 from sipit.inversion.token_keys import TokenKeys
@@ -29,6 +30,7 @@ _RIDGE_GAIN = 4.0  # a sane scale of the logits to start from
 _WHITENING_FLOOR = 1e-3  # of the mean eigenvalue
 _EARLY, _EARLY_REPEATS = 4, 3  # positions below 4 are trained on three times more often
 _SAVE_EVERY = 40  # steps between checkpoints
+_RELEASE_EVERY = 10  # steps: each leaves holes of many megabytes among what is in use
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for a parameter
 
 
@@ -98,6 +100,8 @@ def train(
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
+        if (step + 1) % _RELEASE_EVERY == 0:
+            release_free_memory()
         on_step(step + 1, n_steps)
         if (step + 1) % _SAVE_EVERY == 0:
             _save(checkpoint, step + 1, network, optimizer)
