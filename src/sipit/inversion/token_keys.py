@@ -16,7 +16,7 @@ from sipit.inversion.arithmetic import is_fast_in_bfloat16
 from sipit.models import LanguageModel
 
 _NEIGHBOURS = 64  # of a token, remembered
-_REFINED = 32  # best tokens of a row whose scores are computed again in float32
+_REFINED = 8  # best tokens of a row whose scores are computed again in float32
 _FLOOR = 1e-3  # eigenvalues below this fraction of the largest are held there: they are noise
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 _LONG = 512  # tokens of a prompt at which a pass is worth one
 _SHARED_PRICE = 0.25  # least, where prompts share their passes
-_LOW_PRICE, _FULL_PRICE = 0.5, 2.0  # 0.4 to 5 were tried: less is more passes, more is up to a prefill of waste
+_LOW_PRICE, _FULL_PRICE = 0.5, 1.5  # 0.4 to 5 were tried: less is more passes, more is up to a prefill of waste
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,7 @@ _HELD_OUT_LENGTH = 64
 _SINK_WINDOWS = 4  # of each kind, which show what a state that is no sink looks like
 _CALIBRATION_STRIDE = 4  # of the held-out positions, one in so many decides between a few dozen pairs of numbers
 _TEMPERATURES = (0.4, 0.5, 0.6, 0.75, 0.9, 1.1, 1.4, 1.8)
+_NATURAL = (0.8, 0.5)  # of scores and log-probabilities: natural text is likelier than what a fit is calibrated on
 _LIKELIHOOD_WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5)
 
 
@@ -133,8 +134,8 @@ class FittedScores:
     def __init__(self, keys: TokenKeys, fit: Fit) -> None:
         self.keys = keys
         self.fit = fit
-        share = fit.likelihood_weight
-        self.weights: tuple[tuple[float, float], ...] = ((1.0, share), (1.0, 0.0), (0.6, share), (0.6, 1.0))
+        calibrated = (1.0, fit.likelihood_weight)  # to all kinds of held-out text at once, random ids among them
+        self.weights: tuple[tuple[float, float], ...] = (_NATURAL, calibrated, (1.0, 0.0), (0.6, 0.5), (0.6, 1.0))
 
     def queries(self, states: Tensor) -> Tensor:
         """Return one query a position of one prompt. (T, D) → (T, K)."""

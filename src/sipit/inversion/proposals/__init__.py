@@ -19,6 +19,7 @@ Policy = Literal["auto", "likely", "gradient", "random", "vocabulary"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 _CHEAP_LIKELIHOOD = 0.25  # blocks above the layer, over blocks below it, that a good inverse still pays for
+_LONG = 512  # tokens of a prompt at which the likelihood saves more time in passes than its blocks take
 
 __all__ = ["POLICIES", "Hinted", "Policy", "Proposal", "Scene", "proposal_for"]
 
@@ -53,5 +54,5 @@ def _best_reader(scene: Scene, use_fit: bool) -> Reader:
     fit = load_fit(lm, layer, site) if use_fit else None
     if fit is None:
         return Reader(scene, anchor_inverse(lm, layer, site, scene.meter), is_cautious=False)
-    is_dear = lm.n_layers - layer > _CHEAP_LIKELIHOOD * layer
+    is_dear = lm.n_layers - layer > _CHEAP_LIKELIHOOD * layer and scene.seen.seq_len < _LONG
     return Reader(scene, FittedScores(token_keys(lm), fit), is_cautious=is_dear)

@@ -12,6 +12,7 @@ import weakref
 import torch
 from torch import Tensor
 
+from sipit.inversion.arithmetic import fast_arithmetic
 from sipit.inversion.proposals.proposal import Ordered, Scene
 from sipit.inversion.result import Meter
 from sipit.models import LanguageModel
@@ -34,16 +35,21 @@ class Likely(Ordered):
         return logs.argsort(descending=True, stable=True)
 
     def log_probabilities(self, start: int, stop: int) -> Tensor:
-        """Return log-probabilities of every token at some positions, from the observed states. (N, V)."""
+        """Return log-probabilities of every token at some positions, from the observed states. (N, V).
+
+        In bfloat16 where that is fast.
+        """
         scene = self.scene
         if start == 0:
             rows = opening_log_probabilities(scene.lm, scene.meter)[None]
             return rows if stop == 1 else torch.cat([rows, self.log_probabilities(1, stop)])
-        if self._finals is None:
-            seen = scene.seen
-            self._finals, n_blocks = scene.lm.final_states(seen.states, seen.layer, seen.site)
-            scene.meter.spend(seen.seq_len, n_blocks)
-        return scene.lm.next_token_logits(self._finals[start - 1 : stop - 1]).log_softmax(dim=1)
+        with fast_arithmetic(scene.lm.device):
+            if self._finals is None:
+                seen = scene.seen
+                self._finals, n_blocks = scene.lm.final_states(seen.states, seen.layer, seen.site)
+                scene.meter.spend(seen.seq_len, n_blocks)
+            logits = scene.lm.next_token_logits(self._finals[start - 1 : stop - 1])
+        return logits.log_softmax(dim=1)
 
     def _after_prefix(self) -> Tensor:
         """Return the logits behind the accepted prefix, by the full model. (V,)."""
