@@ -22,7 +22,7 @@ from sipit.inversion.fitting.training import Recipe, train
 from sipit.inversion.fitting.windows import given_windows, held_out_windows, sample_starts
 from sipit.inversion.regression import amended_query, is_first_kind, may_be_first_kind, sink_cosine, spread_ids
 from sipit.inversion.token_keys import TokenKeys, token_keys
-from sipit.models import LanguageModel, TappedModel
+from sipit.models import LanguageModel
 from sipit.storage import held_alone, read_json, write_json
 
 _FIRSTS = 4096  # single tokens the first position is fitted on
@@ -210,7 +210,11 @@ def _calibrated(
     layer, site = cut
     tapped = lm.tapped([cut, (lm.n_layers, "final")])
     firsts, first_mean, first_weight = _first_position(lm, keys, cut, seed)
-    rests = torch.cat([tapped.states(windows[:_SINK_WINDOWS])[0][:, 1:].flatten(0, 1) for windows in held_out.values()])
+    passes = {
+        kind: [(ids, *(at_cut[0] for at_cut in tapped.states(ids[None]))) for ids in windows]
+        for kind, windows in held_out.items()
+    }
+    rests = torch.cat([states[1:] for seen in passes.values() for _, states, _ in seen[:_SINK_WINDOWS]])
     untuned = Fit(
         network=network,
         first_mean=first_mean,
@@ -222,9 +226,9 @@ def _calibrated(
     )
     raw = FittedScores(keys, untuned)
     nats = torch.zeros(len(_TEMPERATURES), len(_LIKELIHOOD_WEIGHTS))
-    for windows in held_out.values():
-        for ids in windows:
-            scores, logs, targets = (part[::_CALIBRATION_STRIDE] for part in _held_out_scores(lm, raw, tapped, ids))
+    for seen in passes.values():
+        for one in seen:
+            scores, logs, targets = (part[::_CALIBRATION_STRIDE] for part in _held_out_scores(lm, raw, *one))
             for i, temperature in enumerate(_TEMPERATURES):
                 for j, weight in enumerate(_LIKELIHOOD_WEIGHTS):
                     logits = scores / temperature + weight * logs
@@ -232,10 +236,10 @@ def _calibrated(
     best = divmod(int(nats.argmin()), len(_LIKELIHOOD_WEIGHTS))
     temperature, weight = _TEMPERATURES[best[0]], _LIKELIHOOD_WEIGHTS[best[1]]
     kinds = {}
-    for kind, windows in held_out.items():
+    for kind, seen in passes.items():
         ranks = []
-        for ids in windows:
-            scores, logs, targets = _held_out_scores(lm, raw, tapped, ids)
+        for one in seen:
+            scores, logs, targets = _held_out_scores(lm, raw, *one)
             fused = scores / temperature + weight * logs
             ranks.append(torch.stack([_ranks(scores, targets), _ranks(fused, targets)]))
         alone, together = torch.cat(ranks, dim=1)
@@ -245,10 +249,9 @@ def _calibrated(
 
 
 def _held_out_scores(
-    lm: LanguageModel, raw: FittedScores, tapped: TappedModel, ids: Tensor
+    lm: LanguageModel, raw: FittedScores, ids: Tensor, states: Tensor, finals: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return scores, log-probabilities and true tokens from position 1 on. (T, V), (T, V), (T,)."""
-    states, finals = (at_cut[0] for at_cut in tapped.states(ids[None]))  # (T, D), (T, D)
     scores = raw.scores(raw.queries(states)[1:])
     logs = lm.next_token_logits(finals[:-1]).log_softmax(dim=1)
     return scores, logs, ids[1:].to(scores.device)
