@@ -24,7 +24,11 @@ class Ridge:
     bias: Tensor  # (K,)
 
     def __call__(self, states: Tensor) -> Tensor:
-        """Return queries. (N, D) → (N, K)."""
+        """Return unit queries. (N, D) → (N, K)."""
+        return nn.functional.normalize(self.predicted(states), dim=1)
+
+    def predicted(self, states: Tensor) -> Tensor:
+        """Return what the map gives, of any length. (N, D) → (N, K)."""
         return ((states - self.mean) / self.scale) @ self.weight + self.bias
 
 
@@ -53,7 +57,7 @@ def amended_query(states: Tensor, queries: Tensor, wanted: Tensor) -> Tensor:
     The others are states of candidates at the first one's position, whose tokens are known: a ridge
     regression tells from a state what an inverse gets wrong here.
     """
-    missing = ridge(states[1:], wanted - queries[1:], _AMENDING_RIDGE)(states[:1])[0]  # (K,)
+    missing = ridge(states[1:], wanted - queries[1:], _AMENDING_RIDGE).predicted(states[:1])[0]  # (K,)
     return queries[0] + _AMENDED * missing
 
 
@@ -78,6 +82,11 @@ def is_first_kind(states: Tensor, mean: Tensor, least_cosine: float) -> Tensor:
     is_first = cosine_to(states, mean) > least_cosine
     is_first[0] = True
     return is_first
+
+
+def is_first_kind_at(states: Tensor, position: int, mean: Tensor, least_cosine: float) -> bool:
+    """Return whether the state at one position of a prompt is read as a first one. (T, D), (D,)."""
+    return position == 0 or float(cosine_to(states[position][None], mean)) > least_cosine
 
 
 def may_be_first_kind(state: Tensor, mean: Tensor, least_cosine: float) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_LONG = 512  # tokens of a prompt at which a pass is worth one
+LONG = 512  # tokens of a prompt at which a pass is worth one
 _SHARED_PRICE = 0.25  # least, where prompts share their passes
 _LOW_PRICE, _FULL_PRICE = 0.5, 1.5  # 0.4 to 5 were tried: less is more passes, more is up to a prefill of waste
 
@@ -42,7 +42,7 @@ def pass_price(seq_len: int, n_sharing: int = 1) -> float:
     Short prompts, of which a window easily wastes more than they have, are priced in tokens alone.
     Prompts that share their passes share that cost.
     """
-    price = min(max(seq_len / _LONG, _LOW_PRICE), _FULL_PRICE)
+    price = min(max(seq_len / LONG, _LOW_PRICE), _FULL_PRICE)
     return max(price / n_sharing, min(price, _SHARED_PRICE))
 
 

@@ -20,7 +20,14 @@ from sipit.inversion.fitting.states import CapturedStates, Cut, OnStep, StatesFo
 from sipit.inversion.fitting.store import Fit, fit_folder, save_fit
 from sipit.inversion.fitting.training import Recipe, train
 from sipit.inversion.fitting.windows import given_windows, held_out_windows, sample_starts
-from sipit.inversion.regression import amended_query, is_first_kind, may_be_first_kind, sink_cosine, spread_ids
+from sipit.inversion.regression import (
+    amended_query,
+    is_first_kind,
+    is_first_kind_at,
+    may_be_first_kind,
+    sink_cosine,
+    spread_ids,
+)
 from sipit.inversion.token_keys import TokenKeys, token_keys
 from sipit.models import LanguageModel
 from sipit.storage import held_alone, read_json, write_json
@@ -149,10 +156,10 @@ class FittedScores:
         """Return the query at a position, corrected by candidates checked there. (T, D), (N, D), (N,) → (K,)."""
         fit = self.fit
         rows = torch.cat([observed[position][None], states]).float()  # (N + 1, D)
-        if is_first_kind(observed[: position + 1], fit.first_mean, fit.sink_cosine)[position]:
+        if is_first_kind_at(observed, position, fit.first_mean, fit.sink_cosine):
             queries, gain = self._first_queries(rows), _FIRST_GAIN
         else:
-            queries, gain = fit.network.queries_at(observed.float(), position, rows), KEY_LENGTH
+            queries, gain = fit.network.queries_at(observed, position, rows), KEY_LENGTH
         return amended_query(rows, queries, self.keys.keys(token_ids) * gain)
 
     def other_query(self, state: Tensor) -> Tensor | None:

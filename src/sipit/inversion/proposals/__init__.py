@@ -14,12 +14,12 @@ from sipit.inversion.proposals.proposal import Proposal, Scene
 from sipit.inversion.proposals.reader import Reader
 from sipit.inversion.proposals.vocabulary import RandomOrder, VocabularyOrder
 from sipit.inversion.token_keys import token_keys
+from sipit.inversion.tree import LONG
 
 Policy = Literal["auto", "likely", "gradient", "random", "vocabulary"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 _CHEAP_LIKELIHOOD = 0.25  # blocks above the layer, over blocks below it, that a good inverse still pays for
-_LONG = 512  # tokens of a prompt at which the likelihood saves more time in passes than its blocks take
 
 __all__ = ["POLICIES", "Hinted", "Policy", "Proposal", "Scene", "proposal_for"]
 
@@ -54,5 +54,6 @@ def _best_reader(scene: Scene, use_fit: bool) -> Reader:
     fit = load_fit(lm, layer, site) if use_fit else None
     if fit is None:
         return Reader(scene, anchor_inverse(lm, layer, site, scene.meter), is_cautious=False)
-    is_dear = lm.n_layers - layer > _CHEAP_LIKELIHOOD * layer and scene.seen.seq_len < _LONG
+    is_long = scene.seen.seq_len >= LONG  # the likelihood saves more time in passes than its blocks take
+    is_dear = lm.n_layers - layer > _CHEAP_LIKELIHOOD * layer and not is_long
     return Reader(scene, FittedScores(token_keys(lm), fit), is_cautious=is_dear)

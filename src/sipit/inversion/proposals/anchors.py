@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from sipit.inversion.regression import (
     Ridge,
     amended_query,
     is_first_kind,
+    is_first_kind_at,
     may_be_first_kind,
     ridge,
     sink_cosine,
@@ -52,20 +52,18 @@ class AnchorInverse:
         """Return one unit query a position of one prompt. (T, D) → (T, K)."""
         states = states.float()
         is_sink = is_first_kind(states, self.first.mean, self.sink_cosine)  # (T,)
-        return normalize(torch.where(is_sink[:, None], self.first(states), self.rest(states)), dim=1)
+        return torch.where(is_sink[:, None], self.first(states), self.rest(states))
 
     def amended_query(self, observed: Tensor, position: int, states: Tensor, token_ids: Tensor) -> Tensor:
         """Return the query at a position, corrected by candidates checked there. (T, D), (N, D), (N,) → (K,)."""
-        is_sink = bool(is_first_kind(observed[: position + 1], self.first.mean, self.sink_cosine)[position])
-        rows = torch.cat([observed[position][None], states]).float()
-        return amended_query(
-            rows, normalize((self.first if is_sink else self.rest)(rows), dim=1), self.keys.keys(token_ids)
-        )
+        is_sink = is_first_kind_at(observed, position, self.first.mean, self.sink_cosine)
+        rows = torch.cat([observed[position][None], states]).float()  # (N + 1, D)
+        return amended_query(rows, (self.first if is_sink else self.rest)(rows), self.keys.keys(token_ids))
 
     def other_query(self, state: Tensor) -> Tensor | None:
         """Return the first position's reading of a state that is nearly of its kind. (D,) → (K,)."""
         is_between = may_be_first_kind(state, self.first.mean, self.sink_cosine)
-        return normalize(self.first(state[None].float()), dim=1)[0] if is_between else None
+        return self.first(state[None].float())[0] if is_between else None
 
     def scores(self, queries: Tensor) -> Tensor:
         """Return the cosine of each query with every token's key. (N, K) → (N, V)."""

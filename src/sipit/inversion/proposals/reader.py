@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sipit.inversion.check import Checked
 from sipit.inversion.proposals.likely import Likely
@@ -221,8 +221,7 @@ class Reader:
         if len(tokens) >= _DESPAIR:
             keys = inverse.keys
             query = ridge(states, keys.keys(tokens), _LOCAL_RIDGE)(scene.target[None].float())
-            cosines = keys.scores(nn.functional.normalize(query, dim=1))[0]
-            readings.append(_fused((_LOCAL_GAIN, 1.0), cosines, logs))
+            readings.append(_fused((_LOCAL_GAIN, 1.0), keys.scores(query)[0], logs))
         other = inverse.other_query(scene.target)
         if other is not None:
             readings.append(inverse.scores(other[None])[0])
