@@ -27,8 +27,8 @@ class Checked:
     fits: Tensor  # (Q,) bool: within the tolerance there
     is_near: Tensor  # (Q,) bool: within the tolerance plus the declared noise
 
-    def subset(self, columns: Tensor) -> Checked:
-        """Return the outcome for some of the tokens. (N,) → N tokens."""
+    def subset(self, columns: slice) -> Checked:
+        """Return the outcome for some of the tokens."""
         return Checked(
             token_ids=self.token_ids[columns],
             states=self.states[columns],

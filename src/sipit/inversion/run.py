@@ -98,7 +98,7 @@ class Run:
         checked = self.scene.check.judge(tree.token_ids, tree.positions, states)
         accepted: list[int] = []
         for level, continued in zip(tree.levels, tree.chain, strict=True):
-            here = checked.subset(torch.tensor(level))
+            here = checked.subset(slice(level[0], level[-1] + 1))
             self._tried.add(here)
             best = self._tried.best()
             if not best.is_near or (self._tries_all and not self._is_settling):

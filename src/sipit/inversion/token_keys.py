@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from sipit.inversion.arithmetic import is_fast_in_bfloat16
-from sipit.models import LanguageModel
+from sipit.models import LaidOut, LanguageModel
 
 _NEIGHBOURS = 64  # of a token, remembered
 _REFINED = 8  # best tokens of a row whose scores are computed again in float32
+_SAMPLED = 16_384  # rows, evenly spread, that mean and covariance are taken of
 _FLOOR = 1e-3  # eigenvalues below this fraction of the largest are held there: they are noise
 
 
@@ -25,28 +26,27 @@ class TokenKeys:
 
     def __init__(self, lm: LanguageModel) -> None:
         self._rows = lm.embeddings
-        mean, second, count = torch.tensor(0.0), torch.tensor(0.0), 0
-        for _, rows in self._rows.slices():
-            mean = mean + rows.double().sum(dim=0).cpu()
-            second = second + (rows.float().T @ rows.float()).double().cpu()
-            count += len(rows)
-        mean = mean / count  # (D,)
-        values, vectors = torch.linalg.eigh(second / count - torch.outer(mean, mean))
-        values = (values + _FLOOR * values[-1]).clamp(min=1e-30)
         device = lm.device
-        self._mean = mean.float().to(device)
+        n_sampled = min(self.vocab_size, _SAMPLED)
+        sample = self._rows.rows(torch.arange(n_sampled) * self.vocab_size // n_sampled).float()
+        self._mean = sample.mean(dim=0)  # (D,)
+        sample -= self._mean
+        values, vectors = torch.linalg.eigh((sample.T @ sample / n_sampled).double().cpu())
+        values = (values + _FLOOR * values[-1]).clamp(min=1e-30)
         self.whitening = ((vectors * values.rsqrt()) @ vectors.T).float().to(device)  # (D, D), symmetric
         self._nearest: dict[int, list[tuple[int, float]]] = {}  # token → its neighbours, as they were asked for
-        self._rounded: Tensor | None = None  # all keys in bfloat16 where that is fast. (V, D)
+        self._rounded: LaidOut | None = None  # all keys in bfloat16 where that is fast. (V, D)
+        is_fast = is_fast_in_bfloat16(device)
+        whitened = LaidOut(self.whitening.bfloat16() if is_fast else self.whitening)
         norms, rounded = [], []
         for _, rows in self._rows.slices():
-            directions = (rows.float() - self._mean) @ self.whitening
-            norms.append(directions.norm(dim=1).clamp(min=1e-6))
-            if is_fast_in_bfloat16(device):
+            directions = whitened.product(rows.float() - self._mean)
+            norms.append(directions.float().norm(dim=1).clamp(min=1e-6))
+            if is_fast:
                 rounded.append((directions / norms[-1][:, None]).bfloat16())
         self._inverse_norms = 1 / torch.cat(norms)  # (V,)
-        if rounded:
-            self._rounded = torch.cat(rounded)
+        if is_fast:
+            self._rounded = LaidOut(torch.cat(rounded))
 
     @property
     def width(self) -> int:
@@ -84,8 +84,8 @@ class TokenKeys:
         shift = vectors @ self._mean  # (N,)
         return self._rows.products(vectors).sub_(shift[:, None]).mul_(self._inverse_norms)
 
-    def _fast_scores(self, queries: Tensor, rounded: Tensor) -> Tensor:
-        scores = (queries.bfloat16() @ rounded.T).float()  # (N, V)
+    def _fast_scores(self, queries: Tensor, rounded: LaidOut) -> Tensor:
+        scores = rounded.product(queries).float()  # (N, V)
         best = scores.topk(min(_REFINED, self.vocab_size), dim=1).indices  # (N, K)
         keys = self.keys(best.flatten()).view(*best.shape, -1)  # (N, K, D)
         return scores.scatter_(1, best, torch.einsum("nd,nkd->nk", queries, keys))

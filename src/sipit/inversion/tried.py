@@ -25,58 +25,49 @@ class Tried:
 
     def __init__(self, vocab_size: int) -> None:
         self.untried = torch.ones(vocab_size, dtype=torch.bool)  # (V,)
-        self._ids: list[Tensor] = []
-        self._distances: list[Tensor] = []
-        self._fits: list[Tensor] = []
-        self._near: list[Tensor] = []
-
-    @property
-    def n_checked(self) -> int:
-        return int((~self.untried).sum())
+        self.n_checked = 0  # tokens, each counted once
+        self._ids = torch.empty(0, dtype=torch.long)  # (N,) of all outcomes
+        self._distances = torch.empty(0)
+        self._fits = self._near = torch.empty(0, dtype=torch.bool)
 
     def add(self, checked: Checked) -> None:
-        self.untried[checked.token_ids] = False
-        self._ids.append(checked.token_ids.cpu())
-        self._distances.append(checked.distances.cpu())
-        self._fits.append(checked.fits.cpu())
-        self._near.append(checked.is_near.cpu())
+        ids = checked.token_ids.cpu()
+        self.n_checked += int(self.untried[ids].sum())
+        self.untried[ids] = False
+        self._ids = torch.cat([self._ids, ids])
+        self._distances = torch.cat([self._distances, checked.distances.cpu()])
+        self._fits = torch.cat([self._fits, checked.fits.cpu()])
+        self._near = torch.cat([self._near, checked.is_near.cpu()])
 
     def best(self) -> Best:
         """Return the nearest token that may be accepted, else the nearest of all."""
-        ids, distances, fits, near = self._all()
-        among = near if bool(near.any()) else torch.ones_like(near)
-        i = int(distances.masked_fill(~among, torch.inf).argmin())
-        return Best(int(ids[i]), float(distances[i]), bool(fits[i]), bool(near[i]))
+        distances = self._distances.masked_fill(~self._near, torch.inf) if bool(self._near.any()) else self._distances
+        i = int(distances.argmin())
+        return Best(int(self._ids[i]), float(self._distances[i]), bool(self._fits[i]), bool(self._near[i]))
 
     def runner_up(self, token_id: int) -> float | None:
         """Return the distance of the nearest other token checked."""
-        ids, distances, _, _ = self._all()
-        others = distances[ids != token_id]
-        return float(others.min()) if len(others) else None
+        if self.n_checked < 2:
+            return None
+        return float(self._distances[self._ids != token_id].min())
 
     def rivals(self, token_id: int) -> list[tuple[int, float]]:
         """Return other tokens that may be accepted too, the nearest first."""
-        ids, distances, _, near = self._all()
-        keep = near & (ids != token_id)
-        order = distances[keep].argsort(stable=True)
+        if self.n_checked < 2:
+            return []
+        keep = self._near & (self._ids != token_id)
+        order = self._distances[keep].argsort(stable=True)
         found: dict[int, float] = {}  # a token that was run again beside others stands here once, as it was nearest
-        for i, d in zip(ids[keep][order].tolist(), distances[keep][order].tolist(), strict=True):
+        for i, d in zip(self._ids[keep][order].tolist(), self._distances[keep][order].tolist(), strict=True):
             found.setdefault(int(i), float(d))
         return list(found.items())
 
     def take_back(self, distance: float) -> Tensor:
         """Forget the tokens tried within a distance, as if they had not been; return them, nearest first. (N,)."""
-        ids, distances, fits, near = self._all()
-        far = distances > distance
-        self._ids, self._distances, self._fits, self._near = [ids[far]], [distances[far]], [fits[far]], [near[far]]
-        back = ids[~far][distances[~far].argsort()]
+        far = self._distances > distance
+        back = self._ids[~far][self._distances[~far].argsort()]
+        self._ids, self._distances = self._ids[far], self._distances[far]
+        self._fits, self._near = self._fits[far], self._near[far]
+        self.n_checked -= int((~self.untried[back.unique()]).sum())
         self.untried[back] = True
         return back
-
-    def _all(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return (
-            torch.cat(self._ids),
-            torch.cat(self._distances),
-            torch.cat(self._fits),
-            torch.cat(self._near),
-        )

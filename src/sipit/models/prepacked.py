@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from sipit.models.shallow import rewritten
+
 _MOST_BYTES = 1 << 30  # of weights laid out in one process: a second copy of them
 _LARGEST = 1 << 28  # one weight: a head over a large vocabulary would leave no room for the blocks
 _ROWS = 64  # that the layout is chosen for; fewer and more do well with it
@@ -45,22 +47,41 @@ class _Conv1D(Conv1D):
 
 def prepacked(module: nn.Module) -> nn.Module:
     """Return a shallow copy of a module whose linear maps use laid-out weights; the module itself if it has none."""
-    if type(module) in (nn.Linear, Conv1D):
-        fast = copy.copy(module)
-        fast.__class__ = _Linear if type(module) is nn.Linear else _Conv1D
-        fast.__dict__["source"] = module
-        return fast
-    children = {name: None if child is None else prepacked(child) for name, child in module._modules.items()}
-    if all(children[name] is child for name, child in module._modules.items()):
+    return rewritten(module, _with_layout)
+
+
+def _with_layout(module: nn.Module) -> nn.Module:
+    if type(module) not in (nn.Linear, Conv1D):
         return module
-    clone = copy.copy(module)
-    clone.__dict__["_modules"] = children
-    return clone
+    fast = copy.copy(module)
+    fast.__class__ = _Linear if type(module) is nn.Linear else _Conv1D
+    fast.__dict__["source"] = module
+    return fast
+
+
+class LaidOut:
+    """A matrix laid out once for products with it, where that is possible. (out, in)."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        can = matrix.device.type == "cpu" and _is_available()
+        self._layout = _reordered(matrix) if can else None
+        self._plain = None if can else matrix
+
+    def product(self, rows: Tensor) -> Tensor:
+        """Return the inner product of each row with each row of the matrix, in its dtype. (N, in) → (N, out)."""
+        if self._layout is not None:
+            return _product(rows, self._layout, None)
+        assert self._plain is not None
+        return rows.to(self._plain.dtype) @ self._plain.T
 
 
 def _product(rows: Tensor, layout: Tensor, bias: Tensor | None) -> Tensor:
     bias = None if bias is None else bias.to(layout.dtype)
     return cast(Tensor, torch.ops.mkldnn._linear_pointwise(rows.to(layout.dtype), layout, bias, "none", [], ""))
+
+
+def _reordered(matrix: Tensor) -> Tensor:
+    return cast(Tensor, torch.ops.mkldnn._reorder_linear_weight(matrix.detach().contiguous(), _ROWS))
 
 
 def _layout(source: nn.Module, weight: Tensor, rows: Tensor) -> Tensor | None:
@@ -74,8 +95,7 @@ def _layout(source: nn.Module, weight: Tensor, rows: Tensor) -> Tensor | None:
         n_bytes = dtype.itemsize * weight.numel()
         if known is None and (n_bytes > _LARGEST or _held_bytes() + n_bytes > _MOST_BYTES):
             return None
-        layout = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous(), _ROWS)
-        known = _layouts.setdefault(source, {})[dtype] = (version, layout)
+        known = _layouts.setdefault(source, {})[dtype] = (version, _reordered(weight.to(dtype)))
     return known[1]
 
 

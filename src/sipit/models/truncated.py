@@ -8,17 +8,18 @@ The cut is a shallow clone: it shares every weight with the caller's model and c
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
+from sipit.models.attention import lean_attention
 from sipit.models.families import Family
-from sipit.models.generation import GenerationCache, OneQueryAttention
+from sipit.models.generation import GenerationCache
 from sipit.models.prepacked import prepacked
+from sipit.models.shallow import clone
 
 _ROOM = 512  # cache columns added at a time, at least
 _NO_LANE = -1  # of tokens that were dropped: no packed token is of it
@@ -140,13 +141,13 @@ class TruncatedModel:
         children: dict[str, nn.Module] = {family.blocks: nn.ModuleList(blocks)}
         if not is_final:
             children |= {name: nn.Identity() for name in family.final if getattr(trunk, name) is not None}
-        self._plain = _clone(trunk, children)
+        self._plain = clone(trunk, children)
         self._attentions: list[Any] = []  # of the packed clone, where its masks sit in buffers
         self._packed = self._plain
         if family.masking == "buffer":
             blocks = [self._with_open_buffer(block) for block in blocks]
-            self._packed = _clone(trunk, {**children, family.blocks: nn.ModuleList(blocks)})
-        self._fast = prepacked(self._packed)
+            self._packed = clone(trunk, {**children, family.blocks: nn.ModuleList(blocks)})
+        self._fast = prepacked(lean_attention(self._packed))
 
     @property
     def device(self) -> torch.device:
@@ -201,7 +202,7 @@ class TruncatedModel:
     ) -> list[Tensor]:
         """As `packed`, each token alone behind the prefix, at several (layer, is_final) cuts. (Q, D) each."""
         taps = [_Tap(block) for block in cast(nn.ModuleList, getattr(self._fast, self._family.blocks))]
-        tapped = _clone(self._fast, {self._family.blocks: nn.ModuleList(taps)})
+        tapped = clone(self._fast, {self._family.blocks: nn.ModuleList(taps)})
         last = self._packed_row(tapped, cache, positions, None, None, input_ids=token_ids.to(self.device)[None])
         return [states.reshape(len(token_ids), -1) for states in _at_cuts(taps, last, cuts, self.is_final)]
 
@@ -260,10 +261,10 @@ class TruncatedModel:
 
     def _with_open_buffer(self, block: nn.Module) -> nn.Module:
         outer = cast(nn.Module, block.attn)
-        inner = _clone(cast(nn.Module, outer.attention), {})
+        inner = clone(cast(nn.Module, outer.attention), {})
         inner.__dict__["_buffers"] = dict(inner._buffers)
         self._attentions.append(inner)
-        return _clone(block, {"attn": _clone(outer, {"attention": inner})})
+        return clone(block, {"attn": clone(outer, {"attention": inner})})
 
     def _fill_buffers(self, visible: Tensor, positions: Tensor, places: Tensor) -> None:
         """Open the causal buffers: the additive mask tells packed tokens apart, the window stays."""
@@ -289,7 +290,7 @@ class UpperModel:
         self._entry = _Inject(returns_tuple)
         skipped = [_Skip(returns_tuple) for _ in blocks[: layer - 1]]
         children = {family.blocks: nn.ModuleList([*skipped, self._entry, *blocks[layer:]])}
-        self._trunk = prepacked(_clone(trunk, children))
+        self._trunk = prepacked(clone(trunk, children))
         self.n_blocks = len(blocks) - layer
 
     @torch.no_grad()
@@ -318,11 +319,11 @@ class TappedModel:
         self.layer = max(layer for layer, _ in cuts)
         self._is_final = any(is_final for _, is_final in cuts)
         blocks = list(cast(nn.ModuleList, getattr(trunk, family.blocks)))[: self.layer]
-        self._taps = [_Tap(prepacked(block)) for block in blocks]
+        self._taps = [_Tap(prepacked(lean_attention(block))) for block in blocks]
         children: dict[str, nn.Module] = {family.blocks: nn.ModuleList(self._taps)}
         if not self._is_final:
             children |= {name: nn.Identity() for name in family.final if getattr(trunk, name) is not None}
-        self._trunk = _clone(trunk, children)
+        self._trunk = clone(trunk, children)
 
     @property
     def returns_tuple(self) -> bool:
@@ -339,8 +340,7 @@ class TappedModel:
         if cache is None:
             last = self._trunk(input_ids=ids, use_cache=False)[0]
         else:
-            with OneQueryAttention():
-                last = self._trunk(input_ids=ids, past_key_values=cache, use_cache=True)[0]
+            last = self._trunk(input_ids=ids, past_key_values=cache, use_cache=True)[0]
         found = _at_cuts(self._taps, last, self.cuts, self._is_final)
         for tap in self._taps:
             tap.entered = tap.left = None
@@ -405,10 +405,3 @@ class _Inject(_Skip):
 def _windowed(visible: Tensor, positions: Tensor, places: Tensor, window: int) -> Tensor:
     """Hide keys `window` or more positions back. (Q, P + Q), (Q,), (P + Q,) → (Q, P + Q)."""
     return visible & (positions[:, None] - places[None, :] < window)
-
-
-def _clone(module: nn.Module, children: Mapping[str, nn.Module]) -> nn.Module:
-    """Return a shallow copy of `module` with some children replaced; every weight stays shared."""
-    clone = copy.copy(module)
-    clone.__dict__["_modules"] = {**module._modules, **children}
-    return clone

@@ -173,8 +173,8 @@ class FittedScores:
 
     def scores(self, queries: Tensor) -> Tensor:
         """Return calibrated scores of every token. (N, K) → (N, V)."""
-        scores = self.keys.scores(queries).mul_(KEY_LENGTH).add_(self.fit.network.bias)
-        return scores.div_(self.fit.temperature)
+        temperature = self.fit.temperature
+        return self.keys.scores(queries * (KEY_LENGTH / temperature)).add_(self.fit.network.bias / temperature)
 
 
 _FIRST_GAIN = 12.0  # of a unit query at position 0: cosines of 1 against at most 0.5

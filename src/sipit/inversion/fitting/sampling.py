@@ -6,12 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sipit.inversion.arithmetic import fast_arithmetic
 from sipit.inversion.fitting.network import compact
 from sipit.models import LanguageModel
 from sipit.observations import Site
+
+_BLOCK = 128  # tokens of the vocabulary whose probabilities are summed first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,20 @@ def written_on(
             on_token(windows.shape[1])
             if windows.shape[1] >= length:
                 return Written(windows=windows.cpu(), states=found)
-            mass = lm.next_token_logits(final[:, -1]).softmax(dim=1).cumsum(dim=1)  # (B, V)
-            draw = torch.rand(len(start), 1, generator=generator).to(mass) * mass[:, -1:]
-            step = torch.searchsorted(mass, draw).clamp_(max=lm.vocab_size - 1)  # (B, 1)
+            step = _drawn(lm.next_token_logits(final[:, -1]), generator)
             windows = torch.cat([windows, step], dim=1)
+
+
+def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a token of each row by its probability: a block of the vocabulary first, which is one pass over it.
+
+    (B, V) → (B, 1)
+    """
+    vocab_size = logits.shape[1]
+    mass = F.pad(logits.softmax(dim=1), (0, -vocab_size % _BLOCK)).unflatten(1, (-1, _BLOCK))  # (B, V / 128, 128)
+    upto = mass.sum(dim=2).cumsum(dim=1)  # (B, V / 128)
+    draw = torch.rand(len(mass), 1, generator=generator).to(mass) * upto[:, -1:]
+    block = torch.searchsorted(upto, draw).clamp_(max=upto.shape[1] - 1)  # (B, 1)
+    before = torch.cat([torch.zeros_like(draw), upto], dim=1).gather(1, block)
+    inside = mass.gather(1, block[..., None].expand(-1, -1, _BLOCK))[:, 0].cumsum(dim=1)  # (B, 128)
+    return (block * _BLOCK + torch.searchsorted(inside, draw - before)).clamp_(max=vocab_size - 1)

@@ -19,7 +19,7 @@ from sipit.observations import Site
 from sipit.storage import cache_dir, whole_file
 
 _FORMAT = "sipit.fit"
-_VERSION = "3"
+_VERSION = "4"  # raised with the keys, which a fit is made for
 
 
 @dataclass(frozen=True, kw_only=True)

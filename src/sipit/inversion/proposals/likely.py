@@ -31,25 +31,24 @@ class Likely(Ordered):
     def order(self) -> Tensor:
         position = self.scene.position
         logs = self._after_prefix() if position and self._cache is not None else None
-        logs = self.log_probabilities(position, position + 1)[0] if logs is None else logs
+        logs = self.logits(position, position + 1)[0] if logs is None else logs
         return logs.argsort(descending=True, stable=True)
 
-    def log_probabilities(self, start: int, stop: int) -> Tensor:
-        """Return log-probabilities of every token at some positions, from the observed states. (N, V).
+    def logits(self, start: int, stop: int) -> Tensor:
+        """Return log-probabilities of every token at some positions, but for a constant each. (N, V).
 
-        In bfloat16 where that is fast.
+        From the observed states; in bfloat16 where that is fast.
         """
         scene = self.scene
         if start == 0:
             rows = opening_log_probabilities(scene.lm, scene.meter)[None]
-            return rows if stop == 1 else torch.cat([rows, self.log_probabilities(1, stop)])
+            return rows if stop == 1 else torch.cat([rows, self.logits(1, stop)])
         with fast_arithmetic(scene.lm.device):
             if self._finals is None:
                 seen = scene.seen
                 self._finals, n_blocks = scene.lm.final_states(seen.states, seen.layer, seen.site)
                 scene.meter.spend(seen.seq_len, n_blocks)
-            logits = scene.lm.next_token_logits(self._finals[start - 1 : stop - 1])
-        return logits.log_softmax(dim=1)
+            return scene.lm.next_token_logits(self._finals[start - 1 : stop - 1])
 
     def _after_prefix(self) -> Tensor:
         """Return the logits behind the accepted prefix, by the full model. (V,)."""

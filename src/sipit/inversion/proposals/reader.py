@@ -24,7 +24,7 @@ from sipit.inversion.regression import ridge
 from sipit.inversion.token_keys import TokenKeys
 from sipit.inversion.tree import Outlook, worthwhile
 
-_BLOCK = 32  # positions scored at a time
+_BLOCK = 64  # positions scored at a time
 _MAX_SCORES = 1 << 25  # scores held at once, over all positions ahead
 _WIDTH = 8  # guesses kept for each position ahead
 _PATIENCE = 8  # candidates checked in vain before a regression on them corrects the inverse
@@ -201,7 +201,7 @@ class Reader:
         if not self._uses_likelihood:
             return row, None
         if start not in self._logs:
-            self._logs[start] = self._likely.log_probabilities(start, stop)
+            self._logs[start] = self._likely.logits(start, stop)
         return row, self._logs[start][position - start]
 
     def _doubtful_logits(self, untried: Tensor) -> Tensor:
@@ -238,4 +238,5 @@ def _by_rank(scores: Tensor) -> Tensor:
 
 def _fused(weights: tuple[float, float], scores: Tensor, logs: Tensor | None) -> Tensor:
     """Return the weighted sum of scores and log-probabilities, where there are any."""
-    return weights[0] * scores if logs is None else weights[0] * scores + weights[1] * logs
+    weighted = weights[0] * scores
+    return weighted if logs is None else weighted.add_(logs, alpha=weights[1])
