@@ -6,11 +6,13 @@ with the prefix kept and the miss described.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from sipit.inversion.check import Checked
 from sipit.inversion.proposals import Proposal, Scene
 from sipit.inversion.result import Candidate, Miss, PositionEvidence, Verdict
 from sipit.inversion.token_keys import token_keys
@@ -97,12 +99,14 @@ class Run:
         """
         checked = self.scene.check.judge(tree.token_ids, tree.positions, states)
         accepted: list[int] = []
-        for level, continued in zip(tree.levels, tree.chain, strict=True):
-            here = checked.subset(slice(level[0], level[-1] + 1))
+        outcomes = [checked.subset(slice(level[0], level[-1] + 1)) for level in tree.levels]
+        start = self.scene.position
+        for depth, (here, continued) in enumerate(zip(outcomes, tree.chain, strict=True), start=1):
             self._tried.add(here)
             best = self._tried.best()
             if not best.is_near or (self._tries_all and not self._is_settling):
                 self.proposal.learn(here)
+                self._overhear(start + depth, outcomes[depth:])
                 self._doubted_best = best
                 break
             twins = [t for t in self._alike(best.token_id) if self._tried.untried[t]]
@@ -113,12 +117,18 @@ class Run:
             if best.token_id not in here.token_ids.tolist():  # it was checked in an earlier pass
                 self._certain = torch.tensor([best.token_id])
                 break
-            column = level[here.token_ids.tolist().index(best.token_id)]
+            column = tree.levels[depth - 1][here.token_ids.tolist().index(best.token_id)]
             accepted.append(column)
             self._accept(best)
             if column != continued:
+                self._overhear(start + depth, outcomes[depth:])
                 break
         return accepted
+
+    def _overhear(self, position: int, outcomes: Sequence[Checked]) -> None:
+        """Hand on what was checked from a position on, behind a wrong token."""
+        for ahead, checked in enumerate(outcomes, start=position):
+            self.proposal.overhear(ahead, checked)
 
     @property
     def _tries_all(self) -> bool:

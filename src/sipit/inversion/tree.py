@@ -13,7 +13,7 @@ from torch import Tensor
 
 LONG = 512  # tokens of a prompt at which a pass is worth one
 _SHARED_PRICE = 0.25  # least, where prompts share their passes
-_LOW_PRICE, _FULL_PRICE = 0.5, 1.5  # 0.4 to 5 were tried: less is more passes, more is up to a prefill of waste
+_LOW_PRICE, _FULL_PRICE = 0.5, 2.0  # 0.4 to 5 were tried: less is more passes, more is up to a prefill of waste
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +77,13 @@ def worthwhile(chances: Tensor, price: float) -> int:
     A token is checked along if it saves a later pass more often, by the price of a pass, than the
     better ones make it useless.
     """
-    before = chances.cumsum(dim=0) - chances
-    return max(1, int((chances * price >= before).long().cumprod(dim=0).sum()))
+    n_worth, before = 0, 0.0
+    for chance in chances.tolist():
+        if chance * price < before:
+            break
+        n_worth += 1
+        before += chance
+    return max(1, n_worth)
 
 
 def _sees(levels: list[tuple[int, ...]], chain: list[int]) -> Tensor:

@@ -34,10 +34,10 @@ class Tried:
         ids = checked.token_ids.cpu()
         self.n_checked += int(self.untried[ids].sum())
         self.untried[ids] = False
-        self._ids = torch.cat([self._ids, ids])
-        self._distances = torch.cat([self._distances, checked.distances.cpu()])
-        self._fits = torch.cat([self._fits, checked.fits.cpu()])
-        self._near = torch.cat([self._near, checked.is_near.cpu()])
+        old = (self._ids, self._distances, self._fits, self._near)
+        new = (ids, checked.distances.cpu(), checked.fits.cpu(), checked.is_near.cpu())
+        both = [torch.cat(pair) for pair in zip(old, new, strict=True)] if len(self._ids) else new
+        self._ids, self._distances, self._fits, self._near = both
 
     def best(self) -> Best:
         """Return the nearest token that may be accepted, else the nearest of all."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -113,5 +114,6 @@ def _held_bytes() -> int:
     return sum(held.nbytes for layouts in _layouts.values() for _, held in layouts.values())
 
 
+@cache
 def _is_available() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")

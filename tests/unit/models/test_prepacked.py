@@ -95,3 +95,18 @@ def test_memory_is_bounded_and_given_back(monkeypatch: pytest.MonkeyPatch) -> No
 def test_module_without_linear_maps_is_returned_as_it_is() -> None:
     norm = nn.Sequential(nn.LayerNorm(4))
     assert prepacked(norm) is norm
+
+
+@pytest.mark.parametrize("is_available", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_with_a_laid_out_matrix(
+    dtype: torch.dtype, is_available: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_available:
+        monkeypatch.setattr(module, "_is_available", lambda: False)
+    generator = torch.Generator().manual_seed(0)
+    matrix, rows = torch.randn(12, 8, generator=generator), torch.randn(5, 8, generator=generator)
+    found = module.LaidOut(matrix.to(dtype)).product(rows)
+    assert found.dtype == dtype
+    atol = 1e-5 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(found.float(), rows @ matrix.T, rtol=atol, atol=atol)

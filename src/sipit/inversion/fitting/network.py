@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sipit.inversion.arithmetic import fast_arithmetic
+
 _N_SEEN = 3  # states the network sees: the one before, this one, the one after
 KEY_LENGTH = 8.0  # common length of all keys: with longer ones the softmax is sure of everything
 
@@ -56,7 +58,7 @@ class InverseNetwork(nn.Module):
         """Return the query at every position of one prompt. (T, D) → (T, K)."""
         white = self.white(states)
         places = torch.arange(len(states), device=states.device)
-        return cast(Tensor, self(beside(white.roll(1, 0), white, white.roll(-1, 0), places, len(states))))
+        return self._fast(beside(white.roll(1, 0), white, white.roll(-1, 0), places, len(states)))
 
     @torch.no_grad()
     def queries_at(self, states: Tensor, position: int, others: Tensor) -> Tensor:
@@ -64,7 +66,12 @@ class InverseNetwork(nn.Module):
         window = self.white(states[[max(position - 1, 0), min(position + 1, len(states) - 1)]])  # before, after
         before, after = window[:, None].expand(-1, len(others), -1)
         places = torch.full((len(others),), position, device=states.device)
-        return cast(Tensor, self(beside(before, self.white(others), after, places, len(states))))
+        return self._fast(beside(before, self.white(others), after, places, len(states)))
+
+    def _fast(self, x: Tensor) -> Tensor:
+        """As `forward`, in bfloat16 where that is fast, as in training."""
+        with fast_arithmetic(x.device):
+            return cast(Tensor, self(x)).float()
 
 
 def beside(before: Tensor, here: Tensor, after: Tensor, places: Tensor, length: int) -> Tensor:

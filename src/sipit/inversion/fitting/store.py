@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,11 +74,23 @@ def load_fit(lm: LanguageModel, layer: int, site: Site) -> Fit | None:
     """Return the fit of a cut, or None where there is none that can be used.
 
     A stale or damaged file is passed over: a fit only orders candidates, so its absence costs time,
-    and using a wrong one would cost no more.
+    and using a wrong one would cost no more. The last one read is remembered while its file is the same.
     """
     path = fit_path(lm, layer, site)
-    if not path.is_file():
+    try:
+        found = path.stat()
+    except OSError:
         return None
+    state = path, found.st_mtime_ns, found.st_size
+    if lm not in _last or _last[lm][0] != state:
+        _last[lm] = state, _read(lm, path)
+    return _last[lm][1]
+
+
+_last: weakref.WeakKeyDictionary[LanguageModel, tuple[tuple[Path, int, int], Fit | None]] = weakref.WeakKeyDictionary()
+
+
+def _read(lm: LanguageModel, path: Path) -> Fit | None:
     try:
         with safe_open(path, framework="pt") as stream:
             metadata = stream.metadata() or {}

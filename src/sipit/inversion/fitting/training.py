@@ -38,7 +38,7 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for a parameter
 class Recipe:
     """How an inverse is trained; the defaults are the measured ones."""
 
-    n_windows: int = 3840
+    n_windows: int = 3584
     length: int = 128  # tokens a window
     d_hidden: int = 2048
     batch_size: int = 2048

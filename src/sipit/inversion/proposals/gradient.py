@@ -50,6 +50,9 @@ class Gradient:
     def learn(self, checked: Checked) -> None:
         """Nothing: the gradient is taken at the proxy, not at what was checked."""
 
+    def overhear(self, position: int, checked: Checked) -> None:
+        """Nothing: nothing was checked ahead."""
+
     def settle(self, token_id: int) -> None:
         """Nothing: the proxy starts afresh at each position."""
 

@@ -53,6 +53,9 @@ class Hinted:
         self._begin_inner()
         self._inner.learn(checked)
 
+    def overhear(self, position: int, checked: Checked) -> None:
+        self._inner.overhear(position, checked)
+
     def settle(self, token_id: int) -> None:
         if self._has_begun:
             self._inner.settle(token_id)

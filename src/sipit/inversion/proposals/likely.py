@@ -8,6 +8,7 @@ the probabilities at every position, before any token is known, for the price of
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,24 +32,25 @@ class Likely(Ordered):
     def order(self) -> Tensor:
         position = self.scene.position
         logs = self._after_prefix() if position and self._cache is not None else None
-        logs = self.logits(position, position + 1)[0] if logs is None else logs
+        logs = self.logits([position])[0] if logs is None else logs
         return logs.argsort(descending=True, stable=True)
 
-    def logits(self, start: int, stop: int) -> Tensor:
+    def logits(self, positions: Sequence[int]) -> Tensor:
         """Return log-probabilities of every token at some positions, but for a constant each. (N, V).
 
         From the observed states; in bfloat16 where that is fast.
         """
         scene = self.scene
-        if start == 0:
-            rows = opening_log_probabilities(scene.lm, scene.meter)[None]
-            return rows if stop == 1 else torch.cat([rows, self.logits(1, stop)])
+        if 0 in positions:
+            opening = opening_log_probabilities(scene.lm, scene.meter)  # (V,)
+            others = iter(self.logits([p for p in positions if p]) if any(positions) else ())
+            return torch.stack([next(others) if p else opening for p in positions])
         with fast_arithmetic(scene.lm.device):
             if self._finals is None:
                 seen = scene.seen
                 self._finals, n_blocks = scene.lm.final_states(seen.states, seen.layer, seen.site)
                 scene.meter.spend(seen.seq_len, n_blocks)
-            return scene.lm.next_token_logits(self._finals[start - 1 : stop - 1])
+            return scene.lm.next_token_logits(self._finals[torch.tensor(positions) - 1])
 
     def _after_prefix(self) -> Tensor:
         """Return the logits behind the accepted prefix, by the full model. (V,)."""

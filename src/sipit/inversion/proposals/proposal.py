@@ -61,6 +61,9 @@ class Proposal(Protocol):
     def learn(self, checked: Checked) -> None:
         """Take note of candidates that were checked at this position."""
 
+    def overhear(self, position: int, checked: Checked) -> None:
+        """Take note of candidates that were checked at a position ahead, behind a token that proved wrong."""
+
     def settle(self, token_id: int) -> None:
         """Take note of the token accepted at this position, just before the next one begins."""
 
@@ -97,6 +100,9 @@ class Ordered:
 
     def learn(self, checked: Checked) -> None:
         """Nothing to learn: the order is fixed."""
+
+    def overhear(self, position: int, checked: Checked) -> None:
+        """Nothing to learn: nothing was checked ahead."""
 
     def settle(self, token_id: int) -> None:
         """Nothing to learn: the next order is made afresh."""

@@ -10,7 +10,7 @@ order covers the whole vocabulary, so the search always ends.
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sipit.inversion.check import Checked
 from sipit.inversion.proposals.likely import Likely
+from sipit.inversion.proposals.overheard import Overheard
 from sipit.inversion.proposals.proposal import Scene
 from sipit.inversion.regression import ridge
 from sipit.inversion.token_keys import TokenKeys
@@ -33,7 +34,8 @@ _PRIOR_NATS = 2.0  # evidence needed to leave the first pair of weights
 _PERSISTENCE = 0.5  # candidates worth checking next, of those checked in vain: fewer are more passes, more are wasted
 _BANDS = (0.5, 0.9, 0.99, 0.999)  # guesses of like certainty are judged together by how often they prove right
 _PRIOR_GUESSES = 20.0  # of each band, assumed to have been right as often as they claimed
-_SURE = 0.99  # a guess that proves right at this chance teaches nothing
+_SURE = 0.9  # a guess that proves right at this chance teaches nothing
+_CERTAIN = 0.999  # a guess by the inverse alone, for which the likelihood is not consulted
 _LOCAL_RIDGE = 1e-3
 _LOCAL_GAIN = 75.0  # of a cosine, beside a log-probability
 
@@ -103,11 +105,12 @@ class Reader:
         self._nats[1:] += _PRIOR_NATS
         self._n_blocks = max(2, _MAX_SCORES // (_BLOCK * scene.lm.vocab_size))
         self._scores: dict[int, Tensor] = {}  # first position of a block → (W, V)
-        self._logs: dict[int, Tensor] = {}  # first position of a block → (W, V)
+        self._logs: dict[int, Tensor] = {}  # position → (V,)
         self._seen = [0.0] * (len(_BANDS) + 1)  # guesses of each band that were settled
         self._right = [0.0] * (len(_BANDS) + 1)  # and that proved right
         self._guesses: dict[int, _Guesses] = {}  # first position of a block → its best tokens
         self._checked: list[Checked] = []
+        self._overheard = Overheard(scene.check.observed)
         self._first = 0.0
 
     @property
@@ -125,8 +128,11 @@ class Reader:
         n_left = int(untried.sum())
         if n_left == 0:
             return untried.nonzero()[:, 0]
+        heard = self._overheard.evidence(self.scene.position)
+        for token_id, nats in heard.items():
+            logits[token_id] += nats
         chances, order = logits.softmax(dim=0).topk(min(n, n_left))
-        self._first = float(self._believed(chances)[0])
+        self._first = float(chances[0] if heard else self._believed(chances)[0])
         n_worth = worthwhile(chances, self.scene.price)
         return order[: max(n_worth, int(_PERSISTENCE * n_checked))].cpu()
 
@@ -137,26 +143,31 @@ class Reader:
         n_positions = min(self.scene.seen.seq_len, self.scene.position + self._n_blocks * _BLOCK)
         for position in range(self.scene.position + 1, n_positions):
             guesses = self._guesses_at(position)
-            yield guesses.token_ids[position % _BLOCK], self._believed(guesses.chances[position % _BLOCK])
+            token_ids, chances = guesses.token_ids[position % _BLOCK], guesses.chances[position % _BLOCK]
+            yield _informed(token_ids, self._believed(chances), self._overheard.evidence(position))
 
     def _guesses_at(self, position: int) -> _Guesses:
         """Return the best tokens of the block of positions that holds this one, by today's weights."""
-        self._rows(position)
         start = position - position % _BLOCK
-        weights = self._weights
-        logs = self._logs.get(start) if self._uses_likelihood else None
+        weights, has_logs = self._weights, self._uses_likelihood
         known = self._guesses.get(start)
-        if known is None or known.weights != weights or known.has_logs != (logs is not None):
-            logits = _fused(weights, self._scores[start], logs)  # (W, V)
-            best = logits.topk(min(_WIDTH, logits.shape[1]), dim=1)
-            chances = (best.values - logits.logsumexp(dim=1, keepdim=True)).exp()
-            known = _Guesses(weights, logs is not None, best.indices.cpu(), chances.cpu())
+        if known is None or known.weights != weights or known.has_logs != has_logs:
+            scores = self._block(start)
+            token_ids, chances = _best(_fused(weights, scores, None))  # (W, K) each
+            unsure = (chances[:, 0] < _CERTAIN).nonzero()[:, 0]
+            if has_logs and len(unsure):
+                logs = self._log_rows([start + row for row in unsure.tolist()])
+                token_ids[unsure], chances[unsure] = _best(_fused(weights, scores[unsure], logs))
+            known = _Guesses(weights, has_logs, token_ids.cpu(), chances.cpu())
             self._guesses[start] = known
         return known
 
     def learn(self, checked: Checked) -> None:
         self._checked.append(checked)
         self._n_wasted += len(checked.token_ids)
+
+    def overhear(self, position: int, checked: Checked) -> None:
+        self._overheard.note(position, checked)
 
     def _believed(self, chances: Tensor) -> Tensor:
         """Return chances of the best tokens, best first, as far as guesses of like certainty bore them out. (K,)."""
@@ -167,6 +178,7 @@ class Reader:
 
     def settle(self, token_id: int) -> None:
         position = self.scene.position
+        self._overheard.settle(position, token_id)
         guesses = self._guesses.get(position - position % _BLOCK)
         if guesses is not None:
             band = bisect(_BANDS, float(guesses.chances[position % _BLOCK, 0]))
@@ -190,19 +202,26 @@ class Reader:
     def _rows(self, position: int) -> tuple[Tensor, Tensor | None]:
         """Return the inverse's scores and the log-probabilities at a position. (V,), (V,)."""
         start = position - position % _BLOCK
-        stop = min(start + _BLOCK, self.scene.seen.seq_len)
+        row = self._block(start)[position - start]
+        return row, self._log_rows([position])[0] if self._uses_likelihood else None
+
+    def _block(self, start: int) -> Tensor:
+        """Return the inverse's scores at a block of positions, kept until it is behind. (W, V)."""
         for old in [s for s in self._scores if s + _BLOCK <= self.scene.position]:
             del self._scores[old]
-            self._logs.pop(old, None)
             self._guesses.pop(old, None)
         if start not in self._scores:
-            self._scores[start] = self._inverse.scores(self._queries[start:stop])
-        row = self._scores[start][position - start]
-        if not self._uses_likelihood:
-            return row, None
-        if start not in self._logs:
-            self._logs[start] = self._likely.logits(start, stop)
-        return row, self._logs[start][position - start]
+            self._scores[start] = self._inverse.scores(self._queries[start : start + _BLOCK])
+        return self._scores[start]
+
+    def _log_rows(self, positions: Sequence[int]) -> Tensor:
+        """Return the log-probabilities at some positions, kept until they are behind. (N, V)."""
+        for old in [p for p in self._logs if p < self.scene.position]:
+            del self._logs[old]
+        new = [p for p in positions if p not in self._logs]
+        if new:
+            self._logs.update(zip(new, self._likely.logits(new), strict=True))
+        return torch.stack([self._logs[p] for p in positions])
 
     def _doubtful_logits(self, untried: Tensor) -> Tensor:
         """Return logits where candidates were checked in vain: the inverse is wrong here. (V,) → (V,).
@@ -227,6 +246,23 @@ class Reader:
             readings.append(inverse.scores(other[None])[0])
         readings = [scores.masked_fill(~untried, -torch.inf) for scores in readings]
         return torch.stack([_by_rank(scores) for scores in readings]).amax(dim=0) if len(readings) > 1 else readings[0]
+
+
+def _best(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the likeliest tokens of each row and their chances. (N, V) → (N, K), (N, K)."""
+    best = logits.topk(min(_WIDTH, logits.shape[1]), dim=1)
+    return best.indices, (best.values - logits.logsumexp(dim=1, keepdim=True)).exp()
+
+
+def _informed(token_ids: Tensor, chances: Tensor, evidence: dict[int, float]) -> tuple[Tensor, Tensor]:
+    """Return the best tokens of a position and their chances, best first, after evidence in nats. (K,), (K,)."""
+    if not evidence:
+        return token_ids, chances
+    nats = torch.tensor([evidence.get(token_id, 0.0) for token_id in token_ids.tolist()])
+    rest = (1 - chances.sum()).clamp(min=0)  # of all other tokens, of which nothing was heard
+    weighed = chances * nats.exp()
+    chances, order = (weighed / (weighed.sum() + rest)).sort(descending=True)
+    return token_ids[order], chances
 
 
 def _by_rank(scores: Tensor) -> Tensor:

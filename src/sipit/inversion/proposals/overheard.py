@@ -1,0 +1,74 @@
+"""What tokens checked behind a wrong one still tell.
+
+Their states are off, so no check counts. But a right token behind a wrong prefix is off by much less
+than a wrong token, and how much less is learned from the positions already settled. It costs nothing:
+these tokens were run anyway.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sipit.inversion.check import Checked
+
+_LEAST, _MOST = -7.0, 7.0  # nats that one distance may count
+
+
+@dataclass
+class _Population:
+    """Logarithms of distances, as a normal distribution that starts from a guess."""
+
+    mean: float
+    deviation: float
+    count: float  # how many observations the guess is worth
+
+    def __post_init__(self) -> None:
+        self._squares = self.count * self.deviation**2
+
+    def add(self, x: float) -> None:
+        self.count += 1
+        step = x - self.mean
+        self.mean += step / self.count
+        self._squares += step * (x - self.mean)
+        self.deviation = max(0.1, math.sqrt(self._squares / self.count))
+
+    def log_density(self, x: float) -> float:
+        return -0.5 * ((x - self.mean) / self.deviation) ** 2 - math.log(self.deviation)
+
+
+class Overheard:
+    """Distances of tokens that were checked at positions ahead, behind a token that proved wrong.
+
+    Args:
+        observed: the observed states. (T, D)
+    """
+
+    def __init__(self, observed: Tensor) -> None:
+        middle = observed[1:].mean(dim=0) if len(observed) > 2 else torch.zeros_like(observed[0])
+        self._scales = (observed - middle).norm(dim=1).clamp(min=1e-30).cpu()  # (T,)
+        self._heard: dict[int, dict[int, float]] = {}  # position → token → log of its distance over the scale
+        self._right = _Population(math.log(0.25), 1.0, 10)
+        self._wrong = _Population(math.log(0.9), 0.35, 10)
+
+    def note(self, position: int, checked: Checked) -> None:
+        """Take note of tokens checked at a position behind a wrong one; the last word on each counts."""
+        relative = (checked.distances.cpu().double() / self._scales[position]).clamp(min=1e-12).log()
+        self._heard.setdefault(position, {}).update(zip(checked.token_ids.tolist(), relative.tolist(), strict=True))
+
+    def evidence(self, position: int) -> dict[int, float]:
+        """Return for each token overheard at a position the nats its distance speaks for it."""
+        return {token_id: self._nats(x) for token_id, x in self._heard.get(position, {}).items()}
+
+    def settle(self, position: int, token_id: int) -> None:
+        """Learn from a position whose token is known now."""
+        for other, x in self._heard.pop(position, {}).items():
+            (self._right if other == token_id else self._wrong).add(x)
+
+    def _nats(self, x: float) -> float:
+        low, high = sorted((self._right.mean, self._wrong.mean))
+        x = min(max(x, low), high)  # beyond the means the tails of two fitted normals mean nothing
+        return min(max(self._right.log_density(x) - self._wrong.log_density(x), _LEAST), _MOST)

@@ -1,0 +1,100 @@
+"""What tokens checked behind a wrong one tell about the positions ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+import sipit
+from sipit import LanguageModel
+from sipit.inversion.check import Checked, PackedCheck
+from sipit.inversion.proposals.overheard import Overheard
+from sipit.inversion.proposals.reader import Reader, _informed
+from tests.tiny_models import random_ids, tiny_model
+
+
+def _outcome(token_ids: Sequence[int], distances: Sequence[float]) -> Checked:
+    no = torch.zeros(len(token_ids), dtype=torch.bool)
+    nothing = torch.zeros(len(token_ids), 8)
+    return Checked(
+        token_ids=torch.tensor(token_ids), states=nothing, distances=torch.tensor(distances), fits=no, is_near=no
+    )
+
+
+@pytest.fixture
+def observed() -> Tensor:
+    return torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_near_tokens_are_spoken_for_and_far_ones_against(observed: Tensor) -> None:
+    heard = Overheard(observed)
+    heard.note(3, _outcome([7, 8, 9], [0.05, 3.0, 6.0]))
+    nats = heard.evidence(3)
+    assert nats[7] > 1 > -0.1 > nats[9]
+    assert nats[7] > nats[8] >= nats[9]
+    assert heard.evidence(4) == {}
+
+
+def test_what_a_distance_means_is_learned_from_settled_positions(observed: Tensor) -> None:
+    heard = Overheard(observed)
+    scale = float((observed[399] - observed[1:].mean(dim=0)).norm())
+    for position in range(1, 300):  # here right tokens come as near as 0.6 of the scale, wrong ones to 2.0
+        own = float((observed[position] - observed[1:].mean(dim=0)).norm())
+        heard.note(position, _outcome([1, 2], [0.6 * own, 2.0 * own]))
+        heard.settle(position, 1)
+    heard.note(399, _outcome([1, 2, 3], [0.6 * scale, 2.0 * scale, 0.9 * scale]))
+    nats = heard.evidence(399)
+    assert nats[1] > 3
+    assert nats[2] < -3
+    assert nats[2] <= nats[3] <= nats[1]
+
+
+def test_settled_positions_are_forgotten_and_the_last_word_counts(observed: Tensor) -> None:
+    heard = Overheard(observed)
+    heard.note(3, _outcome([7], [6.0]))
+    heard.note(3, _outcome([7], [0.05]))
+    assert heard.evidence(3)[7] > 1
+    heard.settle(3, 7)
+    assert heard.evidence(3) == {}
+
+
+def test_no_distance_counts_without_bound(observed: Tensor) -> None:
+    heard = Overheard(observed)
+    heard.note(5, _outcome([1, 2], [0.0, 1e30]))
+    assert all(abs(nats) <= 7 for nats in heard.evidence(5).values())
+
+
+def test_evidence_reorders_guesses_and_leaves_the_others_their_share() -> None:
+    token_ids, chances = torch.tensor([4, 5, 6]), torch.tensor([0.6, 0.3, 0.05])
+    ordered, informed = _informed(token_ids, chances, {5: 3.0, 4: -1.0})
+    assert ordered.tolist() == [5, 4, 6]
+    weights = chances * torch.tensor([-1.0, 3.0, 0.0]).exp()
+    torch.testing.assert_close(informed, (weights / (weights.sum() + 0.05))[[1, 0, 2]])
+    assert _informed(token_ids, chances, {}) == (token_ids, chances)
+
+
+def test_readers_hear_what_was_checked_ahead_at_its_own_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = LanguageModel(tiny_model("llama", seed=3), name="ahead")
+    ids = random_ids(24, seed=5)
+    judged: set[tuple[int, int]] = set()
+    heard: list[tuple[int, int, int]] = []  # positions accepted then, position, token
+    judge, overhear = PackedCheck.judge, Reader.overhear
+
+    def spied_judge(self: PackedCheck, token_ids: Tensor, positions: Tensor, states: Tensor) -> Checked:
+        judged.update(zip(positions.tolist(), token_ids.tolist(), strict=True))
+        return judge(self, token_ids, positions, states)
+
+    def spied_overhear(self: Reader, position: int, checked: Checked) -> None:
+        heard.extend((self.scene.position, position, token) for token in checked.token_ids.tolist())
+        overhear(self, position, checked)
+
+    monkeypatch.setattr(PackedCheck, "judge", spied_judge)
+    monkeypatch.setattr(Reader, "overhear", spied_overhear)
+    found = sipit.invert(lm, lm.capture(input_ids=ids, layer=2))
+    assert found.input_ids == tuple(ids.tolist())
+    assert heard
+    assert {(position, token) for _, position, token in heard} <= judged
+    assert all(position >= n_accepted for n_accepted, position, _ in heard)
