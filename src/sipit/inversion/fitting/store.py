@@ -81,13 +81,15 @@ def load_fit(lm: LanguageModel, layer: int, site: Site) -> Fit | None:
         found = path.stat()
     except OSError:
         return None
-    state = path, found.st_mtime_ns, found.st_size
+    state = path, found.st_ino, found.st_mtime_ns, found.st_size
     if lm not in _last or _last[lm][0] != state:
         _last[lm] = state, _read(lm, path)
     return _last[lm][1]
 
 
-_last: weakref.WeakKeyDictionary[LanguageModel, tuple[tuple[Path, int, int], Fit | None]] = weakref.WeakKeyDictionary()
+_last: weakref.WeakKeyDictionary[LanguageModel, tuple[tuple[Path, int, int, int], Fit | None]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def _read(lm: LanguageModel, path: Path) -> Fit | None:
