@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
-from torch import Tensor
 
 from sipit.errors import CertificateError, OptionError, ShapeError
 from sipit.inversion.result import Inversion, Verdict
@@ -145,7 +144,7 @@ def check_certificate(
         over = torch.maximum(distances - allowed, excess - noises)  # (T,)
         for place in over.argsort(descending=True)[:_REMEASURED].tolist():
             if over[place] > 0:  # a state may amplify rounding: measure its own
-                more, spent = _own_noise(lm, seen, ids, place)
+                more, spent = local_noise(lm.cut(seen.layer, seen.site), ids[:place], int(ids[place]), len(ids))
                 block_tokens += spent * seen.layer
                 more = max(0.0, SAFETY * more - float(limits.noise[place]))
                 allowed[place] += more
@@ -167,13 +166,6 @@ def check_certificate(
         tolerance=tolerance,
         block_tokens=block_tokens,
     )
-
-
-def _own_noise(lm: LanguageModel, seen: Observation, ids: Tensor, place: int) -> tuple[float, int]:
-    """Return the noise of one claimed token's state, and the tokens that measuring it took."""
-    cut, prefix = lm.cut(seen.layer, seen.site), ids[:place]
-    noise, spent = local_noise(cut, cut.cache_of(prefix), prefix, int(ids[place]), len(ids))
-    return noise, spent + place
 
 
 def _mismatches(record: dict[str, Any], seen: Observation, lm: LanguageModel) -> list[str]:

@@ -116,7 +116,7 @@ class PackedCheck:
         """
         place = len(prefix)
         ids = torch.tensor(prefix, dtype=torch.long)
-        noise, spent = local_noise(self.cut, self.cache, ids, token_id, self._seq_len, lane=self._lane)
+        noise, spent = local_noise(self.cut, ids, token_id, self._seq_len, self.cache, self._lane)
         self._meter.spend(spent, self.cut.layer)
         more = max(0.0, SAFETY * noise - float(self._floor[place]))
         self._floor[place] += more
@@ -125,6 +125,6 @@ class PackedCheck:
     def own_limit(self, prefix: Sequence[int], token_id: int) -> float:
         """Return the largest distance that the measured noise of this very token's state explains."""
         ids = torch.tensor(prefix, dtype=torch.long)
-        noise, spent = local_noise(self.cut, self.cut.cache_of(ids), ids, token_id, self._seq_len)
-        self._meter.spend(spent + len(ids), self.cut.layer)
+        noise, spent = local_noise(self.cut, ids, token_id, self._seq_len)
+        self._meter.spend(spent, self.cut.layer)
         return SAFETY * noise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ def amended_query(states: Tensor, queries: Tensor, wanted: Tensor) -> Tensor:
 
 
 _DOUBTFUL_COSINE = 0.1  # below the sink cosine by less, a state that is hard to read may be of the first kind
-_LEAST_NORM = 0.5  # of the mean first state's: shorter ones point its way, but are half sinks at most
+_WHOLE = 0.5  # of the mean first state's length: one that is shorter may be a half sink
 
 
 def sink_cosine(firsts: Tensor, rests: Tensor) -> float:
@@ -80,26 +81,25 @@ def sink_cosine(firsts: Tensor, rests: Tensor) -> float:
 
 def is_first_kind(states: Tensor, mean: Tensor, least_cosine: float) -> Tensor:
     """Return which states of one prompt are read as first ones. (T, D), (D,) → (T,) bool."""
-    is_first = _is_sink(states, mean, least_cosine)
+    is_first = cosine_to(states, mean) > least_cosine
     is_first[0] = True
     return is_first
 
 
 def is_first_kind_at(states: Tensor, position: int, mean: Tensor, least_cosine: float) -> bool:
     """Return whether the state at one position of a prompt is read as a first one. (T, D), (D,)."""
-    return position == 0 or bool(_is_sink(states[position][None], mean, least_cosine))
+    return position == 0 or float(cosine_to(states[position][None], mean)) > least_cosine
 
 
-def may_be_first_kind(state: Tensor, mean: Tensor, least_cosine: float) -> bool:
-    """Return whether a state is read as another, but comes near to a first one. (D,), (D,)."""
-    is_near = float(cosine_to(state[None], mean)) > least_cosine - _DOUBTFUL_COSINE
-    return is_near and not bool(_is_sink(state[None], mean, least_cosine))
-
-
-def _is_sink(states: Tensor, mean: Tensor, least_cosine: float) -> Tensor:
-    """Return which states point where first ones do, and are about as long. (N, D), (D,) → (N,) bool."""
-    is_long: Tensor = states.float().norm(dim=1) >= _LEAST_NORM * mean.float().norm()
-    return is_long & (cosine_to(states, mean) > least_cosine)
+def other_kind(states: Tensor, position: int, mean: Tensor, least_cosine: float) -> Literal["first", "later"] | None:
+    """Return as which kind the state at a position may be read too; None where its kind is clear. (T, D), (D,)."""
+    if position == 0:
+        return None
+    state = states[position].float()
+    cosine = float(cosine_to(state[None], mean))
+    if cosine > least_cosine:
+        return "later" if float(state.norm()) < _WHOLE * float(mean.norm()) else None
+    return "first" if cosine > least_cosine - _DOUBTFUL_COSINE else None
 
 
 def cosine_to(states: Tensor, mean: Tensor) -> Tensor:

@@ -210,7 +210,7 @@ def _packed_distances(
 
 
 def local_noise(
-    cut: TruncatedModel, cache: PrefixCache, prefix: Tensor, token_id: int, seq_len: int, *, lane: int = 0
+    cut: TruncatedModel, prefix: Tensor, token_id: int, seq_len: int, cache: PrefixCache | None = None, lane: int = 0
 ) -> tuple[float, int]:
     """Return how far kernels of different shapes put one token's state apart, and the tokens that took.
 
@@ -220,19 +220,22 @@ def local_noise(
 
     Args:
         cut: the model cut where the state was observed.
-        cache: of the prefix.
-        prefix: its token ids. (P,)
-        token_id: the token in question.
+        prefix: token ids before the token in question. (P,)
+        token_id: that token.
         seq_len: length of the observed prompt, more than P.
+        cache: of the prefix, with nothing behind it that is still to be kept; None: made here.
         lane: of the prefix in the cache.
     """
+    spent = 0
+    if cache is None:
+        cache, spent = cut.cache_of(prefix), len(prefix)
     token = torch.tensor([token_id])
     ids = torch.cat([prefix.cpu(), token.repeat(seq_len - len(prefix))])  # what follows changes no state before it
     expected = cut.ordinary(ids)[len(prefix)].double()  # (D,)
-    spent, largest = seq_len, 0.0
+    largest = 0.0
     for width in _WIDTHS:
         tokens = token.repeat(width)
         states = cut.packed(cache, tokens, torch.full((width,), len(prefix)), lanes=torch.full((width,), lane))
         largest = max(largest, float((states[0].double() - expected).norm()))
         spent += width
-    return largest, spent
+    return largest, spent + seq_len

@@ -14,7 +14,7 @@ from sipit.models.embeddings import EmbeddingRows
 from sipit.models.families import family_of, module_at
 from sipit.models.fingerprint import fingerprint
 from sipit.models.generation import GenerationCache
-from sipit.models.prepacked import prepacked
+from sipit.models.prepacked import forget_layouts, prepacked
 from sipit.models.truncated import TappedModel, TruncatedModel, UpperModel
 from sipit.observations import SITES, Observation, Site, dtype_named
 
@@ -218,6 +218,10 @@ class LanguageModel:
     @cached_property
     def _fast_head(self) -> Any:
         return prepacked(cast(Any, self.model).get_output_embeddings())
+
+    def forget_layouts(self) -> None:
+        """Give back the copies of the weights that are laid out for fast products, until they are needed again."""
+        forget_layouts(self.model)
 
     def tapped(self, cuts: Sequence[tuple[int, Site]]) -> TappedModel:
         """Return the model stopped after the last of several (layer, site) cuts, giving the states at all of them."""

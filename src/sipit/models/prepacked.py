@@ -60,6 +60,12 @@ def _with_layout(module: nn.Module) -> nn.Module:
     return fast
 
 
+def forget_layouts(module: nn.Module) -> None:
+    """Give the laid-out weights of a module back; they are made again when they are used."""
+    for part in module.modules():
+        _layouts.pop(part, None)
+
+
 class LaidOut:
     """A matrix laid out once for products with it, where that is possible. (out, in)."""
 

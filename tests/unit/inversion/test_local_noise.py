@@ -90,10 +90,12 @@ def test_local_noise_looks_at_every_shape_and_no_observation(lm: LanguageModel) 
     prefix = IDS[:6]
     cut.packed(cache, prefix, torch.arange(6), torch.ones(6, 6, dtype=torch.bool).tril())
     cache.keep(range(6))
-    noise, spent = tolerance.local_noise(cut, cache, prefix, 9, 20)
+    noise, spent = tolerance.local_noise(cut, prefix, 9, 20, cache)
     scale = float(cut.ordinary(torch.cat([prefix, torch.tensor([9])]))[-1].norm())
     assert 0 <= noise < 1e-4 * scale
     assert spent == 20 + sum(tolerance._WIDTHS)
+    again, with_prefix = tolerance.local_noise(cut, prefix, 9, 20)
+    assert (again, with_prefix) == (noise, spent + 6)
 
 
 class _WithDecoys:
@@ -131,9 +133,11 @@ def test_noise_of_a_state_behind_tokens_accepted_in_the_same_pass_is_measured_be
     behind: list[tuple[int, int]] = []
     measure = tolerance.local_noise
 
-    def watched(cut: TruncatedModel, cache: PrefixCache, prefix: Tensor, *rest: int, lane: int) -> tuple[float, int]:
+    def watched(
+        cut: TruncatedModel, prefix: Tensor, token_id: int, seq_len: int, cache: PrefixCache, lane: int
+    ) -> tuple[float, int]:
         behind.append((cache.length, len(prefix)))
-        return measure(cut, cache, prefix, *rest, lane=lane)
+        return measure(cut, prefix, token_id, seq_len, cache, lane)
 
     monkeypatch.setattr(check_module, "local_noise", watched)
     monkeypatch.setattr(search_module, "pass_price", lambda *_: 2.0)  # as for a long prompt: wide levels

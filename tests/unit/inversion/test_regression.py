@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sipit.inversion.regression import amended_query, is_first_kind, is_first_kind_at, may_be_first_kind
+from sipit.inversion.regression import amended_query, is_first_kind, is_first_kind_at, other_kind
 
 
 @pytest.fixture
@@ -37,12 +37,12 @@ def test_few_alike_states_give_a_finite_query(right: torch.Tensor) -> None:
     assert torch.isfinite(amended_query(alike, right[:5], right[1:5] + 1)).all()
 
 
-def test_later_states_are_read_as_first_ones_where_they_are_as_long_and_point_the_same_way() -> None:
+def test_kinds_of_states_are_told_by_direction_and_doubted_by_length() -> None:
     mean = torch.zeros(16)
     mean[3] = 100.0
     noise = torch.randn(5, 16, generator=torch.Generator().manual_seed(5))
-    lengths = torch.tensor([0.0, 0.0, 1.0, 0.2, 1.0])  # first, ordinary, a sink, half a sink, a sink the other way
-    states = noise + lengths[:, None] * mean * torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0])[:, None]
-    assert is_first_kind(states, mean, 0.9).tolist() == [True, False, True, False, False]
-    assert [is_first_kind_at(states, i, mean, 0.9) for i in range(5)] == [True, False, True, False, False]
-    assert [may_be_first_kind(state, mean, 0.9) for state in states] == [False, False, False, True, False]
+    lengths = torch.tensor([0.0, 0.0, 1.0, 0.3, 0.1])  # first, ordinary, a sink, half a sink, less
+    states = noise + lengths[:, None] * mean
+    assert is_first_kind(states, mean, 0.95).tolist() == [True, False, True, True, False]
+    assert [is_first_kind_at(states, i, mean, 0.95) for i in range(5)] == [True, False, True, True, False]
+    assert [other_kind(states, i, mean, 0.95) for i in range(5)] == [None, None, None, "later", "first"]

@@ -110,3 +110,17 @@ def test_products_with_a_laid_out_matrix(
     assert found.dtype == dtype
     atol = 1e-5 if dtype == torch.float32 else 0.1
     torch.testing.assert_close(found.float(), rows @ matrix.T, rtol=atol, atol=atol)
+
+
+@needs_onednn
+def test_layouts_are_forgotten_and_made_again() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    rows = torch.randn(3, 8)
+    with torch.no_grad():
+        before = prepacked(model)(rows)
+        assert module._held_bytes() > 0
+        held = module._held_bytes()
+        module.forget_layouts(model)
+        assert module._held_bytes() == held - 2 * 8 * 8 * 4
+        assert torch.equal(prepacked(model)(rows), before)
+        assert module._held_bytes() == held

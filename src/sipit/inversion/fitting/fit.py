@@ -24,7 +24,7 @@ from sipit.inversion.regression import (
     amended_query,
     is_first_kind,
     is_first_kind_at,
-    may_be_first_kind,
+    other_kind,
     sink_cosine,
     spread_ids,
 )
@@ -108,9 +108,10 @@ def _fit_in(
     folder = StatesFolder(work, widths, sum(map(len, starts)) + len(given), length)
     spent = sample_windows(lm, starts, cuts, folder, seed, told.phase("sampling"))
     spent += capture_windows(lm, given, cuts, folder, told.phase("capturing"))
-    release_free_memory()
     held_out, more = held_out_windows(lm, n_windows=_HELD_OUT_WINDOWS, length=_HELD_OUT_LENGTH, seed=seed)
     spent += more
+    lm.forget_layouts()  # those in bfloat16, which nothing below uses
+    release_free_memory()
     shared_seconds = time.perf_counter() - started
     keys, windows = token_keys(lm), folder.windows
     fits = {}
@@ -162,10 +163,14 @@ class FittedScores:
             queries, gain = fit.network.queries_at(observed, position, rows), KEY_LENGTH
         return amended_query(rows, queries, self.keys.keys(token_ids) * gain)
 
-    def other_query(self, state: Tensor) -> Tensor | None:
-        """Return the first position's reading of a state that is nearly of its kind. (D,) → (K,)."""
-        is_between = may_be_first_kind(state, self.fit.first_mean, self.fit.sink_cosine)
-        return self._first_queries(state[None])[0] if is_between else None
+    def other_query(self, observed: Tensor, position: int) -> Tensor | None:
+        """Return the query of the other reading where a state may be of the other kind. (T, D) → (K,)."""
+        fit, state = self.fit, observed[position][None]
+        kind = other_kind(observed, position, fit.first_mean, fit.sink_cosine)
+        if kind is None:
+            return None
+        queries = self._first_queries(state) if kind == "first" else fit.network.queries_at(observed, position, state)
+        return queries[0]
 
     def _first_queries(self, states: Tensor) -> Tensor:
         first = (states.double() - self.fit.first_mean) @ self.fit.first_weight

@@ -18,7 +18,7 @@ from sipit.inversion.regression import (
     amended_query,
     is_first_kind,
     is_first_kind_at,
-    may_be_first_kind,
+    other_kind,
     ridge,
     sink_cosine,
     spread_ids,
@@ -60,10 +60,12 @@ class AnchorInverse:
         rows = torch.cat([observed[position][None], states]).float()  # (N + 1, D)
         return amended_query(rows, (self.first if is_sink else self.rest)(rows), self.keys.keys(token_ids))
 
-    def other_query(self, state: Tensor) -> Tensor | None:
-        """Return the first position's reading of a state that is nearly of its kind. (D,) → (K,)."""
-        is_between = may_be_first_kind(state, self.first.mean, self.sink_cosine)
-        return self.first(state[None].float())[0] if is_between else None
+    def other_query(self, observed: Tensor, position: int) -> Tensor | None:
+        """Return the query by the other regression where a state may be of the other kind. (T, D) → (K,)."""
+        kind = other_kind(observed, position, self.first.mean, self.sink_cosine)
+        if kind is None:
+            return None
+        return (self.first if kind == "first" else self.rest)(observed[position][None].float())[0]
 
     def scores(self, queries: Tensor) -> Tensor:
         """Return the cosine of each query with every token's key. (N, K) → (N, V)."""

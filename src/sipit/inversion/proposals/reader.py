@@ -61,8 +61,8 @@ class Inverse(Protocol):
     def amended_query(self, observed: Tensor, position: int, states: Tensor, token_ids: Tensor) -> Tensor:
         """Return the query at a position, corrected by candidates checked there. (T, D), (N, D), (N,) → (K,)."""
 
-    def other_query(self, state: Tensor) -> Tensor | None:
-        """Return a second reading of a state that may be of the other kind; None where it is not. (D,) → (K,)."""
+    def other_query(self, observed: Tensor, position: int) -> Tensor | None:
+        """Return a second reading of a state that may be of the other kind; None where it is not. (T, D) → (K,)."""
 
     def scores(self, queries: Tensor) -> Tensor:
         """Return the score of every token. (N, K) → (N, V)."""
@@ -241,7 +241,7 @@ class Reader:
             keys = inverse.keys
             query = ridge(states, keys.keys(tokens), _LOCAL_RIDGE)(scene.target[None].float())
             readings.append(_fused((_LOCAL_GAIN, 1.0), keys.scores(query)[0], logs))
-        other = inverse.other_query(scene.target)
+        other = inverse.other_query(scene.check.observed, scene.position)
         if other is not None:
             readings.append(inverse.scores(other[None])[0])
         readings = [scores.masked_fill(~untried, -torch.inf) for scores in readings]
