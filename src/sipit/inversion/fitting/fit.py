@@ -37,6 +37,7 @@ _FIRST_BATCH = 256
 _HELD_OUT_WINDOWS = 12  # of each kind of text
 _HELD_OUT_LENGTH = 64
 _SINK_WINDOWS = 4  # of each kind, which show what a state that is no sink looks like
+_FIRST_LOGIT = 40.0  # of a cosine of 1 at position 0, whatever the temperature: least cross-entropy at every layer
 _CALIBRATION_STRIDE = 4  # of the held-out positions, one in so many decides between a few dozen pairs of numbers
 _TEMPERATURES = (0.4, 0.5, 0.6, 0.75, 0.9, 1.1, 1.4, 1.8)
 _NATURAL = (0.8, 0.5)  # of scores and log-probabilities: natural text is likelier than what a fit is calibrated on
@@ -158,7 +159,7 @@ class FittedScores:
         fit = self.fit
         rows = torch.cat([observed[position][None], states]).float()  # (N + 1, D)
         if is_first_kind_at(observed, position, fit.first_mean, fit.sink_cosine):
-            queries, gain = self._first_queries(rows), _FIRST_GAIN
+            queries, gain = self._first_queries(rows), self._first_gain
         else:
             queries, gain = fit.network.queries_at(observed, position, rows), KEY_LENGTH
         return amended_query(rows, queries, self.keys.keys(token_ids) * gain)
@@ -174,15 +175,16 @@ class FittedScores:
 
     def _first_queries(self, states: Tensor) -> Tensor:
         first = (states.double() - self.fit.first_mean) @ self.fit.first_weight
-        return torch.nn.functional.normalize(first, dim=1).float() * _FIRST_GAIN
+        return torch.nn.functional.normalize(first, dim=1).float() * self._first_gain
+
+    @property
+    def _first_gain(self) -> float:
+        return _FIRST_LOGIT / KEY_LENGTH * self.fit.temperature
 
     def scores(self, queries: Tensor) -> Tensor:
         """Return calibrated scores of every token. (N, K) → (N, V)."""
         temperature = self.fit.temperature
         return self.keys.scores(queries * (KEY_LENGTH / temperature)).add_(self.fit.network.bias / temperature)
-
-
-_FIRST_GAIN = 12.0  # of a unit query at position 0: cosines of 1 against at most 0.5
 
 
 def _first_position(lm: LanguageModel, keys: TokenKeys, cut: Cut, seed: int) -> tuple[Tensor, Tensor, Tensor]:
