@@ -107,3 +107,8 @@ def test_tree_shows_each_guess_its_chain_and_nothing_else(n_batch: int, n_ahead:
             if tree.sees is not None:
                 expected = {column, *tree.chain[:depth]}
                 assert set(tree.sees[column].nonzero()[:, 0].tolist()) == expected
+
+
+@pytest.mark.parametrize(("price", "expected"), [(0.5, 1), (2.0, 2), (8.0, 3), (100.0, 4)])
+def test_tokens_are_checked_along_as_far_as_the_price_of_a_pass_pays(price: float, expected: int) -> None:
+    assert worthwhile(torch.tensor([0.5, 0.3, 0.1, 0.05]), price) == expected
