@@ -62,6 +62,15 @@ def test_settled_positions_are_forgotten_and_the_last_word_counts(observed: Tens
     assert heard.evidence(3) == {}
 
 
+def test_states_that_overflowed_poison_nothing(observed: Tensor) -> None:
+    heard = Overheard(observed)
+    heard.note(3, _outcome([7, 8, 9], [float("nan"), float("inf"), 0.0]))
+    assert heard.evidence(3)[7] == heard.evidence(3)[8] < 0 < heard.evidence(3)[9]
+    heard.settle(3, 7)
+    heard.note(4, _outcome([7], [0.5]))
+    assert abs(heard.evidence(4)[7]) <= 7
+
+
 def test_evidence_reorders_guesses_and_leaves_the_others_their_share() -> None:
     token_ids, chances = torch.tensor([4, 5, 6]), torch.tensor([0.6, 0.3, 0.05])
     ordered, informed = _informed(token_ids, chances, {5: 3.0, 4: -1.0})

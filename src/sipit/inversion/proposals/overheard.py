@@ -16,6 +16,7 @@ from torch import Tensor
 from sipit.inversion.check import Checked
 
 _LEAST, _MOST = -7.0, 7.0  # nats that one distance may count
+_FAR = 1e6  # of the scale: a state that overflowed counts as so far away
 
 
 @dataclass
@@ -56,8 +57,9 @@ class Overheard:
 
     def note(self, position: int, checked: Checked) -> None:
         """Take note of tokens checked at a position behind a wrong one; the last word on each counts."""
-        relative = (checked.distances.cpu().double() / self._scales[position]).clamp(min=1e-12).log()
-        self._heard.setdefault(position, {}).update(zip(checked.token_ids.tolist(), relative.tolist(), strict=True))
+        relative = (checked.distances.cpu().double() / self._scales[position]).nan_to_num(_FAR, posinf=_FAR)
+        logs = relative.clamp(1 / _FAR, _FAR).log()
+        self._heard.setdefault(position, {}).update(zip(checked.token_ids.tolist(), logs.tolist(), strict=True))
 
     def evidence(self, position: int) -> dict[int, float]:
         """Return for each token overheard at a position the nats its distance speaks for it."""
