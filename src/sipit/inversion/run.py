@@ -101,7 +101,8 @@ class Run:
         accepted: list[int] = []
         outcomes = [checked.subset(slice(level[0], level[-1] + 1)) for level in tree.levels]
         start = self.scene.position
-        for depth, (here, continued) in enumerate(zip(outcomes, tree.chain, strict=True), start=1):
+        steps = zip(tree.levels, outcomes, tree.chain, strict=True)
+        for depth, (level, here, continued) in enumerate(steps, start=1):
             self._tried.add(here)
             best = self._tried.best()
             if not best.is_near or (self._tries_all and not self._is_settling):
@@ -117,7 +118,7 @@ class Run:
             if best.token_id not in here.token_ids.tolist():  # it was checked in an earlier pass
                 self._certain = torch.tensor([best.token_id])
                 break
-            column = tree.levels[depth - 1][here.token_ids.tolist().index(best.token_id)]
+            column = level[here.token_ids.tolist().index(best.token_id)]
             accepted.append(column)
             self._accept(best)
             if column != continued:
