@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sipit.inversion.regression import amended_query, is_first_kind, is_first_kind_at, other_kind
+from sipit.inversion.regression import (
+    amended_query,
+    frequent_and_other_ids,
+    is_first_kind,
+    is_first_kind_at,
+    other_kind,
+)
 
 
 @pytest.fixture
@@ -46,3 +52,10 @@ def test_kinds_of_states_are_told_by_direction_and_doubted_by_length() -> None:
     assert is_first_kind(states, mean, 0.95).tolist() == [True, False, True, True, False]
     assert [is_first_kind_at(states, i, mean, 0.95) for i in range(5)] == [True, False, True, True, False]
     assert [other_kind(states, i, mean, 0.95) for i in range(5)] == [None, None, None, "later", "first"]
+
+
+@pytest.mark.parametrize(("vocab_size", "n", "n_low"), [(1000, 100, 50), (60, 100, 50), (30, 100, 30)])
+def test_tokens_of_a_regression_are_different_and_hold_the_frequent_ones(vocab_size: int, n: int, n_low: int) -> None:
+    ids = frequent_and_other_ids(vocab_size, n, torch.Generator().manual_seed(0)).tolist()
+    assert len(ids) == len(set(ids)) == min(n, vocab_size)
+    assert set(range(n_low)) <= set(ids) <= set(range(vocab_size))

@@ -22,17 +22,18 @@ from sipit.inversion.fitting.training import Recipe, train
 from sipit.inversion.fitting.windows import given_windows, held_out_windows, sample_starts
 from sipit.inversion.regression import (
     amended_query,
+    frequent_and_other_ids,
     is_first_kind,
     is_first_kind_at,
     other_kind,
     sink_cosine,
-    spread_ids,
 )
 from sipit.inversion.token_keys import TokenKeys, token_keys
 from sipit.models import LanguageModel
 from sipit.storage import held_alone, read_json, write_json
 
 _FIRSTS = 4096  # single tokens the first position is fitted on
+_FIRST_FLOOR = 1e-9  # of the mean eigenvalue: the directions that tell tokens apart are that small
 _FIRST_BATCH = 256
 _HELD_OUT_WINDOWS = 12  # of each kind of text
 _HELD_OUT_LENGTH = 64
@@ -194,21 +195,17 @@ def _first_position(lm: LanguageModel, keys: TokenKeys, cut: Cut, seed: int) -> 
 
     In float64: the state can be 22,680 long and nearly constant, the token in its last digits.
     """
-    generator = torch.Generator().manual_seed(seed + 2)
-    tokens = spread_ids(lm.vocab_size, _FIRSTS, generator)
+    tokens = frequent_and_other_ids(lm.vocab_size, _FIRSTS, torch.Generator().manual_seed(seed + 2))
     model = lm.cut(*cut)
     states = [
         model.packed(model.new_cache(), part, torch.zeros_like(part)).double() for part in tokens.split(_FIRST_BATCH)
     ]
     rows = torch.cat(states)  # (N, D)
     mean = rows.mean(dim=0)
-    values, basis = torch.linalg.eigh(torch.cov((rows - mean).T))
-    gain = (values.clamp(min=0) + 1e-9 * values.mean()).rsqrt()
-    whitener = (basis * gain) @ basis.T  # (D, D)
-    x = (rows - mean) @ whitener
-    gram = x.T @ x
-    gram.diagonal().add_(0.1 * len(x))
-    return rows, mean, whitener @ torch.linalg.solve(gram, x.T @ keys.keys(tokens).double())
+    centred = rows - mean
+    values, basis = torch.linalg.eigh(centred.T @ centred / len(rows))
+    inverse = (basis / (values.clamp(min=0) + _FIRST_FLOOR * values.mean())) @ basis.T  # (D, D)
+    return rows, mean, inverse @ (centred.T @ keys.keys(tokens).double() / len(rows))
 
 
 @torch.no_grad()
