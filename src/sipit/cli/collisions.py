@@ -62,6 +62,7 @@ def add_collisions(add: Any, command: Adder, model_options: Adder) -> None:
     margins.add_argument(
         "--exhaustive", type=int, default=0, metavar="N", help="also the exact margin of the first N prefixes"
     )
+    margins.add_argument("--log", type=Path, metavar="FILE", help="keeps what was found; run again to go on")
     layer_option(margins, "default: every layer from 1 on, and final")
     margins.add_argument("--json", type=Path, metavar="OUT", help="write the record")
     model_options(margins, default="smollm2-135m")
@@ -211,7 +212,7 @@ def run_margins(options: argparse.Namespace) -> int:
     with CountDisplay(0) as display:
         found = survey_margins(
             lm, prefixes, cuts, n_tokens=options.tokens or None, pick=options.pick, n_exhaustive=options.exhaustive,
-            seed=options.seed, on_step=display.phase("next tokens run"),
+            seed=options.seed, log=options.log, on_step=display.phase("next tokens run"),
         )  # fmt: skip
     print(
         f"{'layer':>8} {'least':>10} {'median':>10} {'mean':>10} {'least/norm':>11} {'median/norm':>11} "

@@ -7,7 +7,7 @@ ordinary forward passes, and both distances are reported.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -117,9 +117,17 @@ def capture_continuations(
 
 
 def continued_states(
-    lm: LanguageModel, prefix: Tensor, token_ids: Tensor, cuts: Sequence[Cut], *, batch: int = _BATCH
+    lm: LanguageModel,
+    prefix: Tensor,
+    token_ids: Tensor,
+    cuts: Sequence[Cut],
+    *,
+    batch: int = _BATCH,
+    on_part: Callable[[int], None] | None = None,
 ) -> list[Tensor]:
     """Return the states of each next token behind one prefix. (P,), (N,) → one (N, D) a cut, on the CPU.
+
+    `on_part` is told the tokens of each pass when it is done.
 
     Raises:
         OptionError: the model rounds activations to int8, so packed passes do not give its states.
@@ -133,10 +141,12 @@ def continued_states(
     model = lm.cut(layer, "final" if any(site == "final" for _, site in cuts) else "block")
     cache = model.cache_of(prefix)
     flags = [(layer, site == "final") for layer, site in cuts]
-    parts = [
-        [rows.cpu() for rows in model.packed_at(cache, part, torch.full_like(part, len(prefix)), flags)]
-        for part in token_ids.split(batch)
-    ]
+    parts = []
+    for part in token_ids.split(batch):
+        states = model.packed_at(cache, part, torch.full_like(part, len(prefix)), flags)
+        parts.append([rows.cpu() for rows in states])
+        if on_part is not None:
+            on_part(len(part))
     return [torch.cat(rows) for rows in zip(*parts, strict=True)]
 
 

@@ -9,8 +9,9 @@ of their tokens do, and which rows those are does not depend on the prefix.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,9 +20,10 @@ from sipit.collisions.continuations import continued_states, distinct_tokens
 from sipit.collisions.nearest import nearest_pairs
 from sipit.collisions.spread import PERCENTILES
 from sipit.collisions.states import Cut
-from sipit.errors import OptionError
+from sipit.errors import MismatchError, OptionError
 from sipit.models import LanguageModel
 from sipit.observations import Site
+from sipit.storage import LineLog
 
 Pick = Literal["near", "random"]  # next tokens with near embedding rows, or any
 PICKS: tuple[Pick, ...] = get_args(Pick)
@@ -79,6 +81,7 @@ def survey_margins(
     pick: Pick = "near",
     n_exhaustive: int = 0,
     seed: int = 0,
+    log: Path | str | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> list[MarginSurvey]:
     """Return the one-step margins at each cut. Of tokens with equal embedding rows one takes part.
@@ -92,10 +95,14 @@ def survey_margins(
             behind every prefix; "random": drawn anew behind each.
         n_exhaustive: prefixes, the first ones, whose exact margin is computed beside the bound.
         seed: of the draws.
+        log: a file that keeps each prefix's margins as they are found, a JSON line each; called again with it, a
+            survey goes on where it stopped. More prefixes may be asked for then, and more exact ones.
         on_step: told the next tokens run and in all.
 
     Raises:
         OptionError: no prefix, fewer than two tokens, an unknown pick, or a layer below 1.
+        MismatchError: the log is that of another model, other prefixes or other options.
+        StorageError: the log cannot be written, or is no file of JSON lines.
     """
     if not prefixes or not cuts or any(layer < 1 for layer, _ in cuts):
         raise OptionError("margins need at least one prefix and layers of 1 or more")
@@ -108,20 +115,28 @@ def survey_margins(
     generator = torch.Generator().manual_seed(seed)
     is_whole = n == len(everything)
     tokens = closest_tokens(lm, everything, n, generator) if pick == "near" and not is_whole else everything
+    settings = {"n_tokens": n, "pick": pick, "seed": seed}
+    kept = _Kept(log, {"fingerprint": lm.fingerprint, "cuts": [list(cut) for cut in cuts], **settings})
     tried: list[list[Margin]] = []  # by prefix, by cut
     exact: list[list[Margin]] = []
     n_all = min(n_exhaustive, len(prefixes))
-    total, done = len(prefixes) * n + (0 if is_whole else n_all * len(everything)), 0
+    steps = _Steps(len(prefixes) * n + (0 if is_whole else n_all * len(everything)), on_step)
+
+    def margins(number: int, prefix: Tensor, among: Tensor) -> list[Margin]:
+        known = kept.margins(number, prefix, len(among))
+        if known is None:
+            known = list(_margins(lm, prefix, among, cuts, steps))
+            kept.keep(number, prefix, len(among), known)
+        else:
+            steps.known(len(among))
+        return known
+
     for number, prefix in enumerate(prefixes):
         if pick == "random" and not is_whole:
             tokens = everything[torch.randperm(len(everything), generator=generator)[:n]]
-        tried.append(list(_margins(lm, prefix, tokens, cuts)))
-        done += n
+        tried.append(margins(number, prefix, tokens))
         if number < n_all:
-            exact.append(tried[-1] if is_whole else list(_margins(lm, prefix, everything, cuts)))
-            done += 0 if is_whole else len(everything)
-        if on_step is not None:
-            on_step(done, total)
+            exact.append(tried[-1] if is_whole else margins(number, prefix, everything))
     return [
         _surveyed(cut, prefixes, n, pick, is_whole, [row[i] for row in tried], [row[i] for row in exact])
         for i, cut in enumerate(cuts)
@@ -149,11 +164,70 @@ def closest_tokens(lm: LanguageModel, among: Tensor, n: int, generator: torch.Ge
     return among[list(dict.fromkeys([*near, *drawn]))[:n]]
 
 
-def _margins(lm: LanguageModel, prefix: Tensor, tokens: Tensor, cuts: Sequence[Cut]) -> Iterator[Margin]:
+class _Kept:
+    """Margins found before and now; where there is a log, also after an interruption."""
+
+    def __init__(self, path: Path | str | None, settings: dict[str, Any]) -> None:
+        self._path = path
+        self._log = LineLog(path) if path is not None else None
+        self._known: dict[tuple[int, int], dict[str, Any]] = {}  # by number of the prefix and of tokens
+        if self._log is None:
+            return
+        records = self._log.records()
+        if not records:
+            self._log.append(settings)
+        elif records[0] != settings:
+            raise MismatchError(
+                f"{path} keeps the margins of another model, other layers or other options; repeat those, or name "
+                "another file"
+            )
+        self._known = {(record["prefix"], record["n_tokens"]): record for record in records[1:]}
+
+    def margins(self, number: int, prefix: Tensor, n_tokens: int) -> list[Margin] | None:
+        """Return what is known of a prefix."""
+        record = self._known.get((number, n_tokens))
+        if record is None:
+            return None
+        if record["input_ids"] != prefix.tolist():
+            raise MismatchError(
+                f"{self._path} keeps the margins of other prefixes (number {number} is another); name the corpus, "
+                "lengths and seed they were drawn with, or another file"
+            )
+        return [Margin(**{**margin, "tokens": tuple(margin["tokens"])}) for margin in record["margins"]]
+
+    def keep(self, number: int, prefix: Tensor, n_tokens: int, margins: Sequence[Margin]) -> None:
+        """Write down what was found."""
+        if self._log is not None:
+            found = [asdict(margin) for margin in margins]
+            ids = prefix.tolist()
+            self._log.append({"prefix": number, "input_ids": ids, "n_tokens": n_tokens, "margins": found})
+
+
+class _Steps:
+    """Counts the next tokens run, those that an earlier run left included."""
+
+    def __init__(self, total: int, on_step: Callable[[int, int], None] | None) -> None:
+        self._done, self._total = 0.0, total
+        self._on_step = on_step
+
+    def known(self, n: int) -> None:
+        """Count tokens that need not be run."""
+        self._done += n
+
+    def ran(self, n: float) -> None:
+        """Count some tokens and tell."""
+        if self._on_step is not None:
+            self._on_step(round(self._done + n), self._total)
+        self._done += n
+
+
+def _margins(lm: LanguageModel, prefix: Tensor, tokens: Tensor, cuts: Sequence[Cut], steps: _Steps) -> Iterator[Margin]:
     """Yield the margin at each cut; as many cuts in one pass as memory holds the states of."""
     size = max(1, _BYTES // (len(tokens) * lm.d_model * lm.dtype.itemsize))
-    for start in range(0, len(cuts), size):
-        for states in continued_states(lm, prefix, tokens, cuts[start : start + size]):
+    groups = [cuts[start : start + size] for start in range(0, len(cuts), size)]
+    for group in groups:
+        parts = continued_states(lm, prefix, tokens, group, on_part=lambda n: steps.ran(n / len(groups)))
+        for states in parts:
             pair = nearest_pairs([states])[0]
             norm = float(torch.linalg.vector_norm(states.double(), dim=1).mean())
             one, two = tokens[[pair.first, pair.second]].tolist()

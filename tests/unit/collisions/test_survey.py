@@ -21,7 +21,7 @@ from sipit.collisions import (
 from sipit.collisions.continuations import continued_states
 from sipit.collisions.margins import Pick, closest_tokens
 from sipit.collisions.states import Cut
-from sipit.errors import OptionError
+from sipit.errors import MismatchError, OptionError
 from tests.tiny_models import (
     FAMILIES,
     N_LAYERS,
@@ -240,3 +240,35 @@ def test_memory_for_few_cuts_at_a_time_changes_no_margin(lm: LanguageModel, monk
     one_by_one = survey_margins(lm, prefixes, CUTS, n_tokens=None)
     assert [layer.least_tokens for layer in one_by_one] == [layer.least_tokens for layer in at_once]
     assert [layer.least for layer in one_by_one] == pytest.approx([layer.least for layer in at_once], rel=1e-4)
+
+
+@pytest.mark.parametrize("pick", ["near", "random"])
+def test_margins_go_on_from_their_log(
+    lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pick: Pick
+) -> None:
+    prefixes = [random_ids(3, seed=n) for n in range(4)]
+    log, cuts = tmp_path / "margins.jsonl", CUTS[:2]
+    plain = survey_margins(lm, prefixes, cuts, n_tokens=9, pick=pick, n_exhaustive=2)
+    seen: list[tuple[int, int]] = []
+
+    def stop_in_the_second(done: int, total: int) -> None:
+        seen.append((done, total))
+        if done > 9 + lm.vocab_size:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        survey_margins(lm, prefixes, cuts, n_tokens=9, pick=pick, n_exhaustive=2, log=log, on_step=stop_in_the_second)
+    assert len(log.read_text(encoding="utf-8").splitlines()) == 3  # settings, some and all tokens of the first prefix
+    again: list[tuple[int, int]] = []
+    whole = survey_margins(
+        lm, prefixes, cuts, n_tokens=9, pick=pick, n_exhaustive=2, log=log, on_step=lambda *step: again.append(step)
+    )
+    assert whole == plain
+    assert again[0][0] > 9 + lm.vocab_size - 2  # what was known is counted, and not run
+    assert again[-1][0] == again[-1][1] == seen[-1][1]
+    monkeypatch.setattr("sipit.collisions.margins.continued_states", None)  # nothing is left to run
+    assert survey_margins(lm, prefixes, cuts, n_tokens=9, pick=pick, n_exhaustive=2, log=log) == plain
+    with pytest.raises(MismatchError, match="other options"):
+        survey_margins(lm, prefixes, cuts, n_tokens=8, pick=pick, log=log)
+    with pytest.raises(MismatchError, match="other prefixes"):
+        survey_margins(lm, prefixes[::-1], cuts, n_tokens=9, pick=pick, log=log)
