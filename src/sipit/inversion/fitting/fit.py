@@ -140,6 +140,7 @@ class FittedScores:
     """A fit as an inverse: one query a position, the score of every token."""
 
     doubtful_weights = (0.6, 0.75)
+    echo_reach = 0.1
 
     def __init__(self, keys: TokenKeys, fit: Fit) -> None:
         self.keys = keys

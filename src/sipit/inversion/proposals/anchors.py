@@ -43,6 +43,7 @@ class AnchorInverse:
     sink_cosine: float  # states nearer than this to the mean first state are read as first ones
     block_tokens: int  # what the anchors cost
     doubtful_weights: tuple[float, float] = (50.0, 1.0)
+    echo_reach: float = 0.2
     weights: tuple[tuple[float, float], ...] = (
         *((50.0, 1.0), (25.0, 1.0), (100.0, 1.0), (200.0, 1.0)),
         *((25.0, 0.0), (50.0, 0.0), (100.0, 0.0), (200.0, 0.0)),

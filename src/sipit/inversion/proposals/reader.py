@@ -9,6 +9,7 @@ order covers the whole vocabulary, so the search always ends.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sipit.inversion.check import Checked
+from sipit.inversion.proposals.echoes import Echoes
 from sipit.inversion.proposals.likely import Likely
 from sipit.inversion.proposals.overheard import Overheard
 from sipit.inversion.proposals.proposal import Scene
@@ -36,6 +38,7 @@ _BANDS = (0.5, 0.9, 0.99, 0.999)  # guesses of like certainty are judged togethe
 _PRIOR_GUESSES = 20.0  # of each band, assumed to have been right as often as they claimed
 _SURE = 0.9  # a guess that proves right at this chance teaches nothing
 _CERTAIN = 0.999  # a guess by the inverse alone, for which the likelihood is not consulted
+_ECHO_NATS = 3.0  # for the token of an earlier state nearly like this one, against all others together
 _LOCAL_RIDGE = 1e-3
 _LOCAL_GAIN = 75.0  # of a cosine, beside a log-probability
 
@@ -54,6 +57,10 @@ class Inverse(Protocol):
     @property
     def doubtful_weights(self) -> tuple[float, float]:
         """Such a pair for positions where its first choices were wrong."""
+
+    @property
+    def echo_reach(self) -> float:
+        """How near an earlier state must lie, over the norm, for its token to be tried first."""
 
     def queries(self, states: Tensor) -> Tensor:
         """Return one query a position of one prompt. (T, D) → (T, K)."""
@@ -111,6 +118,7 @@ class Reader:
         self._guesses: dict[int, _Guesses] = {}  # first position of a block → its best tokens
         self._checked: list[Checked] = []
         self._overheard = Overheard(scene.check.observed)
+        self._echoes = Echoes(scene.check.observed, inverse.echo_reach)
         self._first = 0.0
 
     @property
@@ -131,8 +139,12 @@ class Reader:
         heard = self._overheard.evidence(self.scene.position)
         for token_id, nats in heard.items():
             logits[token_id] += nats
+        echo = self._echoes.token(self.scene.position, self.scene.prefix)
+        is_echo = echo is not None and bool(here[echo])
+        if is_echo:
+            logits[echo] = logits.logsumexp(dim=0) + _ECHO_NATS
         chances, order = logits.softmax(dim=0).topk(min(n, n_left))
-        self._first = float(chances[0] if heard else self._believed(chances)[0])
+        self._first = float(chances[0] if heard or is_echo else self._believed(chances)[0])
         n_worth = worthwhile(chances, self.scene.price)
         return order[: max(n_worth, int(_PERSISTENCE * n_checked))].cpu()
 
@@ -144,7 +156,9 @@ class Reader:
         for position in range(self.scene.position + 1, n_positions):
             guesses = self._guesses_at(position)
             token_ids, chances = guesses.token_ids[position % _BLOCK], guesses.chances[position % _BLOCK]
-            yield _informed(token_ids, self._believed(chances), self._overheard.evidence(position))
+            token_ids, chances = _informed(token_ids, self._believed(chances), self._overheard.evidence(position))
+            echo = self._echoes.token(position, self.scene.prefix)
+            yield (token_ids, chances) if echo is None else _echoed(token_ids, chances, echo)
 
     def _guesses_at(self, position: int) -> _Guesses:
         """Return the best tokens of the block of positions that holds this one, by today's weights."""
@@ -263,6 +277,14 @@ def _informed(token_ids: Tensor, chances: Tensor, evidence: dict[int, float]) ->
     weighed = chances * nats.exp()
     chances, order = (weighed / (weighed.sum() + rest)).sort(descending=True)
     return token_ids[order], chances
+
+
+def _echoed(token_ids: Tensor, chances: Tensor, echo: int) -> tuple[Tensor, Tensor]:
+    """Return a position's best tokens and their chances with an echo before all others. (K,), (K,)."""
+    others = token_ids != echo
+    rest = math.exp(-_ECHO_NATS)
+    head, share = token_ids.new_tensor([echo]), chances.new_tensor([1.0])
+    return torch.cat([head, token_ids[others]]), torch.cat([share, rest * chances[others]]) / (1 + rest)
 
 
 def _by_rank(scores: Tensor) -> Tensor:
