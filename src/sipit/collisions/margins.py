@@ -114,9 +114,9 @@ def survey_margins(
         raise OptionError(f"n_tokens is {n}; a margin lies between at least 2 next tokens")
     generator = torch.Generator().manual_seed(seed)
     is_whole = n == len(everything)
-    tokens = closest_tokens(lm, everything, n, generator) if pick == "near" and not is_whole else everything
     settings = {"n_tokens": n, "pick": pick, "seed": seed}
     kept = _Kept(log, {"fingerprint": lm.fingerprint, "cuts": [list(cut) for cut in cuts], **settings})
+    tokens = closest_tokens(lm, everything, n, generator) if pick == "near" and not is_whole else everything
     tried: list[list[Margin]] = []  # by prefix, by cut
     exact: list[list[Margin]] = []
     n_all = min(n_exhaustive, len(prefixes))
@@ -226,8 +226,7 @@ def _margins(lm: LanguageModel, prefix: Tensor, tokens: Tensor, cuts: Sequence[C
     size = max(1, _BYTES // (len(tokens) * lm.d_model * lm.dtype.itemsize))
     groups = [cuts[start : start + size] for start in range(0, len(cuts), size)]
     for group in groups:
-        parts = continued_states(lm, prefix, tokens, group, on_part=lambda n: steps.ran(n / len(groups)))
-        for states in parts:
+        for states in continued_states(lm, prefix, tokens, group, on_part=lambda n: steps.ran(n / len(groups))):
             pair = nearest_pairs([states])[0]
             norm = float(torch.linalg.vector_norm(states.double(), dim=1).mean())
             one, two = tokens[[pair.first, pair.second]].tolist()

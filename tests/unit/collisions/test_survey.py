@@ -268,7 +268,8 @@ def test_margins_go_on_from_their_log(
     assert again[-1][0] == again[-1][1] == seen[-1][1]
     monkeypatch.setattr("sipit.collisions.margins.continued_states", None)  # nothing is left to run
     assert survey_margins(lm, prefixes, cuts, n_tokens=9, pick=pick, n_exhaustive=2, log=log) == plain
-    with pytest.raises(MismatchError, match="other options"):
-        survey_margins(lm, prefixes, cuts, n_tokens=8, pick=pick, log=log)
     with pytest.raises(MismatchError, match="other prefixes"):
         survey_margins(lm, prefixes[::-1], cuts, n_tokens=9, pick=pick, log=log)
+    monkeypatch.setattr("sipit.collisions.margins.closest_tokens", None)  # refused before tokens are searched
+    with pytest.raises(MismatchError, match="other options"):
+        survey_margins(lm, prefixes, cuts, n_tokens=8, pick=pick, log=log)
