@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
+from torch import Tensor
 
 from sipit.errors import CertificateError, OptionError, ShapeError
-from sipit.inversion.result import Inversion, Verdict
-from sipit.inversion.tolerance import SAFETY, local_noise, tolerance_for
+from sipit.inversion.result import POLICIES, Inversion, Verdict
+from sipit.inversion.tolerance import SAFETY, local_noise, noise_floor, tolerance_for
 from sipit.models import LanguageModel
 from sipit.observations import Observation
 from sipit.storage import read_json, write_json
@@ -25,22 +26,11 @@ from sipit.storage import read_json, write_json
 _FORMAT = "sipit.certificate"
 _VERSION = 1
 _REMEASURED = 16  # positions whose own noise a replay measures, at most
-_TYPES: dict[str, type | tuple[type, ...]] = {
-    "format": str,
-    "version": int,
-    "digest": str,
-    "model": str,
-    "fingerprint": str,
-    "layer": int,
-    "site": str,
-    "verdict": str,
-    "text": (str, type(None)),
-    "input_ids": list,
-    "seq_len": int,
-    "noise": (int, float),
-    "observation": str,
-    "positions": list,
-}
+_LARGEST = 1e300  # a number beyond it is no distance, no count and no time
+_TEXTS = ("digest", "model", "fingerprint", "site", "observation", "dtype", "model_dtype")
+_COUNTS = ("layer", "seq_len", "block_tokens", "calibration_block_tokens", "n_checked")  # whole numbers, 0 or more
+_NUMBERS = ("tolerance", "noise", "seconds", "prefill_ratio")  # finite, 0 or more
+_POSITION_NUMBERS = ("distance", "tolerance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,27 +77,65 @@ def read_certificate(path: Path | str) -> dict[str, Any]:
 def _validated(record: Any, path: str) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("format") != _FORMAT:
         raise CertificateError(f"{path} is not a certificate; write one with 'sipit invert --json'")
-    for key, kinds in _TYPES.items():
-        if not isinstance(record.get(key, ...), kinds):
-            raise CertificateError(
-                f"{path}: key {key!r} is missing or of the wrong type; write it again with 'sipit invert --json'"
-            )
-    if record["version"] != _VERSION:
+    if type(record.get("version")) is int and record["version"] != _VERSION:
         raise CertificateError(
-            f"{path} has version {record['version']}, this sipit reads {_VERSION}; use the sipit that wrote it"
+            f"{path} has version {str(record['version'])[:20]}, this sipit reads {_VERSION}; "
+            "use the sipit that wrote it"
         )
-    if record["verdict"] not in get_args(Verdict) or not all(
-        isinstance(i, int) and not isinstance(i, bool) for i in record["input_ids"]
-    ):
+    wrong = next(_wrong_keys(record), None)
+    if wrong is not None:
         raise CertificateError(
-            f"{path}: verdict or input_ids are not what a certificate holds; write it again with 'sipit invert --json'"
-        )
-    if not 0 <= record["noise"] < math.inf:
-        raise CertificateError(
-            f"{path}: noise is {record['noise']}, expected a finite distance of 0 or more; write it again with "
+            f"{path}: key {wrong!r} is missing or not what a certificate holds; write it again with "
             "'sipit invert --json'"
         )
     return record
+
+
+def _wrong_keys(record: dict[str, Any]) -> Iterator[str]:
+    """Yield the keys whose values no inversion can have written."""
+    if type(record.get("version")) is not int:
+        yield "version"
+    yield from (key for key in _TEXTS if not _is_text(record.get(key)))
+    yield from (key for key in _COUNTS if not _is_count(record.get(key)))
+    yield from (key for key in _NUMBERS if not _is_number(record.get(key)))
+    if record.get("text", ...) is not None and not _is_text(record.get("text")):
+        yield "text"
+    if record.get("verdict") not in get_args(Verdict):
+        yield "verdict"
+    if record.get("policy") not in POLICIES:
+        yield "policy"
+    ids, positions = record.get("input_ids"), record.get("positions")
+    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+        yield "input_ids"
+    if not isinstance(positions, list) or not all(map(_is_position, positions)):
+        yield "positions"
+    if not isinstance(record.get("miss"), dict | None):
+        yield "miss"
+
+
+def _is_position(evidence: Any) -> bool:
+    """Return whether this is the evidence of one position."""
+    return (
+        isinstance(evidence, dict)
+        and type(evidence.get("token_id")) is int
+        and _is_count(evidence.get("n_checked"))
+        and all(_is_number(evidence.get(key)) for key in _POSITION_NUMBERS)
+        and (evidence.get("runner_up") is None or _is_number(evidence["runner_up"]))
+        and (evidence.get("token", ...) is None or _is_text(evidence.get("token")))
+        and isinstance(evidence.get("rivals"), list | tuple)
+    )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _LARGEST
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= _LARGEST
 
 
 def check_certificate(
@@ -156,6 +184,8 @@ def check_certificate(
                 f"position {worst}: the claimed token {record['input_ids'][worst]} is {distance:.3g} from the "
                 f"observed state, {float(excess[worst]):.3g} beyond its rounding; tolerance {tolerance:.2g}"
             )
+        if noise:
+            reasons += _too_much_noise(lm, seen, noise, distances > limits.total.cpu())
         if record["text"] != lm.decode(record["input_ids"]):
             reasons.append("the text is not what the claimed tokens decode to")
     return CertificateCheck(
@@ -166,6 +196,24 @@ def check_certificate(
         tolerance=tolerance,
         block_tokens=block_tokens,
     )
+
+
+def _too_much_noise(lm: LanguageModel, seen: Observation, noise: float, is_needed: Tensor) -> list[str]:
+    """Return why a declared noise proves nothing: at a position that needs it, other tokens lie within it too.
+
+    How near other tokens come is measured with the noise floor, so the record has no part in it.
+    """
+    floor = noise_floor(lm, seen.layer, seen.site)
+    norms = seen.states.double().norm(dim=1).cpu()
+    gaps = norms * floor.rest_gap  # (T,)
+    gaps[0] = norms[0] * floor.first_gap
+    covered = ((gaps <= noise) & is_needed).nonzero()[:, 0].tolist()
+    if not covered:
+        return []
+    return [
+        f"position {covered[0]}: the declared noise of {noise:.3g} covers other tokens as well, which come within "
+        f"{float(gaps[covered[0]]):.3g} there, so it is no evidence for the claimed one"
+    ]
 
 
 def _mismatches(record: dict[str, Any], seen: Observation, lm: LanguageModel) -> list[str]:
@@ -194,6 +242,10 @@ def _mismatches(record: dict[str, Any], seen: Observation, lm: LanguageModel) ->
         reasons.append(
             f"the certificate names {len(record['input_ids'])} tokens, the observation has {seen.seq_len} positions"
         )
+    if [position["token_id"] for position in record["positions"]] != record["input_ids"]:
+        reasons.append("the evidence of the positions is about other tokens than the claimed ones")
+    if record["seq_len"] != seen.seq_len:
+        reasons.append(f"the certificate is about {record['seq_len']} positions, the observation has {seen.seq_len}")
     if not all(0 <= i < lm.vocab_size for i in record["input_ids"]):
         reasons.append(f"a claimed token id is outside the vocabulary (0 to {lm.vocab_size - 1})")
     if not seen.is_complete:

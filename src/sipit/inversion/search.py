@@ -24,6 +24,7 @@ from sipit.inversion.run import Run
 from sipit.inversion.tolerance import noise_floor, tolerance_for
 from sipit.inversion.tree import Tree, pass_price
 from sipit.models import LanguageModel, PrefixCache
+from sipit.models.rope import switch_length
 from sipit.observations import Observation
 
 _SHARED_TOKENS = 1024  # of all prompts that share a row: each packed token looks at the prefixes of all
@@ -296,6 +297,13 @@ def _check_fit(lm: LanguageModel, seen: Observation) -> None:
         raise ShapeError(
             f"the observation has {seen.seq_len} positions, model {lm.name!r} only {lm.max_positions}; "
             "name the model the states were captured from"
+        )
+    switch = switch_length(lm.model.config)
+    if switch is not None and seen.seq_len > switch:
+        raise MismatchError(
+            f"the observation has {seen.seq_len} positions, and the rotary embedding of model {lm.name!r} changes "
+            f"beyond {switch}: its states then depend on the length of the whole pass, not on their prefix alone, "
+            f"which this version does not invert; capture at most {switch} tokens"
         )
     if not seen.is_complete:
         raise MismatchError(

@@ -54,9 +54,13 @@ def _read(path: Path) -> dict[str, Any]:
 def _forge(path: Path, **changes: Any) -> None:
     """Edit a certificate and give it a digest that matches, as someone who knows the format could."""
     record = {**_read(path), **changes}
+    if "input_ids" in changes and "positions" not in changes:  # the evidence is about the forged ids too
+        record["positions"] = [
+            {**p, "token_id": i} for p, i in zip(record["positions"], record["input_ids"], strict=False)
+        ]
     del record["digest"]
     text = json.dumps(record, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    record["digest"] = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+    record["digest"] = f"sha256:{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()}"
     path.write_text(json.dumps(record), "utf-8")
 
 
@@ -227,7 +231,7 @@ def test_certificate_rejects_an_edited_observation(path: Path, seen: Observation
 
 def test_certificate_rejects_an_observation_of_another_width(path: Path, lm: LanguageModel) -> None:
     narrow = Observation(states=torch.ones(3, 8), layer=2)
-    _forge(path, observation=narrow.digest(), input_ids=[1, 2, 3], positions=[{}, {}, {}])
+    _forge(path, observation=narrow.digest(), input_ids=[1, 2, 3], seq_len=3)
     assert not check_certificate(path, narrow, lm).holds
 
 
@@ -333,6 +337,21 @@ def test_malformed_certificate_is_an_error_of_its_own(
         {"noise": "0"},
         {"text": 3},
         {"positions": None},
+        {"positions": [{}]},
+        {"seq_len": -1},
+        {"seq_len": True},
+        {"tolerance": "x"},
+        {"tolerance": -1.0},
+        {"seconds": None},
+        {"calibration_block_tokens": -1},
+        {"n_checked": 1.5},
+        {"noise": 10**400},
+        {"noise": -0.5},
+        {"noise": True},
+        {"policy": "guess"},
+        {"text": "\ud800"},
+        {"model": "\ud800"},
+        {"miss": 3},
     ],
 )
 def test_certificate_with_a_value_of_the_wrong_kind_is_an_error(
@@ -372,3 +391,32 @@ def test_certificate_is_plain_json_without_nan(path: Path) -> None:
 
     json.loads(path.read_text("utf-8"), parse_constant=refuse)
     assert path.read_bytes().endswith(b"}\n")
+
+
+def test_evidence_about_other_tokens_than_the_claimed_ones_does_not_hold(
+    path: Path, seen: Observation, lm: LanguageModel
+) -> None:
+    positions = _read(path)["positions"]
+    _forge(path, positions=[{**positions[0], "token_id": 3}, *positions[1:]])
+    assert not check_certificate(path, seen, lm).holds
+
+
+@pytest.mark.parametrize("noise", [1e3, 1e9, 1e300])
+def test_declared_noise_that_covers_every_token_is_no_evidence(
+    path: Path, seen: Observation, lm: LanguageModel, noise: float
+) -> None:
+    right = _read(path)["input_ids"]
+    _forge(path, verdict="ambiguous", noise=noise, input_ids=right[::-1], text=lm.decode(right[::-1]))
+    check = check_certificate(path, seen, lm)
+    assert not check.holds
+    assert "declared noise" in check.reasons[0]
+
+
+def test_declared_noise_below_the_distance_of_other_tokens_holds(llama: LanguageModel, tmp_path: Path) -> None:
+    seen = llama.capture(input_ids=[4, 90, 33], layer=2)
+    error = torch.nn.functional.normalize(torch.randn(3, 32, generator=torch.Generator().manual_seed(1)), dim=1)
+    noisy = replace(seen, states=seen.states + 0.01 * error)
+    found = sipit.invert(llama, noisy, noise=0.011)
+    assert (found.verdict, found.input_ids) == ("ambiguous", (4, 90, 33))
+    write_certificate(found, tmp_path / "c.json")
+    assert check_certificate(tmp_path / "c.json", noisy, llama).holds

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 from sipit.errors import OptionError
 from sipit.inversion.fitting import FittedScores, load_fit
 from sipit.inversion.proposals.anchors import anchor_inverse
@@ -13,11 +11,9 @@ from sipit.inversion.proposals.likely import Likely
 from sipit.inversion.proposals.proposal import Proposal, Scene
 from sipit.inversion.proposals.reader import Reader
 from sipit.inversion.proposals.vocabulary import RandomOrder, VocabularyOrder
+from sipit.inversion.result import POLICIES, Policy
 from sipit.inversion.token_keys import token_keys
 from sipit.inversion.tree import LONG
-
-Policy = Literal["auto", "likely", "gradient", "random", "vocabulary"]
-POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 _CHEAP_LIKELIHOOD = 0.25  # blocks above the layer, over blocks below it, that a good inverse still pays for
 
