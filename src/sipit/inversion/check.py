@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from sipit.inversion.result import Meter
-from sipit.inversion.tolerance import SAFETY, Tolerance, local_noise
+from sipit.inversion.tolerance import SAFETY, Tolerance, local_noise, noise_floor
 from sipit.models import LanguageModel, PrefixCache
 from sipit.observations import Observation
+
+_SPREAD_LESS = 4.0  # times less than nine in ten of the tokens seen in calibration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,7 @@ class PackedCheck:
         self.observed = seen.states.to(device, wide)  # (T, D)
         self._seq_len = seen.seq_len
         self._tolerance = tolerance
+        self._measured = noise_floor(lm, seen.layer, seen.site)
         self._floor = tolerance.noise.to(device, copy=True)  # (T,)
         self._limit = tolerance.total.to(device, copy=True)  # (T,)
         self.noise = noise
@@ -86,6 +89,15 @@ class PackedCheck:
     def is_coarse(self, position: int) -> bool:
         """Whether the tolerance at a position is not clearly below the distance of wrong tokens."""
         return bool(self._tolerance.is_coarse[position])
+
+    def alike_within(self, position: int) -> float:
+        """Return how near embedding rows must lie for their states to be within the tolerance at a position.
+
+        By how far the blocks were seen to spread rows apart, with room for tokens that they spread less.
+        """
+        floor = self._measured
+        spread = floor.first_spread if position == 0 else floor.rest_spread
+        return _SPREAD_LESS * self.limit(position) / max(spread, 1e-30)
 
     def reach(self, position: int) -> float:
         """Return the tolerance at a position over the norm of the state observed there."""

@@ -144,12 +144,17 @@ class Run:
     def _alike(self, token_id: int) -> list[int]:
         """Return tokens that may fit where this one does, the likeliest first.
 
-        Those with nearly the same embedding row. Where the tolerance is wider than that (coarse
-        arithmetic, states stored rounded), also the nearest rows by direction, so that the best of
-        them is accepted and not the first.
+        Those with nearly the same embedding row, and those whose rows are so near that the tolerance may
+        not tell their states apart, by what the cut can see of them. Where the tolerance is wider than
+        that (coarse arithmetic, states stored rounded), also the nearest rows by direction, so that the
+        best of them is accepted and not the first.
         """
-        check, position = self.scene.check, self.scene.position
-        twins = self.scene.lm.embeddings.twins(token_id)
+        check, position, lm = self.scene.check, self.scene.position, self.scene.lm
+        twins = lm.embeddings.twins(token_id)
+        radius = check.alike_within(position)
+        for ignores_mean in (False, True) if lm.final_ignores_mean and check.cut.is_final else (False,):
+            near = lm.embeddings.within(token_id, radius, ignores_mean=ignores_mean)
+            twins = [*twins, *(i for i in near if i not in twins)]
         if check.reach(position) <= _NARROW:
             return twins
         least = -1.0 if check.is_coarse(position) else _ALIKE

@@ -21,7 +21,6 @@ from sipit.models import LanguageModel, PrefixCache, TruncatedModel
 from sipit.observations import Observation, Site
 
 SAFETY = 8.0  # the tolerance is this many times the largest noise seen in calibration
-_CEILING_POWER = 0.5  # noise is at most this power of the dtype's rounding unit: half of its digits
 _CLEAR = 0.25  # of the gap to wrong tokens that a tolerance stays below where noise allows
 _COARSE = 0.02  # of that gap, above which a later position's tolerance is coarse
 _LOW_GAP = 0.1  # quantile of the gaps that counts: a few tokens of any vocabulary are hardly trained, and alike
@@ -40,6 +39,8 @@ class NoiseFloor:
     first_gap: float  # how near wrong tokens come to the right one's state, over its norm, at position 0
     rest_gap: float  # and at later positions
     block_tokens: int  # what measuring it cost
+    first_spread: float = 1.0  # distance of two tokens' states over that of their embedding rows, at position 0
+    rest_spread: float = 1.0  # and at later positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,12 +122,13 @@ def _measure(lm: LanguageModel, cut: TruncatedModel) -> NoiseFloor:
     rests: list[float] = []
     first_gaps: list[float] = []
     rest_gaps: list[float] = []
+    spreads: dict[bool, list[float]] = {True: [], False: []}  # by whether the position is the first
     spent = 0
     for ids in _prompts(lm):
         expected = cut.ordinary(ids).double()  # (T, D)
         norms = expected.norm(dim=1).cpu()  # (T,)
         try:
-            right, wrong, n_packed = _packed_distances(cut, ids, expected, lm)
+            right, wrong, spread, n_packed = _packed_distances(cut, ids, expected, lm)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise ModelError(
                 f"model {lm.name!r} cannot run many candidates in one row behind a shared prefix ({error}); "
@@ -137,6 +139,8 @@ def _measure(lm: LanguageModel, cut: TruncatedModel) -> NoiseFloor:
         rests += ratios[1:]
         first_gaps += [gap for gap in gaps[:1] if gap < math.inf]
         rest_gaps += [gap for gap in gaps[1:] if gap < math.inf]
+        for place, value in enumerate(spread.tolist()):
+            spreads[place == 0] += [value] if value < math.inf else []
         spent += (len(ids) + n_packed) * cut.layer
     unit = torch.finfo(lm.dtype).eps  # one rounding of the norm: less cannot be told from zero
     rest, rest_gap = max(*rests, unit), _quantile(rest_gaps, _LOW_GAP)
@@ -147,6 +151,8 @@ def _measure(lm: LanguageModel, cut: TruncatedModel) -> NoiseFloor:
         first_gap=first_gap,
         rest_gap=rest_gap,
         block_tokens=spent,
+        first_spread=_quantile(spreads[True] or spreads[False] or [1.0], _LOW_GAP),
+        rest_spread=_quantile(spreads[False] or [1.0], _LOW_GAP),
     )
     typical = _quantile(rests, 0.5)
     if typical > _CLEAR * _quantile(rest_gaps, 0.5) or 2 * rest > rest_gap:
@@ -174,7 +180,7 @@ def noise_ceiling(dtype: torch.dtype) -> float:
     at each dtype: some 1e-5 of 3.5e-4 in float32, 6 of 8.8 per cent in bfloat16. What lies above it
     has another cause: states that depend on the length of the pass, or on the rows beside them.
     """
-    return float(torch.finfo(dtype).eps) ** _CEILING_POWER
+    return math.sqrt(torch.finfo(dtype).eps)
 
 
 def _quantile(values: list[float], q: float) -> float:
@@ -199,13 +205,15 @@ def _prompts(lm: LanguageModel) -> list[Tensor]:
 
 def _packed_distances(
     cut: TruncatedModel, ids: Tensor, expected: Tensor, lm: LanguageModel
-) -> tuple[Tensor, Tensor, int]:
-    """Return the distances of right tokens and of the nearest wrong ones, by packed passes. (T,), (T,).
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Return by packed passes the distances of right tokens, of the nearest wrong ones, and these over their rows'.
+
+    (T,) each, infinite where no wrong token was run.
 
     The passes take every shape in turn that a search may use: kernels differ by the number of rows.
     """
     cache = cut.new_cache()
-    right, wrong, n_packed, start = [], [], 0, 0
+    right, wrong, spread, n_packed, start = [], [], [], 0, 0
     while start < len(ids):
         n_chain, n_decoys = _SHAPES[(start + len(ids)) % len(_SHAPES)]
         chain = ids[start : start + n_chain]
@@ -220,13 +228,18 @@ def _packed_distances(
         distances = (states - expected[places.to(states.device)]).norm(dim=1).cpu()
         right.append(distances[: len(chain)])
         nearest = torch.full((len(chain),), torch.inf, dtype=torch.float64)
+        ratios = nearest.clone()
         if len(decoys):
             nearest[0] = distances[len(chain) :].min()
+            rows = lm.embeddings.rows(torch.cat([chain[:1], decoys])).double().cpu()
+            apart = (rows[1:] - rows[0]).norm(dim=1).clamp(min=1e-30)
+            ratios[0] = (distances[len(chain) :] / apart).min()
         wrong.append(nearest)
+        spread.append(ratios)
         cache.keep(range(len(chain)))
         start += len(chain)
         n_packed += len(tokens)
-    return torch.cat(right), torch.cat(wrong), n_packed
+    return torch.cat(right), torch.cat(wrong), torch.cat(spread), n_packed
 
 
 def local_noise(

@@ -21,6 +21,7 @@ class EmbeddingRows:
     def __init__(self, module: nn.Embedding, vocab_size: int) -> None:
         self._module = module
         self.vocab_size = vocab_size
+        self._indexes: dict[bool, _Index] = {}  # by whether the rows' means are removed
 
     @torch.no_grad()
     def rows(self, token_ids: Tensor) -> Tensor:
@@ -44,6 +45,19 @@ class EmbeddingRows:
     def squared_distances(self, vector: Tensor) -> Tensor:
         """Return the squared L2 distance of every token's row to one vector. (D,) → (V,)."""
         return torch.cat([(rows - vector).square().sum(dim=1) for _, rows in self.slices()])
+
+    def within(self, token_id: int, radius: float, *, ignores_mean: bool = False) -> list[int]:
+        """Return other tokens whose rows lie within a radius of this one's, the nearest first, at most 64.
+
+        Args:
+            token_id: the token.
+            radius: L2, in units of the rows.
+            ignores_mean: compare the rows less their own means: behind a LayerNorm a constant added to
+                every coordinate is gone.
+        """
+        if ignores_mean not in self._indexes:
+            self._indexes[ignores_mean] = _Index(self, ignores_mean)
+        return self._indexes[ignores_mean].within(token_id, radius)
 
     def twins(self, token_id: int) -> list[int]:
         """Return other tokens whose rows nearly equal this one's, the nearest first, at most 64.
@@ -99,3 +113,35 @@ class EmbeddingRows:
                 near[one].append((gap, two))
                 near[two].append((gap, one))
         return {token: [other for _, other in sorted(pairs)[:_MAX_TWINS]] for token, pairs in near.items()}
+
+
+class _Index:
+    """Finds the rows near one of them: near rows have near projections, so only those are compared."""
+
+    def __init__(self, rows: EmbeddingRows, ignores_mean: bool) -> None:
+        self._rows = rows
+        self._ignores_mean = ignores_mean
+        width = rows.rows(torch.zeros(1, dtype=torch.long)).shape[1]
+        direction = torch.randn(width, generator=torch.Generator().manual_seed(0))
+        direction -= direction.mean() if ignores_mean else 0.0
+        direction /= direction.norm()
+        places = torch.cat([(part.float().cpu() @ direction) for _, part in rows.slices()])  # (V,)
+        self._places, self._order = places.sort()
+        self._slack = 1e-5 * float(places.abs().max()) + 1e-12  # of the projection's own rounding
+
+    def within(self, token_id: int, radius: float) -> list[int]:
+        here = self._row(torch.tensor([token_id]))[0]
+        place = self._places[(self._order == token_id).nonzero()[0, 0]]
+        reach = radius + self._slack
+        first = int(torch.searchsorted(self._places, place - reach))
+        last = int(torch.searchsorted(self._places, place + reach, right=True))
+        found: list[tuple[float, int]] = []
+        for part in self._order[first:last].split(_SLICE):
+            gaps = (self._row(part) - here).norm(dim=1)
+            near = (gaps <= radius) & (part != token_id)
+            found += zip(gaps[near].tolist(), part[near].tolist(), strict=True)
+        return [other for _, other in sorted(found)[:_MAX_TWINS]]
+
+    def _row(self, token_ids: Tensor) -> Tensor:
+        rows = self._rows.rows(token_ids).cpu().double()
+        return rows - rows.mean(dim=1, keepdim=True) if self._ignores_mean else rows

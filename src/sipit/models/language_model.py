@@ -83,6 +83,21 @@ class LanguageModel:
         return self._final_width if site == "final" else self.d_model
 
     @cached_property
+    def final_ignores_mean(self) -> bool:
+        """Whether a constant added to every coordinate is gone after the final norm, as behind a LayerNorm."""
+        with torch.no_grad():
+            before = self.cut(self.n_layers).ordinary(self._probe_ids)  # (T, D)
+            shifted = before + before.abs().amax(dim=1, keepdim=True)
+            return bool((self._normed(shifted) - self._normed(before)).norm() <= 0.05 * self._normed(before).norm())
+
+    def _normed(self, states: Tensor) -> Tensor:
+        """Run the modules behind the last block on its states. (T, D) → (T, D')."""
+        for name in self.family.final:
+            module = getattr(self._trunk, name)
+            states = states if module is None else module(states)
+        return states
+
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the config and every weight as loaded."""
         return fingerprint(self.model)
@@ -303,9 +318,7 @@ class LanguageModel:
         try:
             got = cut.ordinary(self._probe_ids)  # (T, D)
             if cut.layer == self.n_layers and not cut.is_final:  # not among them: run the final modules on it
-                for name in self.family.final:
-                    module = getattr(self._trunk, name)
-                    got = got if module is None else module(got)
+                got = self._normed(got)
         except (TypeError, RuntimeError, ValueError, AttributeError, IndexError) as error:
             raise self._refusal(f"cannot be cut after {cut.layer} blocks ({error})") from error
         expected = self._probe_states[cut.layer]
