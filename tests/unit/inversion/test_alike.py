@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -47,10 +49,10 @@ def test_rows_nearer_than_the_tolerance_behind_a_huge_coordinate_are_both_checke
     rows = embedding_rows(model)
     direction = torch.nn.functional.normalize(torch.randn(32, generator=torch.Generator().manual_seed(1)), dim=0)
     rows[SECOND] = rows[FIRST] + 3e-4 * rows[FIRST].norm() * direction
-    last = [m for m in blocks_of(model)[1].modules() if type(m).__name__ in ("Linear", "Conv1D")][-1]
+    last: Any = [m for m in blocks_of(model)[1].modules() if type(m).__name__ in ("Linear", "Conv1D")][-1]
     if last.bias is None:
         last.bias = torch.nn.Parameter(torch.zeros(32))
-    last.bias.data[3] += 3000  # type: ignore[union-attr,operator]
+    last.bias.data[3] += 3000
     lm = LanguageModel(model)
     found = sipit.invert(lm, lm.capture(input_ids=ids, layer=layer))
     assert found.input_ids == tuple(ids) or found.verdict == "ambiguous"

@@ -32,6 +32,8 @@ _MAX_SCORES = 1 << 25  # scores held at once, over all positions ahead
 _WIDTH = 8  # guesses kept for each position ahead
 _PATIENCE = 8  # candidates checked in vain before a regression on them corrects the inverse
 _DESPAIR = 64  # at which another regression on them does without the inverse
+_HOPELESS = 512  # at which the order of all that is left is settled once: what more regressions cost, they never save
+_LEAST_HEARD = -1.0  # nats that what was overheard may count against a token where the order is one of ranks
 _PRIOR_NATS = 2.0  # evidence needed to leave the first pair of weights
 _PERSISTENCE = 0.5  # candidates worth checking next, of those checked in vain: fewer are more passes, more are wasted
 _BANDS = (0.5, 0.9, 0.99, 0.999)  # guesses of like certainty are judged together by how often they prove right
@@ -120,6 +122,7 @@ class Reader:
         self._overheard = Overheard(scene.check.observed)
         self._echoes = Echoes(scene.check.observed, inverse.echo_reach)
         self._first = 0.0
+        self._rest: Tensor | None = None  # (V,) the order settled after many candidates in vain
 
     @property
     def _uses_likelihood(self) -> bool:
@@ -127,18 +130,25 @@ class Reader:
 
     def begin(self) -> None:
         self._checked = []
+        self._rest = None
 
     def next(self, n: int, untried: Tensor) -> Tensor:
         n_checked = sum(len(c.token_ids) for c in self._checked)
         here = untried.to(self.scene.check.observed.device)
-        logits = self._doubtful_logits(here) if n_checked >= _PATIENCE else self._logits(self.scene.position)
-        logits = logits.masked_fill(~here, -torch.inf)  # (V,)
         n_left = int(untried.sum())
         if n_left == 0:
             return untried.nonzero()[:, 0]
+        if self._rest is not None:
+            return self._rest[untried[self._rest]][:n]
+        is_doubtful = n_checked >= _PATIENCE
         heard = self._overheard.evidence(self.scene.position)
+        logits = self._doubtful_logits() if is_doubtful else self._logits(self.scene.position)  # (V,)
         for token_id, nats in heard.items():
-            logits[token_id] += nats
+            logits[token_id] += max(nats, _LEAST_HEARD) if is_doubtful else nats
+        if n_checked >= _HOPELESS:
+            self._rest = logits.argsort(descending=True, stable=True).cpu()
+            return self._rest[untried[self._rest]][:n]
+        logits = logits.masked_fill(~here, -torch.inf)
         echo = self._echoes.token(self.scene.position, self.scene.prefix)
         is_echo = echo is not None and bool(here[echo])
         if is_echo:
@@ -177,7 +187,8 @@ class Reader:
         return known
 
     def learn(self, checked: Checked) -> None:
-        self._checked.append(checked)
+        if self._rest is None:  # else nothing is learned any more, and their states need no memory
+            self._checked.append(checked)
         self._n_wasted += len(checked.token_ids)
 
     def overhear(self, position: int, checked: Checked) -> None:
@@ -237,11 +248,13 @@ class Reader:
             self._logs.update(zip(new, self._likely.logits(new), strict=True))
         return torch.stack([self._logs[p] for p in positions])
 
-    def _doubtful_logits(self, untried: Tensor) -> Tensor:
-        """Return logits where candidates were checked in vain: the inverse is wrong here. (V,) → (V,).
+    def _doubtful_logits(self) -> Tensor:
+        """Return logits where candidates were checked in vain: the inverse is wrong here. (V,).
 
         What it gets wrong is learned from these candidates. The likelihood may be wrong here too (it
-        knows nothing at position 1), so that orders with and without it take turns.
+        knows nothing at position 1), so that orders with and without it take turns. Ranks are over the
+        whole vocabulary, tried tokens included: among the untried alone a rank would fall at each call,
+        and evidence against a token would put it behind the best of what is left for ever.
         """
         inverse, scene = self._inverse, self.scene
         states = torch.cat([c.states for c in self._checked]).float()  # (N, D)
@@ -258,7 +271,6 @@ class Reader:
         other = inverse.other_query(scene.check.observed, scene.position)
         if other is not None:
             readings.append(inverse.scores(other[None])[0])
-        readings = [scores.masked_fill(~untried, -torch.inf) for scores in readings]
         return torch.stack([_by_rank(scores) for scores in readings]).amax(dim=0) if len(readings) > 1 else readings[0]
 
 
