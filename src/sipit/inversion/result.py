@@ -47,6 +47,8 @@ class Miss:
     distance: float
     tolerance: float
     n_checked: int
+    runner_up: float | None  # distance of the best other token; None where only one was checked
+    diagnosis: str  # the likeliest cause, and what to try
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,7 @@ class Inversion:
             miss = self.miss
             return (
                 f"unmatched: position {miss.position}: best of {miss.n_checked} candidates is "
-                f"{miss.distance:.3g} away, tolerance {miss.tolerance:.2g}. Wrong model, layer or site? "
+                f"{miss.distance:.3g} away, tolerance {miss.tolerance:.2g}; {miss.diagnosis}. "
                 'See "sipit invert --help".'
             )
         worst = max(self.positions, key=lambda p: p.distance / p.tolerance if p.tolerance else 0.0)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sipit.inversion.check import Checked
+from sipit.inversion.diagnosis import diagnosed
 from sipit.inversion.proposals import Proposal, Scene
 from sipit.inversion.result import Candidate, Miss, PositionEvidence, Verdict
 from sipit.inversion.token_keys import token_keys
@@ -192,6 +193,7 @@ class Run:
         if best.is_near:
             self._certain = torch.tensor([best.token_id])
             return
+        check, runner_up = self.scene.check, self._tried.runner_up(best.token_id)
         self.miss = Miss(
             position=self.scene.position,
             token_id=best.token_id,
@@ -199,6 +201,15 @@ class Run:
             distance=best.distance,
             tolerance=self.scene.check.limit(self.scene.position),
             n_checked=self._tried.n_checked,
+            runner_up=runner_up,
+            diagnosis=diagnosed(
+                check.observed,
+                self.scene.position,
+                distance=best.distance,
+                runner_up=runner_up,
+                limit=check.limit(self.scene.position),
+                dtype=str(self.scene.lm.dtype).removeprefix("torch."),
+            ),
         )
 
     def _accept(self, best: Best) -> None:

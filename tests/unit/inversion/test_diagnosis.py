@@ -1,0 +1,48 @@
+"""A miss says what the rows and the checked tokens tell of its cause."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import sipit
+from sipit import LanguageModel
+from tests.tiny_models import random_ids
+
+IDS = random_ids(7, seed=8)
+
+
+def _moved(states: Tensor) -> Tensor:
+    moved = states.clone()
+    moved[3] += 0.001 * states[3].norm() / 32**0.5
+    return moved
+
+
+@pytest.mark.parametrize(
+    ("change", "position", "word"),
+    [
+        (_moved, 3, "stands out"),
+        (lambda states: torch.cat([states, torch.zeros(1, 32)]), 7, "all zeros"),
+        (lambda states: torch.cat([states, states[2:3]]), 7, "equals row 2"),
+        (lambda states: torch.nn.functional.normalize(states, dim=1), 0, "length 1"),
+        (lambda states: states[2:], 0, "first rows of the prompt are missing"),
+        (lambda states: torch.cat([states[:4], states.flip(0)[:2]]), 4, "another prompt"),
+    ],
+)
+def test_miss_names_its_likeliest_cause(llama: LanguageModel, change: object, position: int, word: str) -> None:
+    states = llama.capture(input_ids=IDS, layer=2).states
+    found = sipit.invert(llama, change(states), layer=2)  # type: ignore[operator]
+    assert found.miss is not None
+    assert found.miss.position == position
+    assert word in found.miss.diagnosis
+    assert word in found.summary()
+    assert found.miss.runner_up is not None
+    assert found.miss.runner_up >= found.miss.distance
+
+
+def test_right_layer_by_mistake_for_the_next_misses_after_the_whole_vocabulary(llama: LanguageModel) -> None:
+    states = llama.capture(input_ids=IDS, layer=3).states
+    found = sipit.invert(llama, states, layer=2)
+    assert found.miss is not None
+    assert found.miss.n_checked == llama.vocab_size
