@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +21,7 @@ from typing import Any
 
 from sipit.errors import StorageError
 
+_DIGITS = 308  # of a whole number in JSON: every such number is within float64
 _STALE_SECONDS = 24 * 3600  # an unfinished folder older than this belongs to a dead process
 
 
@@ -110,18 +113,72 @@ def read_json(path: Path | str) -> Any:
     """Read a UTF-8 JSON file.
 
     Raises:
-        StorageError: the file is missing or unreadable.
-        ValueError: it is not JSON.
+        StorageError: the file is missing, unreadable, or no regular file.
+        ValueError: it is not JSON, names a key twice, nests too deeply, or holds a number that no float64 can.
     """
+    require_file(path)
     try:
         raw = Path(path).read_bytes()
     except OSError as error:
         raise StorageError(f"cannot read {path}: {_reason(error)}; check the file's name") from error
-    return json.loads(raw.decode("utf-8"))
+    return _parsed(raw)
+
+
+def parse_json(text: str) -> Any:
+    """Return what a JSON text holds.
+
+    Raises:
+        ValueError: as `read_json`.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_once, parse_int=_whole, parse_float=_finite, parse_constant=_finite)
+    except RecursionError:
+        raise ValueError("lists or objects nest too deeply") from None
+
+
+def require_file(path: Path | str) -> None:
+    """Refuse what cannot be read as a file: a folder, a pipe, which would block, or nothing at all.
+
+    Raises:
+        StorageError: the path names no regular file.
+    """
+    try:
+        mode = Path(path).stat().st_mode
+    except (OSError, ValueError) as error:
+        raise StorageError(f"cannot read {_shown(path)}: {_reason(error)}; check the file's name") from error
+    if not stat.S_ISREG(mode):
+        raise StorageError(f"cannot read {path}: it is a folder, a pipe or a device; name a regular file")
+
+
+def _parsed(raw: bytes) -> Any:
+    return parse_json(raw.decode("utf-8"))
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        raise ValueError("an object names a key twice")
+    return record
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _DIGITS:
+        raise ValueError(f"a whole number has {len(digits)} digits, more than {_DIGITS}")
+    return int(digits)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:40]} is not a finite number")
+    return number
 
 
 class LineLog:
     """A file of JSON records, one a line, that only grows; a line cut short by a crash is dropped.
+
+    Opening changes nothing on disk: the first `append` creates the file, drops a cut-off last line, or
+    ends a whole last line that lacks its newline.
 
     Raises:
         StorageError: the file cannot be written, or holds something else than JSON lines.
@@ -130,17 +187,21 @@ class LineLog:
     def __init__(self, path: Path | str) -> None:
         self._path = Path(path)
         try:
-            with self._path.open("ab+") as stream:
-                stream.seek(0)
-                raw = stream.read()
-                whole = raw[: raw.rfind(b"\n") + 1]
-                self._records = [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
-                cut_off = raw[len(whole) :]
-                if cut_off and not cut_off.startswith(b'{"'):
-                    raise ValueError("the last line is no record")
-                stream.truncate(len(whole))
-        except OSError as error:
-            raise StorageError(f"cannot write {path}: {_reason(error)}; name a writable file") from error
+            raw = _held(self._path)
+        except (OSError, ValueError) as error:
+            raise StorageError(f"cannot write {_shown(path)}: {_reason(error)}; name a writable file") from error
+        whole, last = raw[: raw.rfind(b"\n") + 1], raw[raw.rfind(b"\n") + 1 :]
+        self._cut_at: int | None = None  # where a cut-off last line starts, until it is dropped
+        self._lacks_newline = False
+        try:
+            self._records = [_parsed(line) for line in whole.split(b"\n") if line]
+            try:
+                self._records += [_parsed(last)] if last else []
+                self._lacks_newline = bool(last)
+            except ValueError:
+                if last[:2] not in (b"{", b'{"'):
+                    raise
+                self._cut_at = len(whole)
         except ValueError as error:
             raise StorageError(f"{path} is there and is not a file of JSON lines; name another file") from error
         if not all(isinstance(record, dict) for record in self._records):
@@ -152,11 +213,35 @@ class LineLog:
 
     def append(self, record: object) -> None:
         """Write one record as a line, at once."""
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+        start = "\n" if self._lacks_newline else ""
         try:
             with self._path.open("a", encoding="utf-8", newline="") as stream:
-                stream.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+                if self._cut_at is not None:
+                    stream.truncate(self._cut_at)
+                    self._cut_at = None
+                stream.write(start + line)
         except OSError as error:
             raise StorageError(f"cannot write {self._path}: {_reason(error)}; free some room and go on") from error
+        self._lacks_newline = False
+
+
+def _held(path: Path) -> bytes:
+    """Return what a file that can be written holds: nothing where it is absent or a device such as /dev/null."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        folder = Path(os.path.realpath(path)).parent
+        if not folder.is_dir():
+            raise
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(13, "the folder is not writable") from None
+        return b""
+    if not (stat.S_ISREG(mode) or stat.S_ISCHR(mode)):
+        raise OSError(22, "it is a folder or a pipe, not a file")
+    if not os.access(path, os.W_OK):
+        raise PermissionError(13, "the file is not writable")
+    return path.read_bytes() if stat.S_ISREG(mode) else b""
 
 
 def build_folder(target: Path, build: Callable[[Path], None]) -> Path:
@@ -216,5 +301,12 @@ def _is_storage(error: OSError) -> bool:
     return not isinstance(error, ConnectionError)
 
 
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error)
+def _reason(error: OSError | ValueError) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def _shown(path: Path | str) -> str:
+    """Return a path as text for a message: what cannot be printed is escaped, the middle of a long one left out."""
+    text = str(path)
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= 200 else f"{text[:80]}…{text[-80:]}"

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from sipit.errors import FetchError, StorageError
 from sipit.storage import (
+    LineLog,
     build_folder,
     cache_dir,
     held_alone,
@@ -259,3 +260,76 @@ def test_what_is_held_alone_is_refused_to_another_process_and_given_back(tmp_pat
 def test_lock_in_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="writable"), held_alone(tmp_path / "no" / "lock", "a fit"):
         pass
+
+
+@pytest.mark.parametrize("held", [b'{"mine": 1}', b'{"a": 1}\n{"b": 2', b'{"a": 1}\n{"b": 2}', b'{"b', b"{", b""])
+def test_opening_a_log_changes_nothing(tmp_path: Path, held: bytes) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(held)
+    LineLog(path)
+    assert path.read_bytes() == held
+
+
+def test_opening_an_absent_log_creates_nothing(tmp_path: Path) -> None:
+    assert LineLog(tmp_path / "log").records() == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("held", "kept", "records"),
+    [
+        (b'{"mine": 1}', b'{"mine": 1}\n', [{"mine": 1}]),
+        (b'{"a": 1}\n{"b": 2}', b'{"a": 1}\n{"b": 2}\n', [{"a": 1}, {"b": 2}]),
+        (b'{"a": 1}\n{"b": "\xc3', b'{"a": 1}\n', [{"a": 1}]),
+        (b'{"b": ', b"", []),
+        (b"", b"", []),
+    ],
+)
+def test_append_keeps_whole_lines_and_drops_a_cut_off_one(
+    tmp_path: Path, held: bytes, kept: bytes, records: list[dict[str, int]]
+) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(held)
+    log = LineLog(path)
+    assert log.records() == records
+    log.append({"c": 3})
+    log.append({"d": 4})
+    assert path.read_bytes() == kept + b'{"c": 3}\n{"d": 4}\n'
+
+
+@pytest.mark.parametrize(
+    "held", [b"text", b"[1]\n", b"[1]", b'[1]\n{"a', b'{\n "a": 1\n}', b"1\n", b"\xff\n", b"[" * 10**5]
+)
+def test_a_log_of_something_else_is_refused_and_kept(tmp_path: Path, held: bytes) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(held)
+    with pytest.raises(StorageError, match="is not a file of JSON"):
+        LineLog(path)
+    assert path.read_bytes() == held
+
+
+def test_a_log_that_cannot_be_written_is_refused_when_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    names = ("absent/log", "pipe", "n" * 300, "a\0b")
+    for path in (tmp_path, *(tmp_path / name for name in names)):
+        with pytest.raises(StorageError, match="cannot write"):
+            LineLog(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a": 1, "a": 1}', "[" * 10**5 + "]" * 10**5, "1" * 5000, "1" * 400, "[NaN]", "[-Infinity]", "1e400",
+    ],
+)  # fmt: skip
+def test_json_that_cannot_be_trusted_is_a_value_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"."):
+        read_json(tmp_path / "x.json")
+
+
+def test_a_path_that_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "n" * 300, "a\0b", "."):
+        with pytest.raises(StorageError, match="cannot read"):
+            read_json(tmp_path / name)

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from sipit.collisions.nearest import MEMORY, SURE, TILE, NearPair, Panels, squared_distances
 from sipit.collisions.panel import Panel, product_error
-from sipit.collisions.rows import Rows
+from sipit.collisions.rows import Block, Rows
 from sipit.errors import ShapeError
 
 _SWEEPS = 4
 _DECIDED_AT_ONCE = 1 << 12  # pairs
 
 
-def farthest_pair(blocks: Sequence[Tensor], *, memory: int = MEMORY) -> NearPair:
+def farthest_pair(blocks: Sequence[Block], *, memory: int = MEMORY) -> NearPair:
     """Return the two rows that lie farthest apart over all blocks, exactly.
 
     A pair is dropped only where an upper bound of its distance, rounding included, is below the
@@ -70,7 +70,7 @@ class _Farthest:
 def _search(one: Panel, other: Panel, best: _Farthest) -> None:
     width = one.x.shape[2]
     for i in range(len(one)):
-        floor = best.distance * one.scale / SURE
+        floor = one.length(best.distance) / SURE
         reaches = other.reaches(one.low[i], one.high[i])
         slack = one.projection_error(one.radius[i]) + other.projection_error(other.radius)
         far = reaches >= floor - slack
@@ -82,7 +82,7 @@ def _search(one: Panel, other: Panel, best: _Farthest) -> None:
         for part in leaves.split(max(1, TILE // (one.numbers.shape[1] * other.numbers.shape[1]))):
             radii = one.radius[i] + other.radius[part].max()
             squared = squared_distances(one.x[i], one.x_squared[i], other.x[part], other.x_squared[part])
-            least = (best.distance * one.scale / SURE - one.rounding_error(radii)).clamp(min=0).square() / SURE
+            least = (one.length(best.distance) / SURE - one.rounding_error(radii)).clamp(min=0).square() / SURE
             left = ((squared >= least - product_error(width, radii)) & squared.isfinite()).nonzero()
             order = squared[left[:, 0], left[:, 1]].argsort(descending=True)
             row, column = left[order].cpu().T

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from sipit.collisions.equal import equal_groups, n_equal_pairs
-from sipit.collisions.panel import Frame, Panel, frame_of, panel_bytes, product_error, rounding_of
-from sipit.collisions.rows import Rows
+from sipit.collisions.panel import Frame, Panel, frame_of, longest_of, panel_bytes, product_error, rounding_of
+from sipit.collisions.rows import Block, Rows, blocks_in
 from sipit.errors import OptionError
 
 MEMORY = 2 << 30  # bytes
@@ -52,21 +52,23 @@ class PairSearch:
     n_within: int  # pairs at distance <= `within`, equal ones included
 
 
-def nearest_pairs(blocks: Sequence[Tensor], *, k: int = 1) -> list[NearPair]:
+def nearest_pairs(blocks: Sequence[Block], *, k: int = 1) -> list[NearPair]:
     """Return the k closest pairs of rows over all blocks, exactly.
 
     Decides by float64 differences: the matrix-product form loses every digit when
     ||x - y|| << ||x||, which is where a collision would be. Ties go to the lower row numbers.
 
     Args:
-        blocks: each (n_rows, d_model), one dtype and device; may be memory-mapped.
+        blocks: each (n_rows, d_model), one dtype and device; may be memory-mapped. Tensors, numpy arrays, or lists
+            of lists of numbers, which are taken as float64.
         k: number of pairs; all of them where there are fewer.
 
     Returns:
-        Pairs by rising L2 distance, in units of the rows; global row numbers, lower first.
+        Pairs by rising L2 distance, in units of the rows; global row numbers, lower first. Distances that float64
+        cannot hold are infinity, and come last.
 
     Raises:
-        ShapeError: a block is not two-dimensional or its width differs.
+        ShapeError: a block is no array, is not two-dimensional, or its width differs.
         NonFiniteError: a row holds NaN or infinity.
         OptionError: k is below 1.
 
@@ -76,7 +78,7 @@ def nearest_pairs(blocks: Sequence[Tensor], *, k: int = 1) -> list[NearPair]:
 
 
 def search_pairs(
-    blocks: Sequence[Tensor],
+    blocks: Sequence[Block],
     *,
     k: int = 1,
     within: float = 0.0,
@@ -122,8 +124,8 @@ def search_pairs(
 
 
 def search_between(
-    left: Sequence[Tensor],
-    right: Sequence[Tensor],
+    left: Sequence[Block],
+    right: Sequence[Block],
     *,
     k: int = 1,
     within: float = 0.0,
@@ -134,8 +136,9 @@ def search_between(
     Row numbers count on from the last row of `left`. Equal rows are pairs like any other here.
     """
     _check_options(k, within, memory)
-    rows = Rows([*left, *right])
-    n_left = sum(len(block) for block in left)
+    lefts = blocks_in(left)
+    rows = Rows([*lefts, *blocks_in(right)])
+    n_left = rows.before(len(lefts))
     ones = torch.arange(n_left), torch.arange(n_left, len(rows))
     best = _Best(rows, k, within, torch.ones(len(rows), dtype=torch.long))
     panels = Panels(rows, ones, memory)
@@ -228,9 +231,8 @@ def _search(one: Panel, other: Panel, best: _Best) -> None:
     """Decide every pair of a row of one panel and a row of the other that may matter."""
     if best.bound == torch.inf:
         best.bound = _first_bound(one, other, best)
-    scale = one.scale
     for i in range(len(one)):
-        reach = best.limit * scale
+        reach = one.length(best.limit)
         gaps = other.gaps(one.low[i], one.high[i])  # (L,)
         slack = one.projection_error(one.radius[i]) + other.projection_error(other.radius)
         near = gaps <= reach * SURE + slack
@@ -254,12 +256,12 @@ def _left_over(one: Panel, i: int, other: Panel, leaves: Tensor, best: _Best) ->
     best.n_projected += n_pairs
     slack = one.projection_error(one.radius[i]) + other.projection_error(other.radius[leaves])  # (l,)
     screen = _Screen(one.z[i], one.is_empty[i], other.z[leaves], other.is_empty[leaves], slack)
-    left = screen.left(best.limit * one.scale)
+    left = screen.left(one.length(best.limit))
     if len(left) > n_pairs * _DENSE:
         best.n_multiplied += n_pairs
         slack = one.rounding_error(one.radius[i] + other.radius[leaves])
         screen = _Screen(one.x[i], one.is_empty[i], other.x[leaves], other.is_empty[leaves], slack)
-        left = screen.left(best.limit * one.scale)
+        left = screen.left(one.length(best.limit))
     row, column = left.T
     size = other.numbers.shape[1]
     place = torch.div(column, size, rounding_mode="floor")  # (n,) of the other row's leaf among `leaves`
@@ -271,7 +273,7 @@ def _left_over(one: Panel, i: int, other: Panel, leaves: Tensor, best: _Best) ->
     row, column, place, values = row[order], column[order], place[order], values[order]
     at_once, most = 64, max(64, _DECIDED_AT_ONCE // one.x.shape[2])
     while len(row):
-        near = values <= screen.limits(best.limit * one.scale)[place]  # the limit may have fallen
+        near = values <= screen.limits(one.length(best.limit))[place]  # the limit may have fallen
         row, column, place, values = row[near], column[near], place[near], values[near]
         if len(row):
             first = one.numbers[i][row[:at_once].cpu()]
@@ -291,9 +293,10 @@ class _Screen:
         mean = a.mean(dim=0)
         a, b = a - mean, b - mean  # (S, D), (l, S, D)
         a_squared, b_squared = a.square().sum(dim=1), b.square().sum(dim=2)
-        radii = (a_squared.max().sqrt() + b_squared.amax(dim=1).sqrt()) * (1 + 1e-4)  # (l,)
+        width = a.shape[1]
+        radii = longest_of(a_squared.max(), width) + longest_of(b_squared.amax(dim=1), width)  # (l,)
         self._slack = slack + rounding_of(radii)  # of the rows themselves, and of taking the mean away
-        self._error = product_error(a.shape[1], radii)
+        self._error = product_error(width, radii)
         a_squared, b_squared = a_squared.masked_fill(a_empty, torch.inf), b_squared.masked_fill(b_empty, torch.inf)
         self.squared = squared_distances(a, a_squared, b, b_squared)  # (S, l S)
 
@@ -305,7 +308,7 @@ class _Screen:
         """Return the row and column of the pairs that may be within the limit. (n, 2)."""
         limits = self.limits(limit).repeat_interleave(self.squared.shape[1] // len(self._slack))
         near = self.squared <= limits
-        if limit == torch.inf:
+        if not bool(limits.isfinite().all()):
             near &= self.squared.isfinite()  # empty places stay out
         return near.nonzero()
 

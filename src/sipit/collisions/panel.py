@@ -3,11 +3,12 @@
 Everything here bounds distances from below or above with the rounding of its own arithmetic counted
 in; nothing here decides. N rows, D their width, P directions, L leaves of S rows.
 
-Lengths are in units of the frame: (row - centre) * scale, so that no row is longer than 1.
+Lengths are in units of the frame: (row - centre) times a power of two, so that no row is longer than 1.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,8 @@ from sipit.collisions.rows import Rows
 _SAMPLE = 8192  # rows the frame is made from
 _DIRECTIONS = 32
 _LEAF = 256  # rows, at most
+_FINEST = 900  # exponent of the scale, which float64 must hold
+_TINY = 2.0**-60  # times the width: lengths below may square to nothing in float32
 _ITERATIONS = 6  # of the subspace iteration
 _UNIT = 2.0**-24  # of float32
 _PRODUCT_UNITS = {"highest": 2.0**-24, "high": 2.0**-11, "medium": 2.0**-8}  # of a float32 matrix product
@@ -27,32 +30,46 @@ _PRODUCT_UNITS = {"highest": 2.0**-24, "high": 2.0**-11, "medium": 2.0**-8}  # o
 class Frame:
     """Where distances are bounded: a centre, a scale and P main directions of the rows."""
 
-    centre: Tensor  # (D,) float64
-    scale: float  # a power of two
+    centre: Tensor  # (D,) float64, in the unit that `Rows.unit` gives
+    exponent: int  # of two: what a distance of rows is multiplied by
+    finer: float  # a power of two: what a length in the unit of the rows is multiplied by
     basis: Tensor  # (D, P) float64, orthonormal
     origin_error: float  # of a centred row, from rounding a large common offset
+
+    @property
+    def scale(self) -> float:
+        """Length in the frame of a distance of 1."""
+        return self.length(1.0)
+
+    def length(self, distance: float) -> float:
+        """Return a distance of rows as a length in the frame, infinity where float64 cannot hold it."""
+        try:
+            return math.ldexp(distance, self.exponent)
+        except OverflowError:
+            return math.copysign(math.inf, distance)
 
 
 def frame_of(rows: Rows) -> Frame:
     """Return the frame of some rows, from an even sample of them and one pass for the longest."""
     n_rows = len(rows)
     chosen = torch.arange(min(n_rows, _SAMPLE)) * max(n_rows, 1) // max(min(n_rows, _SAMPLE), 1)
-    sample = rows.take(chosen)  # (n, D)
+    sample = rows.unit(rows.take(chosen))  # (n, D)
     centre = sample.median(dim=0).values if n_rows else sample.new_zeros(rows.width)
     longest = 0.0
     for _, part in rows.slices():
-        longest = max(longest, float((part.to(centre) - centre).abs().max()))
+        longest = max(longest, float((rows.unit(part.to(centre)) - centre).abs().max()))
     longest *= rows.width**0.5  # bounds the norm of any row
-    scale = 2.0 ** -float(torch.tensor(longest, dtype=torch.float64).log2().ceil()) if longest > 0 else 1.0
-    sample = (sample - centre) * scale
+    exponent = min(-math.frexp(longest)[1], _FINEST)
+    finer = 2.0**exponent
+    sample = (sample - centre) * finer
     generator = torch.Generator().manual_seed(0)
     n_directions = min(_DIRECTIONS, rows.width)
     basis = torch.randn(rows.width, n_directions, generator=generator, dtype=torch.float64).to(sample.device)
     basis = torch.linalg.qr(basis).Q
     for _ in range(_ITERATIONS):
         basis = torch.linalg.qr(sample.T @ (sample @ basis)).Q  # (D, P)
-    error = 2.0**-50 * float((centre * scale).norm())
-    return Frame(centre=centre, scale=scale, basis=basis, origin_error=error)
+    error = 2.0**-50 * float((centre * finer).norm())
+    return Frame(centre=centre, exponent=exponent - rows.exponent, finer=finer, basis=basis, origin_error=error)
 
 
 def panel_bytes(width: int) -> int:
@@ -79,13 +96,17 @@ class Panel:
         self.is_empty = is_empty.view(n_leaves, size)  # (L, S)
         self.x_squared = self.x.square().sum(dim=2).masked_fill_(self.is_empty, torch.inf)  # (L, S)
         # The longest row of each leaf bounds its rounding errors. Empty places repeat a row, so count for nothing.
-        self.radius = self.x.square().sum(dim=2).amax(dim=1).sqrt() * (1 + 1e-4)  # (L,)
-        self.scale = frame.scale
+        self.radius = longest_of(self.x.square().sum(dim=2).amax(dim=1), rows.width)  # (L,)
+        self._frame = frame
         self._origin_error = frame.origin_error
         self._z_error = z_error
 
     def __len__(self) -> int:
         return self.numbers.shape[0]
+
+    def length(self, distance: float) -> float:
+        """Return a distance of rows as a length in the frame, infinity where float64 cannot hold it."""
+        return self._frame.length(distance)
 
     def projection_error(self, radius: Tensor) -> Tensor:
         """Return how far a computed projection of rows of these lengths may lie from the true one."""
@@ -107,6 +128,11 @@ class Panel:
         across[:, -1] = self.high[:, -1] + high[-1]  # what lies off the directions may be opposite
         most: Tensor = torch.linalg.vector_norm(across, dim=1) * (1 + 1e-5)
         return most
+
+
+def longest_of(squared: Tensor, width: int) -> Tensor:
+    """Return a bound on lengths whose squares were summed in float32 over `width` terms."""
+    return squared.sqrt() * (1 + 1e-4) + width * _TINY
 
 
 def rounding_of(radii: Tensor) -> Tensor:
@@ -137,7 +163,7 @@ def _placed(rows: Rows, numbers: Tensor, frame: Frame) -> tuple[Tensor, Tensor, 
     z = torch.empty(len(numbers), n_directions + 1, device=rows.device)
     size = max(1, (1 << 22) // max(rows.width, 1))
     for start in range(0, len(numbers), size):
-        exact = (rows.take(numbers[start : start + size]) - frame.centre) * frame.scale  # (n, D) float64
+        exact = (rows.unit(rows.take(numbers[start : start + size])) - frame.centre) * frame.finer  # (n, D) float64
         along = exact @ frame.basis
         off = (exact.square().sum(dim=1) - along.square().sum(dim=1)).clamp_(min=0).sqrt()
         x[start : start + size] = exact.float()

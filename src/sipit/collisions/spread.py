@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sipit.collisions.rows import Rows
+from sipit.collisions.rows import Block, Rows
 from sipit.errors import OptionError, ShapeError
 
 PERCENTILES = (0.1, 1, 5, 25, 50, 75, 95, 99, 99.9)
@@ -41,7 +41,7 @@ class Spread:
         return dict(self.percentiles)[50]
 
 
-def sampled_spread(blocks: Sequence[Tensor], *, n_pairs: int = 200_000, seed: int = 0) -> Spread:
+def sampled_spread(blocks: Sequence[Block], *, n_pairs: int = 200_000, seed: int = 0) -> Spread:
     """Return the distribution of distances over pairs drawn at random; of all pairs where they are no more.
 
     Args:
@@ -80,7 +80,7 @@ def sampled_spread(blocks: Sequence[Tensor], *, n_pairs: int = 200_000, seed: in
     )
 
 
-def full_spread(blocks: Sequence[Tensor], *, farthest: float) -> Spread:
+def full_spread(blocks: Sequence[Block], *, farthest: float) -> Spread:
     """Return the distribution of distances over all pairs.
 
     Distances come from float64 products about the mean row: exact to about 1e-8 of the largest norm,
@@ -116,7 +116,7 @@ def full_spread(blocks: Sequence[Tensor], *, farthest: float) -> Spread:
     )
 
 
-def _two_rows(blocks: Sequence[Tensor]) -> Rows:
+def _two_rows(blocks: Sequence[Block]) -> Rows:
     rows = Rows(blocks)
     if len(rows) < 2:
         raise ShapeError(f"{len(rows)} rows have no distances; pass at least two")

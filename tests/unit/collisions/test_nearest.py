@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import math
+from fractions import Fraction
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sipit.collisions import nearest_pairs, panel, search_between, search_pairs
+from sipit.collisions import farthest_pair, nearest_pairs, panel, search_between, search_pairs
 from sipit.collisions.equal import equal_groups
 from sipit.collisions.nearest import NearPair
 from sipit.collisions.rows import Rows
@@ -229,3 +233,125 @@ def test_bad_options_are_refused() -> None:
         search_pairs([rows], memory=10)
     with pytest.raises(OptionError, match="within"):
         search_pairs([rows], within=-1.0)
+
+
+def adversarial(seed: int) -> Tensor:
+    """Return float64 rows of any size, from the least denormal to the largest number, some far offset, some close."""
+    generator = torch.Generator().manual_seed(seed)
+    n_rows, width = (int(torch.randint(2, high, (1,), generator=generator)) for high in (24, 9))
+    rows = torch.randn(n_rows, width, generator=generator, dtype=torch.float64)
+    exponents = torch.randint(-1074, 1021, (n_rows,), generator=generator)
+    if seed % 3 == 0:  # one size for all
+        exponents[:] = exponents[0]
+    if seed % 3 == 1:  # sizes apart by column
+        exponents = torch.randint(-1074, 1021, (width,), generator=generator)
+    scaled = rows.clone()
+    for i, j in itertools.product(range(n_rows), range(width)):
+        scaled[i, j] = math.ldexp(float(rows[i, j]), int(exponents[j if seed % 3 == 1 else i]))
+    if seed % 2:  # all the rows near one another beside what they share
+        scaled[:, 0] = math.ldexp(1.0, int(exponents.max()))
+    return scaled
+
+
+def squared_exactly(rows: list[list[float]], i: int, j: int) -> Fraction:
+    return sum(((Fraction(a) - Fraction(b)) ** 2 for a, b in zip(rows[i], rows[j], strict=True)), Fraction(0))
+
+
+@pytest.mark.parametrize("seed", range(36))
+def test_rows_of_any_size_equal_exact_arithmetic(seed: int) -> None:
+    rows = adversarial(seed)
+    held = rows.tolist()
+    n_left = len(rows) // 2
+    every = {(i, j): squared_exactly(held, i, j) for i, j in itertools.combinations(range(len(rows)), 2)}
+    between = {pair: value for pair, value in every.items() if pair[0] < n_left <= pair[1]}
+    for truth, found in (
+        (every, search_pairs([rows], k=17, memory=SMALL).pairs),
+        (between, search_between([rows[:n_left]], [rows[n_left:]], k=17).pairs),
+    ):
+        assert len({(pair.first, pair.second) for pair in found}) == len(found) == min(17, len(truth))
+        for pair, least in zip(found, sorted(truth.values())[:17], strict=True):
+            squared = truth[pair.first, pair.second]
+            if math.isfinite(pair.distance):
+                step = Fraction(math.ulp(pair.distance))
+                assert abs(squared - least) <= least / 10**12 + 4 * step * (step + Fraction(pair.distance))
+                assert abs(Fraction(pair.distance) ** 2 - squared) <= squared / 10**12 + 4 * step * (
+                    step + Fraction(pair.distance)
+                )
+            else:
+                assert least > Fraction(math.nextafter(math.inf, 0)) ** 2
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        torch.full((17, 3), 5e-320, dtype=torch.float64),
+        torch.rand(257, 64, generator=torch.Generator().manual_seed(0)) * 1e-40,
+        torch.rand(5, 130, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e300,
+        torch.rand(300, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e-310,
+    ],
+)
+def test_tiny_and_huge_rows_equal_brute_force(rows: Tensor) -> None:
+    held = rows.double().tolist()
+    pairs = itertools.combinations(range(len(rows)), 2)
+    expected = sorted((math.dist(held[i], held[j]), i, j) for i, j in pairs)[:10]
+    assert_same(as_tuples(nearest_pairs([rows], k=10)), expected)
+
+
+def test_distances_that_overflow_come_last_in_order() -> None:
+    rows = torch.tensor([[1.7e308], [-1.7e308], [1.6e308], [-1.6e308]], dtype=torch.float64)
+    found = as_tuples(nearest_pairs([rows], k=9))
+    assert [(i, j) for _, i, j in found] == [(0, 2), (1, 3), (0, 1), (0, 3), (1, 2), (2, 3)]
+    assert [d for d, _, _ in found[2:]] == [math.inf] * 4
+    assert farthest_pair([rows]).distance == math.inf
+
+
+def test_a_limit_far_beyond_the_rows_counts_every_pair() -> None:
+    assert search_pairs([clustered(301, 5)], within=1e300).n_within == 301 * 300 // 2
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_farthest_of_rows_of_any_size_equals_exact_arithmetic(seed: int) -> None:
+    rows = adversarial(seed)
+    held = rows.tolist()
+    found = farthest_pair([rows])
+    most = max(squared_exactly(held, i, j) for i, j in itertools.combinations(range(len(rows)), 2))
+    squared = squared_exactly(held, found.first, found.second)
+    step = Fraction(math.ulp(found.distance)) if math.isfinite(found.distance) else Fraction(0)
+    assert most - squared <= most / 10**12 + 4 * step * (step + Fraction(min(found.distance, 1e308))) or (
+        found.distance == math.inf
+    )
+
+
+def test_lists_and_numpy_arrays_are_blocks() -> None:
+    rows = clustered(40, 6).double()
+    expected = as_tuples(nearest_pairs([rows], k=5))
+    held = rows.numpy()
+    frozen = held.copy()
+    frozen.flags.writeable = False
+    given: tuple[Any, ...] = (
+        [held],
+        [frozen],
+        [rows.tolist()],
+        [held[::-1][::-1]],
+        [held.astype(">f8")],
+        rows.view(2, 20, 6),
+    )
+    for blocks in given:
+        assert as_tuples(nearest_pairs(blocks, k=5)) == expected
+    between = search_between([held[:20]], [rows.tolist()[20:]], k=5)
+    assert between == search_between([rows[:20]], [rows[20:]], k=5)
+    assert as_tuples(nearest_pairs([held[::-1]], k=1))[0][0] == expected[0][0]
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        None, 5, "rows", [None], ["rows"], [{"a": 1}], [[[1.0, 2.0], [3.0]]], [[["a"]]], [[[10**400]]],
+        torch.tensor(1.0),
+        [np.array([["a"]])], [np.array([[None]])], [np.array([[1, 2]])], np.ones((2, 2)), [[1.0, 2.0]], [np.array(1.0)],
+    ],
+)  # fmt: skip
+def test_what_is_no_block_of_rows_is_refused(blocks: Any) -> None:
+    for search in (nearest_pairs, lambda given: search_between(given, given)):
+        with pytest.raises(ShapeError, match=r"pass|convert"):
+            search(blocks)
