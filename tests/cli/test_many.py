@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -160,3 +161,54 @@ def test_bench_writes_the_agreed_keys(text_folder: Path, tmp_path: Path, capsys:
 def test_bench_refuses_bad_options(text_folder: Path, extra: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--model", str(text_folder), *extra]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_records_of_other_observations_are_not_counted(
+    text_lm: LanguageModel, text_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "log.jsonl"
+    for name, texts in (("first", ["one", "two"]), ("second", ["three", "four"])):
+        (tmp_path / name).mkdir()
+        for text in texts:
+            sipit.write_observation(text_lm.capture(text, layer=2), tmp_path / name / f"{text}.safetensors")
+    wrong = text_lm.capture("three", layer=2)
+    wrong.states[:] += 1.0
+    sipit.write_observation(wrong, tmp_path / "second" / "three.safetensors")
+    arguments = ["--model", str(text_folder), "--any-model", "--json", str(log)]
+    assert main(["invert", str(tmp_path / "first"), *arguments]) == 0
+    for _ in range(2):  # the second time from the log alone, where one record is unmatched
+        capfd.readouterr()
+        assert main(["invert", str(tmp_path / "second"), *arguments]) == 1
+        assert "recovered 1 of 2 prompts" in capfd.readouterr().err
+
+
+def test_equal_observations_count_each(
+    text_lm: LanguageModel, text_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "d").mkdir()
+    for name in ("a", "b"):
+        sipit.write_observation(text_lm.capture("twice", layer=2), tmp_path / "d" / f"{name}.safetensors")
+    for _ in range(2):
+        arguments = ["--model", str(text_folder), "--any-model", "--json", str(tmp_path / "log")]
+        assert main(["invert", str(tmp_path / "d"), *arguments]) == 0
+        assert "recovered 2 of 2 prompts" in capfd.readouterr().err
+
+
+def test_observation_of_another_model_does_not_stop_the_others(
+    text_lm: LanguageModel, text_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "d").mkdir()
+    good = text_lm.capture("good", layer=2)
+    narrow = replace(good, states=good.states[:, :-1])
+    foreign = replace(good, fingerprint="sha256:" + "0" * 64, model="other")
+    good = replace(good, fingerprint=None)
+    for name, seen in {"a": replace(narrow, fingerprint=None, model=None), "b": good, "c": foreign}.items():
+        sipit.write_observation(seen, tmp_path / "d" / f"{name}.safetensors")
+    assert main(["invert", str(tmp_path / "d"), "--model", str(text_folder)]) == 1
+    out, err = capfd.readouterr()
+    lines = {line["file"]: line for line in map(json.loads, out.rstrip("\n").split("\n"))}
+    assert lines["b.safetensors"]["text"] == "good"
+    assert "wide" in lines["a.safetensors"]["refused"]
+    assert "fingerprint" in lines["c.safetensors"]["refused"]
+    assert lines["a.safetensors"]["refused"] in err
+    assert "recovered 1 of 3 prompts, refused 2" in err

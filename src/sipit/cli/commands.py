@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sipit.errors import InputError, OptionError, StorageError
+from sipit.errors import InputError, OptionError, SipitError, StorageError
 
 if TYPE_CHECKING:
     from sipit.inversion import Inversion
@@ -114,17 +114,24 @@ def _invert_all(options: Namespace) -> int:
 
     named = [(n, replace(o, fingerprint=None) if options.any_model else o) for n, o in read_observations(options.file)]
     log = LineLog(options.json) if options.json is not None else None
-    done = {record.get("observation"): record.get("verdict") for record in log.records()} if log else {}
-    waiting = [(name, seen) for name, seen in named if seen.digest() not in done]
-    if done:
+    digests = {name: seen.digest() for name, seen in named}
+    records = [] if log is None else log.records()
+    done = {record.get("observation") for record in records}
+    recovered = {record.get("observation") for record in records if record.get("verdict") == "recovered"}
+    waiting = [(name, seen) for name, seen in named if digests[name] not in done]
+    if len(waiting) < len(named):
         say(f"{options.json} already holds {len(named) - len(waiting)} of {len(named)} observations; going on")
-    n_recovered = sum(verdict == "recovered" for verdict in done.values())
+    n_recovered = sum(digest in recovered for digest in digests.values())
+    n_refused = 0
     if waiting:
-        lm = loaded(_model_of(options, waiting[0][1]), options)
-        with CountDisplay(len(waiting)) as display:
+        naming = next((seen for _, seen in waiting if seen.model is not None), waiting[0][1])
+        lm = loaded(_model_of(options, naming), options)
+        fitting = _fitting(lm, waiting)
+        n_refused = len(waiting) - len(fitting)
+        with CountDisplay(len(fitting)) as display:
             found_all = invert_many(
                 lm,
-                [seen for _, seen in waiting],
+                [seen for _, seen in fitting],
                 use_fit=not options.no_fit,
                 on_fit=lambda cut, n: say(
                     f"fitting an inverse for layer {cut[0]}, site {cut[1]}: {n} tokens pay for it"
@@ -132,14 +139,31 @@ def _invert_all(options: Namespace) -> int:
                 on_fit_progress=display.fitting,
                 **_search_options(options),
             )
-            for (name, _), found in zip(waiting, found_all, strict=True):
+            for (name, _), found in zip(fitting, found_all, strict=True):
                 n_recovered += found.verdict == "recovered"
                 if log is not None:
                     log.append({"file": name, **certificate_of(found)})
                 print(json.dumps({"file": name, "verdict": found.verdict, "text": found.text}, ensure_ascii=False))
                 display.step(found.seq_len)
-    say(f"recovered {n_recovered} of {len(named)} prompts")
+    refused = f", refused {n_refused}" if n_refused else ""
+    say(f"recovered {n_recovered} of {len(named)} prompts{refused}")
     return 0 if n_recovered == len(named) else 1
+
+
+def _fitting(lm: LanguageModel, named: list[tuple[str, Observation]]) -> list[tuple[str, Observation]]:
+    """Return the observations that can be this model's; report each other one, with the reason."""
+    from sipit.inversion.search import _check_fit
+
+    fitting = []
+    for name, seen in named:
+        try:
+            _check_fit(lm, seen)
+        except SipitError as error:
+            say(f"sipit: {name}: {error}")
+            print(json.dumps({"file": name, "refused": str(error)}, ensure_ascii=False))
+        else:
+            fitting.append((name, seen))
+    return fitting
 
 
 def fit(options: Namespace) -> int:
