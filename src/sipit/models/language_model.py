@@ -15,12 +15,14 @@ from sipit.models.families import family_of, module_at
 from sipit.models.fingerprint import fingerprint
 from sipit.models.generation import GenerationCache
 from sipit.models.prepacked import forget_layouts, prepacked
+from sipit.models.quantized import rounds_activations
 from sipit.models.truncated import TappedModel, TruncatedModel, UpperModel
 from sipit.observations import SITES, Observation, Site, dtype_named
 
 Prompt = str | Sequence[int] | Tensor | Sequence[Mapping[str, str]]
 
 _PROBE_TOKENS = 12  # length of the prompt a cut is checked on
+_PACKED_GAP = 0.05  # of a state's norm: above every rounding of bfloat16, below a key seen or missed
 
 
 class LanguageModel:
@@ -33,7 +35,7 @@ class LanguageModel:
 
     Raises:
         ModelError: its layout is unknown, it is in training mode, or a cut through the layout's
-            attribute names does not reproduce `output_hidden_states`.
+            attribute names, or a packed pass through it, does not reproduce `output_hidden_states`.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any = None, *, name: str = "unnamed") -> None:
@@ -43,7 +45,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.name = name
         self.family = family_of(model)
-        self._trunk = module_at(model, self.family.trunk)
+        self._trunk = self._trunk_of(model)
         self.n_layers = len(cast(nn.ModuleList, getattr(self._trunk, self.family.blocks)))
         embedding = cast(nn.Embedding, cast(Any, model).get_input_embeddings())
         self.vocab_size = int(embedding.weight.shape[0])
@@ -62,6 +64,8 @@ class LanguageModel:
         for layer in {0, 1, self.n_layers // 2, self.n_layers - 1}:
             self.cut(layer)
         self.cut(self.n_layers, "final")
+        if not rounds_activations(model):  # such a model is captured and refused only where it would be packed
+            self._check_packing(self.cut(max(1, self.n_layers // 2)))
 
     @property
     def device(self) -> torch.device:
@@ -181,6 +185,8 @@ class LanguageModel:
             return self.n_layers
         if layer is None:
             raise OptionError(f"site {site!r} needs a layer: pass 0 to {self.n_layers}")
+        if isinstance(layer, bool) or not isinstance(layer, int):
+            raise OptionError(f"layer {layer!r} is not a whole number; pass 0 to {self.n_layers}")
         if site == "final" and layer != self.n_layers:
             raise OptionError(
                 f"site 'final' lies after all blocks, so its layer is {self.n_layers}, not {layer}; "
@@ -243,6 +249,19 @@ class LanguageModel:
         for layer, site in cuts:
             self.cut(layer, site)  # checks it
         return TappedModel(self._trunk, self.family, [(layer, site == "final") for layer, site in cuts])
+
+    def _trunk_of(self, model: nn.Module) -> nn.Module:
+        """Return the module that owns the blocks, of a model that has a head as well."""
+        head = getattr(model, "get_output_embeddings", None)
+        try:
+            if head is None or head() is None:
+                raise AttributeError
+            return module_at(model, self.family.trunk)
+        except (AttributeError, NotImplementedError) as error:
+            raise ModelError(
+                f"model {self.name!r} ({type(model).__name__}) has no language-model head; "
+                "load it with AutoModelForCausalLM, or by sipit.load"
+            ) from error
 
     def _prompt_ids(self, prompt: Prompt, chat: bool) -> Tensor:
         if isinstance(prompt, str):
@@ -326,3 +345,29 @@ class LanguageModel:
         gap = float((got.float() - expected.float()).abs().max()) if got.shape == expected.shape else float("inf")
         if not gap <= 64 * unit:  # the same kernels on the same shapes: a few roundings at most
             raise self._refusal(f"cut after {cut.layer} blocks differs from its output_hidden_states by {gap:.2g}")
+
+    def _check_packing(self, cut: TruncatedModel) -> None:
+        """Refuse a model whose packed pass, with wrong tokens between the right ones, gives other states."""
+        cache = cut.new_cache()
+        got = []
+        try:
+            for places in torch.arange(_PROBE_TOKENS).chunk(2):  # the first half becomes the prefix of the second
+                right = self._probe_ids[places]
+                row = torch.stack([right, (right + 1) % self.vocab_size], dim=1).flatten()  # (2 Q,)
+                sees = torch.eye(len(row), dtype=torch.bool)
+                sees[:, ::2] |= torch.ones(len(row), len(row), dtype=torch.bool).tril(-1)[:, ::2]
+                got.append(cut.packed(cache, row, places.repeat_interleave(2), sees)[::2])
+                cache.keep(range(0, len(row), 2))
+        except OptionError:
+            return  # it refuses packed passes by itself, in its own words
+        except (TypeError, RuntimeError, ValueError, AttributeError, LookupError, AssertionError) as error:
+            raise self._refusal(f"cannot run a packed pass ({error})") from error
+        finally:
+            self.forget_layouts()
+        expected = self._probe_states[cut.layer].double()
+        if cut.layer == self.n_layers:
+            expected = cut.ordinary(self._probe_ids).double()
+        gaps = (torch.cat(got).double() - expected).norm(dim=1) / expected.norm(dim=1)  # (T,)
+        gap = float(gaps.median())  # a rounding may send a few tokens to other experts
+        if not gap <= _PACKED_GAP:
+            raise self._refusal(f"gives other states in a packed pass: {gap:.2g} of their norm away")

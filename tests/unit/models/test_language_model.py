@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig
+from transformers import AutoModelForCausalLM, BertConfig, BloomConfig, FalconConfig
 
 import sipit
 from sipit import LanguageModel, SipitError
 from sipit.errors import InputError, ModelError, NonFiniteError, OptionError
 from sipit.models import families
 from sipit.models.families import Family
+from sipit.models.truncated import TruncatedModel
 from tests.tiny_models import N_LAYERS, VOCAB, copy_of, embedding_rows, random_ids, text_model, tiny_model, true_states
 
 IDS = random_ids(6, seed=4)
@@ -194,3 +195,39 @@ def test_fingerprint_tells_configs_apart() -> None:
     one, other = tiny_model("llama"), tiny_model("llama")
     other.config.rms_norm_eps = 1e-3
     assert LanguageModel(one).fingerprint != LanguageModel(other).fingerprint
+
+
+@pytest.mark.parametrize("config", ["bloom", "falcon"])
+def test_models_that_bias_attention_by_distance_are_refused_at_load(config: str) -> None:
+    shape: dict[str, Any] = {"vocab_size": 150, "hidden_size": 32, "initializer_range": 0.25}
+    made: Any = {
+        "bloom": lambda: BloomConfig(**shape, n_layer=4, n_head=4),
+        "falcon": lambda: FalconConfig(**shape, num_hidden_layers=4, num_attention_heads=4, alibi=True),
+    }[config]()
+    with pytest.raises(ModelError, match=f"packed pass.*{config}.*not supported") as caught:
+        LanguageModel(AutoModelForCausalLM.from_config(made).eval(), name="tilted")
+    assert "\n" not in str(caught.value)
+
+
+def test_packed_pass_that_gives_other_states_is_refused_at_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    def blind(_cut: TruncatedModel, visible: torch.Tensor, *_: Any) -> Any:
+        return torch.zeros(visible.shape)[None, None]  # every token sees every other
+
+    monkeypatch.setattr(TruncatedModel, "_masks", blind)
+    with pytest.raises(ModelError, match="other states in a packed pass"):
+        LanguageModel(tiny_model("llama"), name="blind")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "opt"])
+def test_model_without_a_head_is_refused_with_the_class_to_load_it_by(family: str) -> None:
+    with pytest.raises(ModelError, match=r"'headless'.*no language-model head.*AutoModelForCausalLM"):
+        LanguageModel(tiny_model(family).base_model, name="headless")
+
+
+@pytest.mark.parametrize("layer", ["2", True, 1.0, [1]])
+def test_layer_that_is_no_whole_number_is_refused(layer: Any) -> None:
+    lm = LanguageModel(tiny_model("llama"))
+    with pytest.raises(OptionError, match="not a whole number; pass 0 to 4"):
+        lm.capture(input_ids=IDS, layer=layer)
+    with pytest.raises(OptionError, match="not a whole number"):
+        lm.checked_layer(layer, "final")
