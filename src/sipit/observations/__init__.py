@@ -1,7 +1,7 @@
 """What leaked: the hidden states of one prompt, and the file they travel in."""
 
 from sipit.observations.file import read_observation, write_observation
-from sipit.observations.many import holds_many, read_observations, write_observations
+from sipit.observations.many import holds_many, read_each, read_observations, write_observations
 from sipit.observations.observation import DTYPES, SITES, Observation, Site, dtype_named
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Site",
     "dtype_named",
     "holds_many",
+    "read_each",
     "read_observation",
     "read_observations",
     "write_observation",

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from sipit.errors import InputError, SipitError, StorageError
 from sipit.observations.observation import SITES, Observation
-from sipit.storage import whole_file
+from sipit.storage import parse_json, require_file, whole_file
 
 _FORMAT = "sipit.observation"
 _VERSION = "1"
@@ -50,8 +50,7 @@ def read_observation(path: Path | str) -> Observation:
         StorageError: the file is missing or unreadable.
         InputError: it is truncated, is not an observation, or a value is out of range.
     """
-    if not Path(path).is_file():
-        raise StorageError(f"cannot read {path}: no such file; check its name, or make one with 'sipit capture'")
+    require_file(path)
     try:
         with safe_open(path, framework="pt") as stream:
             metadata = dict(stream.metadata() or {})
@@ -83,11 +82,11 @@ def _observation(path: Path | str, metadata: dict[str, str], states: object) -> 
         )
     try:
         layer = whole_number(metadata["layer"])
-        positions = positions_in(json.loads(metadata["positions"]))
+        positions = positions_in(parse_json(metadata["positions"]))
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(
             f"{path}: layer must be a whole number and positions a list of them; got "
-            f"{metadata['layer']!r} and {metadata['positions'][:40]!r}; capture it again"
+            f"{metadata['layer'][:40]!r} and {metadata['positions'][:40]!r}; capture it again"
         ) from error
     if metadata["site"] not in SITES:
         raise InputError(f"{path}: site {metadata['site']!r} is unknown; expected one of {', '.join(SITES)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from sipit.errors import InputError, SipitError, StorageError
 from sipit.observations.file import positions_in, read_observation
 from sipit.observations.observation import Observation
-from sipit.storage import whole_file
+from sipit.storage import parse_json, require_file, whole_file
 
 _FORMAT = "sipit.observations"
 _VERSION = "1"
@@ -26,7 +27,10 @@ def write_observations(observations: Sequence[Observation], path: Path | str) ->
     Raises:
         StorageError: the path cannot be written.
     """
-    tensors = {f"states.{i:06d}": seen.states.detach().cpu().contiguous() for i, seen in enumerate(observations)}
+    # Copies: the library refuses tensors that share memory, as two observations of one capture may.
+    tensors = {
+        f"states.{i:06d}": seen.states.detach().cpu().contiguous().clone() for i, seen in enumerate(observations)
+    }
     described = [{key: getattr(seen, key) for key in _DESCRIBED} for seen in observations]
     metadata = {"format": _FORMAT, "version": _VERSION, "observations": json.dumps(described)}
     with whole_file(path) as temporary:
@@ -38,9 +42,10 @@ def write_observations(observations: Sequence[Observation], path: Path | str) ->
 
 def holds_many(path: Path | str) -> bool:
     """Return whether a path is a folder, or a file of several observations."""
-    if Path(path).is_dir():
+    if os.path.isdir(path):  # noqa: PTH112 - no error on names that no file can have
         return True
     try:
+        require_file(path)
         with safe_open(path, framework="pt") as stream:
             return bool((stream.metadata() or {}).get("format") == _FORMAT)
     except (SafetensorError, OSError):
@@ -53,19 +58,49 @@ def read_observations(path: Path | str) -> Iterator[tuple[str, Observation]]:
     Raises:
         StorageError, InputError: nothing there, or one of them cannot be read.
     """
-    if Path(path).is_dir():
-        files = sorted(Path(path).glob("*.safetensors"))
-        if not files:
-            raise InputError(f"{path} holds no .safetensors file; make observations with 'sipit capture'")
-        for file in files:
-            if holds_many(file):
-                yield from ((f"{file.name}:{name}", seen) for name, seen in read_observations(file))
-            else:
-                yield file.name, read_observation(file)
+    for name, seen in read_each(path):
+        if isinstance(seen, SipitError):
+            raise seen
+        yield name, seen
+
+
+def read_each(path: Path | str) -> Iterator[tuple[str, Observation | SipitError]]:
+    """Yield (name, observation) as `read_observations`, and go on past files that cannot be read.
+
+    Such a file is yielded as (name, the error that says why). Of a file of several, those before the
+    first broken one are yielded, then the error under the file's own name.
+
+    Raises:
+        StorageError, InputError: the folder cannot be read or holds no such file.
+    """
+    if not os.path.isdir(path):  # noqa: PTH112 - no error on names that no file can have
+        try:
+            yield from _read_several(path)
+        except SipitError as error:
+            yield Path(path).name, error
         return
     try:
+        files = sorted(file for file in Path(path).iterdir() if file.match("*.safetensors"))
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error}; check its permissions") from error
+    if not files:
+        raise InputError(f"{path} holds no .safetensors file; make observations with 'sipit capture'")
+    for file in files:
+        try:
+            if holds_many(file):
+                yield from ((f"{file.name}:{name}", seen) for name, seen in _read_several(file))
+            else:
+                yield file.name, read_observation(file)
+        except SipitError as error:
+            yield file.name, error
+
+
+def _read_several(path: Path | str) -> Iterator[tuple[str, Observation]]:
+    """Yield (name, observation) from a file of several."""
+    require_file(path)
+    try:
         with safe_open(path, framework="pt") as stream:
-            described: Any = json.loads((stream.metadata() or {}).get("observations", "[]"))
+            described: Any = parse_json((stream.metadata() or {}).get("observations", "[]"))
             keys = sorted(stream.keys())
             version = (stream.metadata() or {}).get("version")
             if version != _VERSION:

@@ -43,7 +43,7 @@ class Observation:
         ShapeError: `states` is not two-dimensional, or is empty.
         NonFiniteError: `states` holds NaN or infinity.
         InputError: `positions` does not name each row once, rising.
-        OptionError: `site` is unknown or `layer` is negative.
+        OptionError: `site` is unknown, or `layer` is not a whole number from 0.
     """
 
     states: Tensor  # (seq_len, d_model), as stored
@@ -57,6 +57,8 @@ class Observation:
         states = self.states
         if self.site not in SITES:
             raise OptionError(f"site {self.site!r} is unknown; choose one of {', '.join(SITES)}")
+        if type(self.layer) is not int:
+            raise OptionError(f"layer {self.layer!r} is not a whole number; count the blocks run, from 0")
         if self.layer < 0:
             raise OptionError(f"layer {self.layer} is negative; count the blocks run, from 0")
         if states.ndim != 2 or states.dtype not in DTYPES.values():

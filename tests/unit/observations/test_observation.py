@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from safetensors.torch import save_file
 
 import sipit
 from sipit import Observation
-from sipit.errors import InputError, NonFiniteError, OptionError, ShapeError, StorageError
-from sipit.observations import DTYPES, SITES, dtype_named
+from sipit.errors import InputError, NonFiniteError, OptionError, ShapeError, SipitError, StorageError
+from sipit.observations import DTYPES, SITES, dtype_named, holds_many, read_each, read_observations, write_observations
 
 METADATA = {"format": "sipit.observation", "version": "1", "site": "block", "layer": "2", "positions": "[0, 1, 2]"}
 
@@ -240,3 +241,63 @@ def test_unwritable_target_is_a_storage_error_and_leaves_nothing(tmp_path: Path)
         with pytest.raises(StorageError, match="cannot write"):
             sipit.write_observation(seen, path)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("layer", [True, 1.0, "2", None])
+def test_layer_that_is_no_whole_number_is_refused(layer: Any) -> None:
+    with pytest.raises(OptionError, match="whole number"):
+        Observation(states=torch.ones(1, 2), layer=layer)
+
+
+def test_paths_that_are_no_regular_file_are_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "n" * 300, "a\0b", "absent"):
+        path = tmp_path / name
+        assert not holds_many(path)
+        with pytest.raises(StorageError, match="cannot read"):
+            sipit.read_observation(path)
+        with pytest.raises(StorageError, match="cannot read"):
+            list(read_observations(path))
+
+
+@pytest.mark.parametrize(
+    ("about", "found"),
+    [({"layer": 1.0}, "whole number"), ({"layer": True}, "whole number"), ({"layer": "2"}, "whole number"),
+     ({"layer": None}, "whole number"), ({"site": []}, "site")],
+)  # fmt: skip
+def test_file_of_many_with_a_wrong_description_is_refused(tmp_path: Path, about: dict[str, Any], found: str) -> None:
+    described = {"site": "block", "layer": 1, "positions": [0], "model": None, "fingerprint": None, **about}
+    _write_many(tmp_path / "x.safetensors", json.dumps([described]))
+    with pytest.raises(InputError, match=found):
+        list(read_observations(tmp_path / "x.safetensors"))
+
+
+def test_deep_json_in_metadata_is_refused(tmp_path: Path) -> None:
+    deep = "[" * 10**5 + "]" * 10**5
+    _write_many(tmp_path / "many.safetensors", deep)
+    with pytest.raises(InputError, match="nest"):
+        list(read_observations(tmp_path / "many.safetensors"))
+    save_file({"states": torch.ones(3, 2)}, tmp_path / "one.safetensors", metadata={**METADATA, "positions": deep})
+    with pytest.raises(InputError, match="positions"):
+        sipit.read_observation(tmp_path / "one.safetensors")
+
+
+def test_one_foreign_or_broken_file_does_not_stop_the_others(tmp_path: Path) -> None:
+    seen = Observation(states=torch.ones(1, 2), layer=1)
+    save_file({"x": torch.ones(1)}, tmp_path / "a.safetensors")
+    (tmp_path / "b.safetensors").write_bytes(b"broken")
+    os.mkfifo(tmp_path / "c.safetensors")
+    write_observations([seen, seen], tmp_path / "d.safetensors")
+    sipit.write_observation(seen, tmp_path / "e.safetensors")
+    read = dict(read_each(tmp_path))
+    errors = {name[0]: type(value) for name, value in read.items() if isinstance(value, SipitError)}
+    assert errors == {"a": InputError, "b": InputError, "c": StorageError}
+    kept = [name for name, value in read.items() if isinstance(value, Observation)]
+    assert kept == ["d.safetensors:states.000000", "d.safetensors:states.000001", "e.safetensors"]
+    with pytest.raises(InputError, match="not an observation file"):
+        list(read_observations(tmp_path))
+
+
+def _write_many(path: Path, described: str) -> None:
+    metadata = {"format": "sipit.observations", "version": "1", "observations": described}
+    save_file({"states.000000": torch.ones(1, 2)}, path, metadata=metadata)
