@@ -153,7 +153,7 @@ class Run:
         check, position, lm = self.scene.check, self.scene.position, self.scene.lm
         twins = lm.embeddings.twins(token_id)
         radius = check.alike_within(position)
-        for ignores_mean in (False, True) if lm.final_ignores_mean and check.cut.is_final else (False,):
+        for ignores_mean in (False, True) if check.cut.is_final and lm.final_ignores_mean else (False,):
             near = lm.embeddings.within(token_id, radius, ignores_mean=ignores_mean)
             twins = [*twins, *(i for i in near if i not in twins)]
         if check.reach(position) <= _NARROW:

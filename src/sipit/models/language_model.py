@@ -369,7 +369,7 @@ class LanguageModel:
             expected = cut.ordinary(self._probe_ids).double()
         norms = expected.norm(dim=1)
         gaps = (torch.cat(got).double() - expected).norm(dim=1) / norms.clamp(min=1e-30)  # (T,)
-        gaps = gaps[norms.isfinite()]  # a model made to overflow is none of this check's business
+        gaps = gaps[gaps.isfinite()]  # a model made to overflow is none of this check's business
         gap = float(gaps.median()) if len(gaps) else 0.0  # a rounding may send a few tokens to other experts
         if not gap <= _PACKED_GAP:
             raise self._refusal(f"gives other states in a packed pass: {gap:.2g} of their norm away")
