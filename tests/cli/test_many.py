@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -212,3 +213,13 @@ def test_observation_of_another_model_does_not_stop_the_others(
     assert "fingerprint" in lines["c.safetensors"]["refused"]
     assert lines["a.safetensors"]["refused"] in err
     assert "recovered 1 of 3 prompts, refused 2" in err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs file modes")
+def test_files_that_hold_a_prompt_are_their_owners_alone(many_file: Path, tmp_path: Path) -> None:
+    log, one, certificate = tmp_path / "log", tmp_path / "one.safetensors", tmp_path / "c.json"
+    assert main(["invert", str(many_file), "--json", str(log)]) == 0
+    (_, first), *_ = read_observations(many_file)
+    sipit.write_observation(first, one)
+    assert main(["invert", str(one), "--json", str(certificate)]) == 0
+    assert [path.stat().st_mode & 0o777 for path in (log, certificate)] == [0o600, 0o600]

@@ -120,7 +120,8 @@ def parser() -> argparse.ArgumentParser:
         "--json",
         type=Path,
         metavar="OUT",
-        help="write the record, which is a certificate; of many observations one a line, going on where it stopped",
+        help="write the record, which is a certificate; of many observations one a line, going on where it stopped; "
+        "it holds the prompt in clear, so only its owner may read it (mode 0600)",
     )
     invert.add_argument(
         "--resume", type=Path, metavar="FILE", help="keep the recovered prefix in FILE, and start from what it holds"

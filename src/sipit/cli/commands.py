@@ -6,10 +6,13 @@ Everything heavy is imported inside, after the arguments were understood.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import shlex
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,7 +121,8 @@ def invert(options: Namespace) -> int:
     if options.json is not None:
         from sipit.inversion import write_certificate
 
-        write_certificate(found, options.json)
+        with _private(options.json):
+            write_certificate(found, options.json)
     return 0 if found.verdict == "recovered" else 1
 
 
@@ -131,7 +135,10 @@ def _invert_all(options: Namespace) -> int:
     from sipit.storage import LineLog
 
     named = [(n, replace(o, fingerprint=None) if options.any_model else o) for n, o in read_observations(options.file)]
-    log = LineLog(options.json) if options.json is not None else None
+    log = None
+    if options.json is not None:
+        with _private(options.json):
+            log = LineLog(options.json)
     digests = {name: seen.digest() for name, seen in named}
     records = [] if log is None else log.records()
     done = {record.get("observation") for record in records}
@@ -332,6 +339,19 @@ def _inverted(lm: LanguageModel, seen: Observation, options: Namespace) -> Inver
         f"{found.prefill_ratio:.2f} times the forward pass that made the states"
     )
     return found
+
+
+@contextlib.contextmanager
+def _private(path: Path) -> Iterator[None]:
+    """Let only the owner read a file that the body writes, which holds a prompt in clear."""
+    before = os.umask(0o077)  # a new file is never readable by others, not even while it is written
+    try:
+        yield
+    finally:
+        os.umask(before)
+    if path.is_file():
+        with contextlib.suppress(OSError):  # another's file, or a system without modes
+            path.chmod(0o600)
 
 
 def _search_options(options: Namespace) -> dict[str, Any]:
