@@ -223,3 +223,25 @@ def test_files_that_hold_a_prompt_are_their_owners_alone(many_file: Path, tmp_pa
     sipit.write_observation(first, one)
     assert main(["invert", str(one), "--json", str(certificate)]) == 0
     assert [path.stat().st_mode & 0o777 for path in (log, certificate)] == [0o600, 0o600]
+
+
+def test_layer_that_has_a_fit_is_reported_and_not_fitted_again(
+    text_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Made:
+        report: dict[str, object] = {"fit_block_tokens": 7, "seconds": 1.0, "held_out": {}}  # noqa: RUF012
+
+    calls = []
+
+    def fitted(_: LanguageModel, cuts: list[tuple[int, str]], **__: object) -> dict[tuple[int, str], Path]:
+        calls.append(cuts)
+        return dict.fromkeys(cuts, Path("made"))
+
+    monkeypatch.setattr("sipit.inversion.fitting.load_fit", lambda *_: Made)
+    monkeypatch.setattr("sipit.inversion.fitting.fit_inverse", fitted)
+    arguments = ["fit", "--layer", "2", "--model", str(text_folder)]
+    assert main(arguments) == 0
+    out, err = capfd.readouterr()
+    assert (calls, "layer 2" in out, "--again" in err) == ([], True, True)
+    assert main([*arguments, "--again"]) == 0
+    assert calls == [[(2, "block")]]

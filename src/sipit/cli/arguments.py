@@ -156,6 +156,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="L",
         help="blocks run, or 'final'; repeatable",
     )
+    fit.add_argument("--again", action="store_true", help="fit anew what has a fit already, instead of reporting it")
     fit.add_argument("--text", action="append", type=Path, default=[], metavar="F", help="more text to fit on")
     fit.add_argument("--json", type=Path, metavar="OUT", help="write the report: held-out ranks by kind of text, cost")
     _model_options(fit, default="smollm2-135m")

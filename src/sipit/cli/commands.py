@@ -194,7 +194,7 @@ def _fitting(lm: LanguageModel, named: list[tuple[str, Observation]]) -> list[tu
 def fit(options: Namespace) -> int:
     """Run `sipit fit`."""
     from sipit.cli.display import CountDisplay
-    from sipit.inversion.fitting import fit_inverse, load_fit
+    from sipit.inversion.fitting import fit_inverse, fit_path, load_fit
     from sipit.storage import require_writable, write_json
 
     if options.json is not None:
@@ -202,8 +202,14 @@ def fit(options: Namespace) -> int:
     texts = [_text_of(path) for path in options.text]
     lm = loaded(options.model, options)
     cuts = [cut_of(lm, layer) for layer in options.layer]
-    with CountDisplay(0) as display:
-        files = fit_inverse(lm, cuts, texts=texts, on_progress=display.fitting)
+    there = {} if options.again else {cut: fit_path(lm, *cut) for cut in cuts if load_fit(lm, *cut) is not None}
+    for path in there.values():
+        say(f"{path} is there already; pass --again to fit anew")
+    missing = [cut for cut in cuts if cut not in there]
+    files = dict(there)
+    if missing:
+        with CountDisplay(0) as display:
+            files |= fit_inverse(lm, missing, texts=texts, on_progress=display.fitting)
     reports = []
     for cut, path in files.items():
         made = load_fit(lm, *cut)
