@@ -28,6 +28,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
+        message = message.removeprefix("argument ").replace(": takes ", " takes ", 1)
         raise OptionError(f'{message}; see "{self.prog} --help"')
 
     # Overloaded in typeshed, which an override with one signature cannot repeat.
