@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -252,3 +253,121 @@ def test_reader_that_goes_away_is_no_traceback(tmp_path: Path, text_folder: Path
     assert process.returncode not in (0, 120)
     assert b"Traceback" not in process.stderr
     assert b"Exception ignored" not in process.stderr
+
+
+def test_module_runs_as_the_command(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "sipit", "--version"], capture_output=True, check=False)
+    assert (done.returncode, done.stdout[:6]) == (0, b"sipit ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named", "help_of"),
+    [
+        (["invret", "seen"], b"'invert'", b"sipit --help"),
+        (["--versoin"], b"'--version'", b"sipit --help"),
+        (["capture", "--layr", "2"], b"'--layer'", b"sipit capture --help"),
+        (["invert", "seen", "--polcy=auto"], b"'--policy'", b"sipit invert --help"),
+        (["invert", "seen", "--exh"], b"no option '--exh'", b"sipit invert --help"),  # no abbreviations
+        (["collisions", "survy"], b"'survey'", b"sipit collisions --help"),
+        (["collisions", "survey", "--foldr", "x"], b"'--folder'", b"sipit collisions survey --help"),
+    ],
+)
+def test_misspelt_word_names_its_nearest_neighbour(
+    run: Run, arguments: list[str], named: bytes, help_of: bytes
+) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out, err.count(b"\n")) == (2, b"", 1)
+    assert named in err
+    assert help_of in err
+
+
+def test_values_may_begin_with_dashes(run: Run, text_folder: Path) -> None:
+    model = ("--model", text_folder, "--layer", "1", "--out", "seen")
+    assert run("capture", "--text=--quoted", *model)[0] == 0
+    assert run("invert", "seen")[:2] == (0, b"--quoted")
+    assert run("capture", "--text", "--two words", *model)[0] == 0
+    assert run("invert", "seen")[:2] == (0, b"--two words")
+
+
+def test_layer_final_is_taken_by_capture_and_demo(run: Run, text_folder: Path) -> None:
+    assert run("capture", "--text", "end", "--layer", "final", "--out", "seen", "--model", text_folder)[0] == 0
+    assert sipit.read_observation("seen").site == "final"
+    assert run("invert", "seen")[:2] == (0, b"end")
+    code, _, err = run("demo", "--layer", "final", "--model", text_folder)
+    assert code == 0
+    assert b"final norm" in err
+
+
+def test_no_time_left_is_told_before_something_is_done(capfd: pytest.CaptureFixture[str]) -> None:
+    from sipit.cli.display import CountDisplay, _line
+    from sipit.inversion import Progress
+    from sipit.inversion.fitting import FitProgress
+
+    class Shown(CountDisplay):
+        lines: list[str] = []  # noqa: RUF012
+
+        def _show(self, line: str) -> None:
+            self.lines.append(line)
+
+    def line_after(*input_ids: int) -> str:
+        return _line(Progress(input_ids=input_ids, seq_len=9, n_checked=40, block_tokens=0, seconds=3.0))
+
+    assert "left" not in line_after()
+    assert "about 24 s left" in line_after(5)
+    display = Shown(0)
+    display.fitting(FitProgress(phase="capture", done=0, total=10, seconds=3.0))
+    display.fitting(FitProgress(phase="capture", done=1, total=10, seconds=3.0))
+    assert Shown.lines == ["capture: 0 %", "capture: 10 %, about 27 s left"]
+
+
+def test_check_loads_the_dtype_that_the_record_names(run: Run, text_folder: Path) -> None:
+    run("capture", "--text", "wide", "--layer", "1", "--out", "seen", "--model", text_folder, "--dtype", "float64")
+    assert run("invert", "seen", "--dtype", "float64", "--json", "c.json")[0] == 0
+    assert run("check", "c.json", "seen")[0] == 0
+    assert run("check", "c.json", "seen", "--dtype", "float32")[0] == 1
+    assert run("check", "c.json", "seen", "--dtype", "auto")[0] == 1
+
+
+def test_demo_ends_with_commands_that_run(run: Run, text_folder: Path) -> None:
+    _, _, err = run("demo", "--model", text_folder)
+    capture, invert = (line.partition("sipit ")[2] for line in err.decode().rstrip("\n").split("\n")[-2:])
+    assert run(*shlex.split(capture))[0] == 0
+    assert run(*shlex.split(invert))[:2] == (0, b"your own text")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["demo", "--layer", "two"],
+        ["capture", "--text", "a", "--layer", "fnal", "--out", "o"],
+        ["capture", "--text", "a", "--out", "o"],
+        ["capture", "--text", "a", "--site", "blok", "--layer", "1", "--out", "o"],
+        ["capture", "--text", "a", "--layer", "1", "--out", "missing/o"],
+        ["fit", "--layer", "-1"],
+        ["bench", "--layer", "1.5", "--random-ids"],
+        ["bench", "--layer", "1", "--random-ids", "--json", "missing/o"],
+        ["collisions", "survey", "--folder", "f", "--layer", "two"],
+        ["collisions", "survey", "--folder", "f", "--lengths", "four"],
+        ["collisions", "margins", "--lengths", "0"],
+        ["collisions", "margins", "--log", "missing/log"],
+        ["collisions", "families", "--survey", "missing"],
+        ["collisions", "continuations", "--survey", "missing"],
+        ["invert", "missing"],
+        ["invert", "seen", "--resume", "missing/prefix"],
+        ["invert", "seen", "--json", "missing/o"],
+        ["invert", "seen", "--noise", "-1"],
+        ["invert", "seen", "--max-batch", "0"],
+        ["check", "missing", "seen"],
+    ],
+)
+def test_bad_input_is_refused_before_a_model_is_loaded(
+    run: Run, tmp_path: Path, text_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    def loaded(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("sipit.models.load", loaded)
+    sipit.write_observation(text_lm.capture("seen", layer=1), tmp_path / "seen")
+    code, out, err = run(*arguments)
+    assert (code, out, err.count(b"\n")) == (2, b"", 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["seen"]

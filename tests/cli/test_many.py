@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -212,3 +213,35 @@ def test_observation_of_another_model_does_not_stop_the_others(
     assert "fingerprint" in lines["c.safetensors"]["refused"]
     assert lines["a.safetensors"]["refused"] in err
     assert "recovered 1 of 3 prompts, refused 2" in err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs file modes")
+def test_files_that_hold_a_prompt_are_their_owners_alone(many_file: Path, tmp_path: Path) -> None:
+    log, one, certificate = tmp_path / "log", tmp_path / "one.safetensors", tmp_path / "c.json"
+    assert main(["invert", str(many_file), "--json", str(log)]) == 0
+    (_, first), *_ = read_observations(many_file)
+    sipit.write_observation(first, one)
+    assert main(["invert", str(one), "--json", str(certificate)]) == 0
+    assert [path.stat().st_mode & 0o777 for path in (log, certificate)] == [0o600, 0o600]
+
+
+def test_layer_that_has_a_fit_is_reported_and_not_fitted_again(
+    text_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Made:
+        report: dict[str, object] = {"fit_block_tokens": 7, "seconds": 1.0, "held_out": {}}  # noqa: RUF012
+
+    calls = []
+
+    def fitted(_: LanguageModel, cuts: list[tuple[int, str]], **__: object) -> dict[tuple[int, str], Path]:
+        calls.append(cuts)
+        return dict.fromkeys(cuts, Path("made"))
+
+    monkeypatch.setattr("sipit.inversion.fitting.load_fit", lambda *_: Made)
+    monkeypatch.setattr("sipit.inversion.fitting.fit_inverse", fitted)
+    arguments = ["fit", "--layer", "2", "--model", str(text_folder)]
+    assert main(arguments) == 0
+    out, err = capfd.readouterr()
+    assert (calls, "layer 2" in out, "--again" in err) == ([], True, True)
+    assert main([*arguments, "--again"]) == 0
+    assert calls == [[(2, "block")]]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import difflib
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from sipit import __version__
 from sipit.cli import collisions, commands
+from sipit.cli.commands import layer_text
 from sipit.errors import OptionError
 
 _MODEL = "pinned model (smollm2-135m, gemma-3-270m), folder, .gguf file or hub id"
@@ -19,8 +22,46 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 class _Parser(argparse.ArgumentParser):
+    """A parser that takes no abbreviations and names the nearest neighbour of what it does not know."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
+
     def error(self, message: str) -> NoReturn:
+        message = message.removeprefix("argument ").replace(": takes ", " takes ", 1)
         raise OptionError(f'{message}; see "{self.prog} --help"')
+
+    # Overloaded in typeshed, which an override with one signature cannot repeat.
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        """Refuse the first unknown option or command here, before a missing one hides it."""
+        args = sys.argv[1:] if args is None else list(args)
+        commands = self._commands()
+        for word in args:
+            name = word.partition("=")[0]
+            if word == "--":
+                break
+            if word.startswith("--") and " " not in word:
+                if name not in self._option_string_actions:
+                    self.error(f"there is no option {name!r}{_nearest(name, self._option_string_actions)}")
+            elif commands and not word.startswith("-"):
+                if word not in commands:
+                    known = _nearest(word, commands) or f"; the commands are {', '.join(commands)}"
+                    self.error(f"there is no command {word!r}{known}")
+                break  # what follows belongs to the command
+        return super().parse_known_args(args, namespace)
+
+    def _commands(self) -> list[str]:
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                return list(action.choices)
+        return []
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(word, list(known), n=1)
+    return f", the nearest is {found[0]!r}" if found else ""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     add = top.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_Parser)
 
     demo = _command(add, "demo", commands.demo, "capture a paragraph's states, forget it, recover it")
-    demo.add_argument("--layer", type=int, help="blocks run (default: the middle one)")
+    demo.add_argument("--layer", type=layer_text, metavar="L", help="blocks run, or 'final' (default: the middle one)")
     _model_options(demo, default="smollm2-135m")
 
     capture = _command(add, "capture", commands.capture, "write the states of one prompt to a file")
@@ -44,8 +85,13 @@ def parser() -> argparse.ArgumentParser:
     prompt.add_argument("--lines-file", type=Path, metavar="F", help="UTF-8 file, each line a prompt of its own")
     prompt.add_argument("--ids", metavar="IDS", help="token ids, separated by commas")
     capture.add_argument("--chat", action="store_true", help="wrap the text in the model's chat template")
-    capture.add_argument("--layer", type=int, help="number of blocks run, 0 to n_layers")
-    capture.add_argument("--site", default="block", help="block (residual stream) or final (after the final norm)")
+    capture.add_argument("--layer", type=layer_text, metavar="L", help="blocks run, 0 to n_layers, or 'final'")
+    capture.add_argument(
+        "--site",
+        choices=("block", "final"),
+        default="block",
+        help="block (residual stream) or final (after the final norm; as --layer final)",
+    )
     capture.add_argument(
         "--store-dtype",
         choices=_DTYPES,
@@ -75,7 +121,8 @@ def parser() -> argparse.ArgumentParser:
         "--json",
         type=Path,
         metavar="OUT",
-        help="write the record, which is a certificate; of many observations one a line, going on where it stopped",
+        help="write the record, which is a certificate; of many observations one a line, going on where it stopped; "
+        "it holds the prompt in clear, so only its owner may read it (mode 0600)",
     )
     invert.add_argument(
         "--resume", type=Path, metavar="FILE", help="keep the recovered prefix in FILE, and start from what it holds"
@@ -92,6 +139,7 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("file", type=Path, help="observation file")
     check.add_argument("--json", type=Path, metavar="OUT", help="write the outcome")
     _model_options(check, default=None)
+    check.set_defaults(dtype=None)
 
     fit = _command(
         add,
@@ -101,14 +149,27 @@ def parser() -> argparse.ArgumentParser:
         "Takes minutes, once per model, layer and site; goes on where it was interrupted. The inverse only orders "
         "candidates: a bad one costs time, never correctness.",
     )
-    fit.add_argument("--layer", action="append", required=True, metavar="L", help="blocks run, or 'final'; repeatable")
+    fit.add_argument(
+        "--layer",
+        action="append",
+        type=layer_text,
+        required=True,
+        metavar="L",
+        help="blocks run, or 'final'; repeatable",
+    )
+    fit.add_argument("--again", action="store_true", help="fit anew what has a fit already, instead of reporting it")
     fit.add_argument("--text", action="append", type=Path, default=[], metavar="F", help="more text to fit on")
     fit.add_argument("--json", type=Path, metavar="OUT", help="write the report: held-out ranks by kind of text, cost")
     _model_options(fit, default="smollm2-135m")
 
     bench = _command(add, "bench", commands.bench, "run methods of inversion side by side on the same observations")
     bench.add_argument(
-        "--layer", action="append", required=True, metavar="L", help="blocks run, or 'final'; repeatable"
+        "--layer",
+        action="append",
+        type=layer_text,
+        required=True,
+        metavar="L",
+        help="blocks run, or 'final'; repeatable",
     )
     bench.add_argument("--text-file", type=Path, metavar="F", help="UTF-8 text to cut prompts from")
     bench.add_argument("--random-ids", action="store_true", help="prompts of uniformly random ids instead")
@@ -139,7 +200,8 @@ def _model_options(command: argparse.ArgumentParser, *, default: str | None) -> 
     known = "the one the file names" if default is None else default
     command.add_argument("--model", default=default, metavar="M", help=f"{_MODEL} (default: {known})")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
-    command.add_argument("--dtype", default="auto", help="dtype of the weights (default: auto, as stored)")
+    stored = "the one the certificate names" if command.prog.endswith(" check") else "auto, as stored"
+    command.add_argument("--dtype", default="auto", help=f"dtype of the weights (default: {stored})")
     command.add_argument(
         "--quantize", choices=_QUANTIZERS, help="hold the linear weights so, by bitsandbytes (extra 'quantized')"
     )

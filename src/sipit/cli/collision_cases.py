@@ -85,7 +85,7 @@ def _common_options(command: argparse.ArgumentParser, *, has_seed: bool = False)
 def run_families(options: argparse.Namespace) -> int:
     """Run `sipit collisions families`."""
     from sipit.cli.display import CountDisplay
-    from sipit.collisions import family_prompts, sample_texts, similar_texts, survey_families
+    from sipit.collisions import StateFolder, family_prompts, sample_texts, similar_texts, survey_families
     from sipit.storage import require_writable
 
     if options.json is not None:
@@ -94,6 +94,8 @@ def run_families(options: argparse.Namespace) -> int:
         raise OptionError("--longest must be at least 2, --texts and --pairs at least 1 and --climb 0 or more")
     if options.survey is not None and options.text:
         raise OptionError("families grow from --survey FOLDER or from --text, not from both; leave one out")
+    if options.survey is not None:
+        StateFolder(options.survey)
     lm = loaded(options.model, options)
     cuts = cuts_of(lm, options, default=_few_layers(lm))
     folder = None if options.survey is None else surveyed_folder(lm, options.survey)

@@ -9,7 +9,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sipit.cli.commands import cut_of, loaded, say
+from sipit.cli.commands import cut_of, layer_text, loaded, say
 from sipit.errors import MismatchError, OptionError
 
 if TYPE_CHECKING:
@@ -69,6 +69,14 @@ def add_collisions(add: Any, command: Adder, model_options: Adder) -> None:
     add_cases(inner, command, model_options)
 
 
+def lengths_text(text: str) -> str:
+    """Refuse what is no list of lengths, before a model is loaded."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and 0 < len(part) < 10 and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"takes numbers of tokens separated by commas, got {text!r}")
+    return text
+
+
 def corpus_options(command: argparse.ArgumentParser, *, n_prompts: int, lengths: str) -> None:
     command.add_argument(
         "--corpus",
@@ -79,13 +87,17 @@ def corpus_options(command: argparse.ArgumentParser, *, n_prompts: int, lengths:
     )
     command.add_argument("--revision", help="commit of a hub data set (default: its newest)")
     command.add_argument("--prompts", type=int, default=n_prompts, metavar="N", help=f"(default: {n_prompts})")
-    command.add_argument("--lengths", default=lengths, metavar="L", help=f"tokens, by commas (default: {lengths})")
+    command.add_argument(
+        "--lengths", type=lengths_text, default=lengths, metavar="L", help=f"tokens, by commas (default: {lengths})"
+    )
     command.add_argument("--per-text", type=int, default=256, metavar="N", help="most prompts from one text")
     command.add_argument("--seed", type=int, default=0, help="of the random draws")
 
 
 def layer_option(command: argparse.ArgumentParser, default: str) -> None:
-    command.add_argument("--layer", action="append", metavar="L", help=f"blocks run, or 'final'; repeatable; {default}")
+    command.add_argument(
+        "--layer", action="append", type=layer_text, metavar="L", help=f"blocks run, or 'final'; repeatable; {default}"
+    )
 
 
 def _search_options(command: argparse.ArgumentParser) -> None:
@@ -154,7 +166,7 @@ def run_survey(options: argparse.Namespace) -> int:
 def run_continuations(options: argparse.Namespace) -> int:
     """Run `sipit collisions continuations`."""
     from sipit.cli.display import CountDisplay
-    from sipit.collisions import capture_continuations, closest_prompts, survey_continuations
+    from sipit.collisions import StateFolder, capture_continuations, closest_prompts, survey_continuations
     from sipit.storage import require_writable
 
     if (options.survey is None) == (not options.text):
@@ -162,6 +174,8 @@ def run_continuations(options: argparse.Namespace) -> int:
     if options.json is not None:
         require_writable(options.json)
     memory = _memory_of(options)
+    if options.survey is not None:
+        StateFolder(options.survey)
     lm = loaded(options.model, options)
     cuts = cuts_of(lm, options, default=[(max(lm.n_layers // 2, 1), "block"), (lm.n_layers, "block")])
     if options.survey is None:
@@ -206,6 +220,8 @@ def run_margins(options: argparse.Namespace) -> int:
 
     if options.json is not None:
         require_writable(options.json)
+    if options.log is not None:
+        require_writable(options.log)
     lm = loaded(options.model, options)
     cuts = cuts_of(lm, options, default=every_layer(lm))
     prefixes, source = prompts_of(lm, options)
@@ -305,10 +321,7 @@ def prompts_of(lm: LanguageModel, options: argparse.Namespace) -> tuple[list[Ten
     from sipit.cli.display import waiting
     from sipit.corpora import corpus, exact_prompts, special_start
 
-    parts = [part.strip() for part in options.lengths.split(",")]
-    if not all(part.isascii() and part.isdigit() for part in parts):
-        raise OptionError(f"--lengths takes numbers of tokens separated by commas, got {options.lengths!r}")
-    lengths = [int(part) for part in parts]
+    lengths = [int(part) for part in options.lengths.split(",")]
     texts = corpus(options.corpus, seed=options.seed, revision=options.revision)
     with waiting("reading prompts"):
         prompts = exact_prompts(

@@ -5,9 +5,14 @@ Everything heavy is imported inside, after the arguments were understood.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
+import os
+import shlex
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,10 +38,11 @@ def demo(options: Namespace) -> int:
     from sipit.inversion.certificate import certificate_of, check_certificate
 
     lm = loaded(options.model, options)
-    layer = lm.n_layers // 2 if options.layer is None else options.layer
-    seen = lm.capture(_PARAGRAPH, layer=layer)
+    layer, site = cut_of(lm, options.layer or str(lm.n_layers // 2))
+    seen = lm.capture(_PARAGRAPH, layer=layer, site=site)
     say(
-        f"One ordinary forward pass of a paragraph through {layer} of the {lm.n_layers} blocks of {lm.name} left "
+        f"One ordinary forward pass of a paragraph through {layer} of the {lm.n_layers} blocks of {lm.name}"
+        f"{' and its final norm' if site == 'final' else ''} left "
         f"{seen.seq_len} vectors of {seen.d_model} numbers. The paragraph is forgotten; the vectors remain."
     )
     found = _inverted(lm, seen, _DEMO_OPTIONS)
@@ -50,6 +56,12 @@ def demo(options: Namespace) -> int:
     expected = lm.decode(lm.encode(_PARAGRAPH))  # with the BOS token, where the tokenizer adds one
     is_exact = replay.holds and found.text == expected
     say(f"exact     {'yes' if is_exact else 'NO'}: compared with the paragraph, byte for byte")
+    chosen = "" if options.dtype == "auto" else f" --dtype {options.dtype}"
+    chosen += f" --quantize {options.quantize}" if options.quantize is not None else ""
+    model = f"--model {shlex.quote(options.model)}{chosen}"
+    named = "final" if site == "final" else layer
+    say(f"next      sipit capture --text 'your own text' {model} --layer {named} --out mine.safetensors")
+    say(f"          sipit invert mine.safetensors {model}")
     return 0 if is_exact else 1
 
 
@@ -63,10 +75,15 @@ def capture(options: Namespace) -> int:
         raise OptionError("--chat wraps a text, but --ids gives token ids; leave one of them out")
     if options.store_dtype is not None:
         dtype_named(options.store_dtype)
+    if options.layer is None and options.site == "block":
+        raise OptionError("capture needs a layer: pass --layer with a number of blocks run, or 'final'")
+    if options.layer == "final":
+        options.site, options.layer = "final", None
+    layer = None if options.layer is None else int(options.layer)
     prompts = _prompts_of(options)
     lm = loaded(options.model, options)
     observations = [
-        lm.capture(prompt, layer=options.layer, site=options.site, dtype=options.store_dtype, chat=options.chat)
+        lm.capture(prompt, layer=layer, site=options.site, dtype=options.store_dtype, chat=options.chat)
         for prompt in prompts
     ]
     if options.lines_file is None:
@@ -84,9 +101,13 @@ def capture(options: Namespace) -> int:
 
 def invert(options: Namespace) -> int:
     """Run `sipit invert`."""
+    from sipit.inversion.search import SearchOptions
     from sipit.observations import holds_many, read_observation
     from sipit.storage import require_writable
 
+    SearchOptions(**_search_options(options))  # refuses what no search can run with
+    if options.resume is not None:
+        require_writable(options.resume)
     if holds_many(options.file):
         return _invert_all(options)
     seen = read_observation(options.file)
@@ -100,7 +121,8 @@ def invert(options: Namespace) -> int:
     if options.json is not None:
         from sipit.inversion import write_certificate
 
-        write_certificate(found, options.json)
+        with _private(options.json):
+            write_certificate(found, options.json)
     return 0 if found.verdict == "recovered" else 1
 
 
@@ -113,7 +135,10 @@ def _invert_all(options: Namespace) -> int:
     from sipit.storage import LineLog
 
     named = [(n, replace(o, fingerprint=None) if options.any_model else o) for n, o in read_observations(options.file)]
-    log = LineLog(options.json) if options.json is not None else None
+    log = None
+    if options.json is not None:
+        with _private(options.json):
+            log = LineLog(options.json)
     digests = {name: seen.digest() for name, seen in named}
     records = [] if log is None else log.records()
     done = {record.get("observation") for record in records}
@@ -169,7 +194,7 @@ def _fitting(lm: LanguageModel, named: list[tuple[str, Observation]]) -> list[tu
 def fit(options: Namespace) -> int:
     """Run `sipit fit`."""
     from sipit.cli.display import CountDisplay
-    from sipit.inversion.fitting import fit_inverse, load_fit
+    from sipit.inversion.fitting import fit_inverse, fit_path, load_fit
     from sipit.storage import require_writable, write_json
 
     if options.json is not None:
@@ -177,8 +202,14 @@ def fit(options: Namespace) -> int:
     texts = [_text_of(path) for path in options.text]
     lm = loaded(options.model, options)
     cuts = [cut_of(lm, layer) for layer in options.layer]
-    with CountDisplay(0) as display:
-        files = fit_inverse(lm, cuts, texts=texts, on_progress=display.fitting)
+    there = {} if options.again else {cut: fit_path(lm, *cut) for cut in cuts if load_fit(lm, *cut) is not None}
+    for path in there.values():
+        say(f"{path} is there already; pass --again to fit anew")
+    missing = [cut for cut in cuts if cut not in there]
+    files = dict(there)
+    if missing:
+        with CountDisplay(0) as display:
+            files |= fit_inverse(lm, missing, texts=texts, on_progress=display.fitting)
     reports = []
     for cut, path in files.items():
         made = load_fit(lm, *cut)
@@ -244,6 +275,8 @@ def check(options: Namespace) -> int:
     seen = read_observation(options.file)
     if options.json is not None:
         require_writable(options.json)
+    if options.dtype is None:
+        options.dtype = _recorded_dtype(record)
     lm = loaded(options.model or record["model"], options)
     outcome = check_certificate(record, seen, lm)
     if options.json is not None:
@@ -261,6 +294,14 @@ def check(options: Namespace) -> int:
         return 0
     print(f"does not hold: {'; '.join(outcome.reasons)}")
     return 1
+
+
+def _recorded_dtype(record: dict[str, Any]) -> str:
+    """Return the dtype of the weights that a certificate names; "auto" where it names none that can be loaded."""
+    from sipit.observations import DTYPES
+
+    named = record.get("model_dtype")
+    return named if isinstance(named, str) and named in DTYPES else "auto"
 
 
 def loaded(name: str, options: Namespace) -> LanguageModel:
@@ -306,17 +347,35 @@ def _inverted(lm: LanguageModel, seen: Observation, options: Namespace) -> Inver
     return found
 
 
+@contextlib.contextmanager
+def _private(path: Path) -> Iterator[None]:
+    """Let only the owner read a file that the body writes, which holds a prompt in clear."""
+    before = os.umask(0o077)  # a new file is never readable by others, not even while it is written
+    try:
+        yield
+    finally:
+        os.umask(before)
+    if path.is_file():
+        with contextlib.suppress(OSError):  # another's file, or a system without modes
+            path.chmod(0o600)
+
+
 def _search_options(options: Namespace) -> dict[str, Any]:
     names = ("policy", "noise", "exhaustive", "max_batch", "seed")
     return {name: getattr(options, name) for name in names}
+
+
+def layer_text(name: str) -> str:
+    """Refuse what no --layer option can name; whether a model has that layer, `cut_of` finds out."""
+    if name != "final" and not (name.isascii() and name.isdigit() and len(name) < 10):
+        raise argparse.ArgumentTypeError(f"takes a number of blocks or 'final', got {name!r}")
+    return name
 
 
 def cut_of(lm: LanguageModel, name: str) -> tuple[int, Site]:
     """Return the layer and site that a --layer option names."""
     if name == "final":
         return lm.n_layers, "final"
-    if not (name.isascii() and name.isdigit()):
-        raise OptionError(f"--layer takes a number of blocks or 'final', got {name!r}")
     return lm.checked_layer(int(name), "block"), "block"
 
 

@@ -107,14 +107,13 @@ class CountDisplay:
         self._done += 1
         self._tokens += n_tokens
         seconds = time.monotonic() - self._began
-        left = seconds / self._done * (self._total - self._done)
-        self._show(f"{self._done}/{self._total} done, {self._tokens} tokens, {seconds:.0f} s, about {left:.0f} s left")
+        left = _left(seconds, self._done, self._total)
+        self._show(f"{self._done}/{self._total} done, {self._tokens} tokens, {seconds:.0f} s{left}")
 
     def fitting(self, progress: FitProgress) -> None:
         """Show where a fit stands; an `on_progress` callback."""
-        left = progress.seconds / max(progress.done, 1) * (progress.total - progress.done)
         share = 100 * progress.done / max(progress.total, 1)
-        self._show(f"{progress.phase}: {share:.0f} %, about {left:.0f} s left")
+        self._show(f"{progress.phase}: {share:.0f} %{_left(progress.seconds, progress.done, progress.total)}")
 
     def phase(self, what: str) -> Callable[[int, int], None]:
         """Return a callback that shows how much of one phase is done, from now on, and the time left."""
@@ -139,8 +138,12 @@ class CountDisplay:
 
 def _line(progress: Progress) -> str:
     done = len(progress.input_ids)
-    left = progress.seconds / max(done, 1) * (progress.seq_len - done)
     return (
         f"{done}/{progress.seq_len} tokens, {progress.n_checked} candidates tried, "
-        f"{progress.seconds:.0f} s, about {left:.0f} s left"
+        f"{progress.seconds:.0f} s{_left(progress.seconds, done, progress.seq_len)}"
     )
+
+
+def _left(seconds: float, done: int, total: int) -> str:
+    """Return the time left, or nothing while nothing is done and any number would be made up."""
+    return f", about {seconds / done * (total - done):.0f} s left" if done > 0 else ""
