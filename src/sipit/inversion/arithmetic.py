@@ -8,9 +8,15 @@ from pathlib import Path
 import torch
 
 
-def fast_arithmetic(device: torch.device) -> torch.autocast:
-    """Return a context that computes in bfloat16 where that is fast, and changes nothing elsewhere."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_fast_in_bfloat16(device))
+def fast_arithmetic(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Return a context that computes with float32 weights in bfloat16 where that is fast, and changes nothing else.
+
+    Args:
+        device: where the weights live.
+        dtype: of the weights; with any but float32 the context is off, for float16 and bfloat16 do not mix.
+    """
+    is_on = dtype == torch.float32 and is_fast_in_bfloat16(device)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_on)
 
 
 def is_fast_in_bfloat16(device: torch.device) -> bool:

@@ -88,10 +88,17 @@ def _from_pretrained(
         with quiet_transformers():
             quantizing = {} if options else _quantizing(source, dtype, place, quantize)
             read: Any = AutoModelForCausalLM.from_pretrained
-            model, loaded = read(source, dtype=dtype, output_loading_info=True, **quantizing, **options)
+            model, loaded = read(
+                source, dtype=dtype, output_loading_info=True, trust_remote_code=False, **quantizing, **options
+            )
     except OptionError:
         raise
     except _LOADING_ERRORS as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{str(source)!r} is a model by code of its own (auto_map in its config), which is never run here; "
+                "pass a model of a family that transformers has"
+            ) from error
         raise ModelError(
             f"cannot load a causal language model from {str(source)!r} ({_first_sentence(error)}); pass a pinned name "
             f"({', '.join(PINNED)}), a folder with config.json, a .gguf file, or a hub id that is "
@@ -105,17 +112,24 @@ def _from_pretrained(
         )
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+            is_usable = _can_encode(tokenizer, model.get_input_embeddings().weight.shape[0])
     except (*_LOADING_ERRORS, AttributeError):
-        tokenizer = None  # weights without a tokenizer are useful: ids in, ids out
-    return model, tokenizer
+        is_usable = False
+    return model, tokenizer if is_usable else None  # weights without a tokenizer are useful: ids in, ids out
+
+
+def _can_encode(tokenizer: Any, vocab_size: int) -> bool:
+    """Return whether a tokenizer has a vocabulary that fits; of a folder without one the library makes an empty one."""
+    ids = tokenizer("a b", add_special_tokens=False)["input_ids"]
+    return len(tokenizer) > len(set(tokenizer.all_special_ids)) and len(ids) > 0 and max(ids) < vocab_size
 
 
 def _quantizing(source: str | Path, dtype: Any, place: torch.device, quantize: Quantizer | None) -> dict[str, Any]:
     """Return the options that make `from_pretrained` quantise, or put quantised weights where they are wanted."""
     from transformers import AutoConfig
 
-    stored = getattr(AutoConfig.from_pretrained(source), "quantization_config", None)
+    stored = getattr(AutoConfig.from_pretrained(source, trust_remote_code=False), "quantization_config", None)
     if stored is None and quantize is None:
         return {}
     if stored is not None and quantize is not None:

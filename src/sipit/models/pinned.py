@@ -131,7 +131,9 @@ def _convert(gguf: Path, folder: Path) -> None:
     from sipit.models.loading import quiet_transformers
 
     with quiet_transformers():
-        model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+        )
         # save_pretrained refuses a model that still says it is quantised; the values are plain floats now
         model.hf_quantizer = None
         model.is_quantized = False

@@ -115,6 +115,15 @@ class _PrefixLayer(DynamicLayer):
             self._v[..., : self.length, :] = self._v[..., places, :]
 
 
+def _window_of(config: Any) -> int | None:
+    """Return the length of the window that blocks attend in; None where every block attends to all of its prefix."""
+    is_off = getattr(config, "use_sliding_window", None) is False
+    kinds: Any = getattr(config, "layer_types", None)
+    if is_off or (kinds and "sliding_attention" not in kinds):
+        return None
+    return getattr(config, "sliding_window", None) or None
+
+
 def _grown(buffer: Tensor, filled: int, needed: int) -> Tensor:
     room = max(needed, filled + _ROOM, 2 * buffer.shape[-2] if filled > _ROOM else 0)
     grown = buffer.new_empty(*buffer.shape[:-2], room, buffer.shape[-1])
@@ -244,11 +253,13 @@ class TruncatedModel:
         if family.masking == "buffer":
             self._fill_buffers(visible, positions, places)
             return self._additive(visible)
-        window: Any = getattr(config, "sliding_window", None)
+        window = _window_of(config)
         if family.masking == "by_layer_type" and "sliding_attention" in (config.layer_types or ()):
             return {
                 "full_attention": self._additive(visible),
-                "sliding_attention": self._additive(_windowed(visible, positions, places, window)),
+                "sliding_attention": self._additive(
+                    visible if window is None else _windowed(visible, positions, places, window)
+                ),
             }
         if family.masking == "one_mask" and window is not None:
             visible = _windowed(visible, positions, places, window)

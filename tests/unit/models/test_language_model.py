@@ -11,10 +11,21 @@ from transformers import AutoModelForCausalLM, BertConfig, BloomConfig, FalconCo
 import sipit
 from sipit import LanguageModel, SipitError
 from sipit.errors import InputError, ModelError, NonFiniteError, OptionError
+from sipit.inversion import arithmetic
 from sipit.models import families
 from sipit.models.families import Family
 from sipit.models.truncated import TruncatedModel
-from tests.tiny_models import N_LAYERS, VOCAB, copy_of, embedding_rows, random_ids, text_model, tiny_model, true_states
+from tests.tiny_models import (
+    FAMILIES,
+    N_LAYERS,
+    VOCAB,
+    copy_of,
+    embedding_rows,
+    random_ids,
+    text_model,
+    tiny_model,
+    true_states,
+)
 
 IDS = random_ids(6, seed=4)
 TEXTS = [
@@ -231,3 +242,14 @@ def test_layer_that_is_no_whole_number_is_refused(layer: Any) -> None:
         lm.capture(input_ids=IDS, layer=layer)
     with pytest.raises(OptionError, match="not a whole number"):
         lm.checked_layer(layer, "final")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_inverts_on_a_machine_fast_in_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, family: str, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(arithmetic, "is_fast_in_bfloat16", lambda _: True)
+    lm = LanguageModel(tiny_model(family).to(dtype), name=family)
+    found = sipit.invert(lm, lm.capture(input_ids=[5, 17, 99], layer=2))
+    assert found.input_ids == (5, 17, 99)

@@ -16,7 +16,7 @@ from transformers.utils import logging as library_logging
 import sipit
 from sipit import LanguageModel, SipitError
 from sipit.errors import ModelError, OptionError
-from tests.tiny_models import random_ids, true_states
+from tests.tiny_models import FAMILIES, random_ids, tiny_model, true_states
 
 IDS = random_ids(6, seed=12)
 
@@ -152,3 +152,39 @@ def test_loading_is_silent(ids_folder: Path, capfd: pytest.CaptureFixture[str]) 
 def test_every_refusal_is_a_sipit_error() -> None:
     assert issubclass(ModelError, SipitError)
     assert issubclass(OptionError, SipitError)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_alone_take_ids_only_in_every_family(tmp_path: Path, family: str) -> None:
+    tiny_model(family).save_pretrained(tmp_path)
+    lm = sipit.load(tmp_path, device="cpu")
+    assert lm.tokenizer is None
+    assert sipit.invert(lm, lm.capture(input_ids=[1, 2, 3], layer=2)).input_ids == (1, 2, 3)
+
+
+@pytest.mark.parametrize("model_type", ["strange", None])
+def test_code_in_a_model_folder_is_never_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str | None
+) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: ...\nclass M: ...\n")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}
+    config["model_type"] = model_type or config["model_type"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    if model_type is None:  # a family that transformers has: its own code reads the weights
+        assert sipit.load(tmp_path, device="cpu").n_layers == 4
+    else:
+        with pytest.raises(ModelError, match=r"code of its own.*never run") as caught:
+            sipit.load(tmp_path, device="cpu")
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_folder_of_a_trunk_is_refused_unless_its_embedding_is_its_head(tmp_path: Path) -> None:
+    tiny_model("gpt2").base_model.save_pretrained(tmp_path / "tied")
+    assert sipit.load(tmp_path / "tied", device="cpu").n_layers == 4
+    tiny_model("llama").base_model.save_pretrained(tmp_path / "untied")
+    with pytest.raises(ModelError, match="lm_head"):
+        sipit.load(tmp_path / "untied", device="cpu")

@@ -70,7 +70,7 @@ class InverseNetwork(nn.Module):
 
     def _fast(self, x: Tensor) -> Tensor:
         """As `forward`, in bfloat16 where that is fast, as in training."""
-        with fast_arithmetic(x.device):
+        with fast_arithmetic(x.device, torch.float32):
             return cast(Tensor, self(x)).float()
 
 

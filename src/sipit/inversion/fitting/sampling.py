@@ -43,7 +43,7 @@ def written_on(
     step = windows = start.to(lm.device)
     cache = lm.generation_cache(length)
     found = [torch.empty(*start.shape[:1], length, lm.width(site), dtype=torch.float16) for _, site in cuts]
-    with fast_arithmetic(lm.device):
+    with fast_arithmetic(lm.device, lm.dtype):
         while True:
             *at_cuts, final = tapped.states(step, cache)
             here = slice(windows.shape[1] - step.shape[1], windows.shape[1])

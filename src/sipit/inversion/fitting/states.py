@@ -94,7 +94,7 @@ def capture_windows(
     """
     tapped = lm.tapped(cuts)
     n_before = folder.n_windows - len(windows)
-    with fast_arithmetic(lm.device):
+    with fast_arithmetic(lm.device, lm.dtype):
         while folder.done < folder.n_windows:
             batch = windows[folder.done - n_before :][:_BATCH]
             folder.append(batch, [compact(states) for states in tapped.states(batch)])

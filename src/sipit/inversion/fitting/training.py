@@ -133,7 +133,7 @@ def _sampled_loss(
 ) -> Tensor:
     tokens, place = torch.unique(torch.cat([drawn, targets]), return_inverse=True)  # (M,)
     place = place[len(drawn) :]  # (B,)
-    with fast_arithmetic(x.device):
+    with fast_arithmetic(x.device, torch.float32):
         query = network(x)
         logits = query @ table[tokens].to(query).T  # (B, M)
     logits = logits.float() + (network.bias[tokens] - log_in[tokens])

@@ -45,7 +45,7 @@ class Likely(Ordered):
             opening = opening_log_probabilities(scene.lm, scene.meter)  # (V,)
             others = iter(self.logits([p for p in positions if p]) if any(positions) else ())
             return torch.stack([next(others) if p else opening for p in positions])
-        with fast_arithmetic(scene.lm.device):
+        with fast_arithmetic(scene.lm.device, scene.lm.dtype):
             if self._finals is None:
                 seen = scene.seen
                 self._finals, n_blocks = scene.lm.final_states(seen.states, seen.layer, seen.site)
