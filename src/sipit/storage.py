@@ -35,8 +35,10 @@ def cache_dir() -> Path:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path | str) -> Iterator[Path]:
+def whole_file(path: Path | str, *, is_private: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it into place only if the body succeeds.
+
+    A private file can be read by its owner alone, where the system has such modes.
 
     Raises:
         StorageError: the folder is missing, read-only or full; nothing is left behind.
@@ -47,7 +49,7 @@ def whole_file(path: Path | str) -> Iterator[Path]:
         if target.exists() and not target.is_file():
             raise IsADirectoryError(21, "is a folder or a device, not a file")
         # An empty file first: libraries that write by name report a missing folder in their own words.
-        temporary.write_bytes(b"")
+        temporary.touch(mode=_mode(is_private))
         yield temporary
         temporary.replace(target)
     except OSError as error:
@@ -102,10 +104,15 @@ class _ProbeOnlyError(Exception):
     """Leaves `whole_file` without renaming."""
 
 
-def write_json(path: Path | str, record: object) -> None:
+def _mode(is_private: bool) -> int:
+    """Return the permissions of a new file, before the user's own mask is taken off."""
+    return 0o600 if is_private else 0o666
+
+
+def write_json(path: Path | str, record: object, *, is_private: bool = False) -> None:
     """Write `record` as UTF-8 JSON, whole or not at all."""
     text = json.dumps(record, ensure_ascii=False, indent=1, allow_nan=False)
-    with whole_file(path) as temporary:
+    with whole_file(path, is_private=is_private) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8", newline="")
 
 
@@ -178,14 +185,15 @@ class LineLog:
     """A file of JSON records, one a line, that only grows; a line cut short by a crash is dropped.
 
     Opening changes nothing on disk: the first `append` creates the file, drops a cut-off last line, or
-    ends a whole last line that lacks its newline.
+    ends a whole last line that lacks its newline. The file of a private log can be read by its owner alone.
 
     Raises:
         StorageError: the file cannot be written, or holds something else than JSON lines.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, *, is_private: bool = False) -> None:
         self._path = Path(path)
+        self._is_private = is_private
         try:
             raw = _held(self._path)
         except (OSError, ValueError) as error:
@@ -216,6 +224,10 @@ class LineLog:
         line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
         start = "\n" if self._lacks_newline else ""
         try:
+            self._path.touch(mode=_mode(self._is_private))
+            if self._is_private and self._path.is_file():
+                with contextlib.suppress(OSError):  # another's file, or a system without modes
+                    self._path.chmod(0o600)
             with self._path.open("a", encoding="utf-8", newline="") as stream:
                 if self._cut_at is not None:
                     stream.truncate(self._cut_at)

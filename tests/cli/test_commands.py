@@ -348,7 +348,6 @@ def test_demo_ends_with_commands_that_run(run: Run, text_folder: Path) -> None:
         ["bench", "--layer", "1", "--random-ids", "--json", "missing/o"],
         ["collisions", "survey", "--folder", "f", "--layer", "two"],
         ["collisions", "survey", "--folder", "f", "--lengths", "four"],
-        ["collisions", "margins", "--lengths", "0"],
         ["collisions", "margins", "--log", "missing/log"],
         ["collisions", "families", "--survey", "missing"],
         ["collisions", "continuations", "--survey", "missing"],

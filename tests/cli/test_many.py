@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import sipit
 from sipit import LanguageModel
@@ -245,3 +247,20 @@ def test_layer_that_has_a_fit_is_reported_and_not_fitted_again(
     assert (calls, "layer 2" in out, "--again" in err) == ([], True, True)
     assert main([*arguments, "--again"]) == 0
     assert calls == [[(2, "block")]]
+
+
+def test_broken_or_foreign_file_in_a_folder_is_named_and_the_others_inverted(
+    many_file: Path, text_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "d").mkdir()
+    (_, first), *_ = read_observations(many_file)
+    sipit.write_observation(first, tmp_path / "d" / "b.safetensors")
+    (tmp_path / "d" / "a.safetensors").write_bytes(b"not a file of tensors")
+    save_file({"x": torch.ones(2, 2)}, tmp_path / "d" / "c.safetensors")
+    capfd.readouterr()
+    assert main(["invert", str(tmp_path / "d"), "--model", str(text_folder)]) == 1
+    out, err = capfd.readouterr()
+    lines = {line["file"]: line for line in map(json.loads, out.rstrip("\n").split("\n"))}
+    assert lines["b.safetensors"]["verdict"] == "recovered"
+    assert {name for name, line in lines.items() if "refused" in line} == {"a.safetensors", "c.safetensors"}
+    assert "recovered 1 of 3 prompts, refused 2" in err

@@ -6,13 +6,10 @@ Everything heavy is imported inside, after the arguments were understood.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,8 +118,7 @@ def invert(options: Namespace) -> int:
     if options.json is not None:
         from sipit.inversion import write_certificate
 
-        with _private(options.json):
-            write_certificate(found, options.json)
+        write_certificate(found, options.json)
     return 0 if found.verdict == "recovered" else 1
 
 
@@ -131,14 +127,21 @@ def _invert_all(options: Namespace) -> int:
     from sipit.cli.display import CountDisplay
     from sipit.inversion import invert_many
     from sipit.inversion.certificate import certificate_of
-    from sipit.observations import read_observations
+    from sipit.observations import Observation, read_each
     from sipit.storage import LineLog
 
-    named = [(n, replace(o, fingerprint=None) if options.any_model else o) for n, o in read_observations(options.file)]
-    log = None
-    if options.json is not None:
-        with _private(options.json):
-            log = LineLog(options.json)
+    entries = list(read_each(options.file))
+    for name, entry in entries:
+        if isinstance(entry, SipitError):
+            _refuse(name, entry)
+    named = [
+        (name, replace(entry, fingerprint=None) if options.any_model else entry)
+        for name, entry in entries
+        if isinstance(entry, Observation)
+    ]
+    if not named:
+        raise InputError(f"{options.file} holds nothing that can be read; make observations with 'sipit capture'")
+    log = None if options.json is None else LineLog(options.json, is_private=True)
     digests = {name: seen.digest() for name, seen in named}
     records = [] if log is None else log.records()
     done = {record.get("observation") for record in records}
@@ -147,12 +150,12 @@ def _invert_all(options: Namespace) -> int:
     if len(waiting) < len(named):
         say(f"{options.json} already holds {len(named) - len(waiting)} of {len(named)} observations; going on")
     n_recovered = sum(digest in recovered for digest in digests.values())
-    n_refused = 0
+    n_refused = len(entries) - len(named)
     if waiting:
         naming = next((seen for _, seen in waiting if seen.model is not None), waiting[0][1])
         lm = loaded(_model_of(options, naming), options)
         fitting = _fitting(lm, waiting)
-        n_refused = len(waiting) - len(fitting)
+        n_refused += len(waiting) - len(fitting)
         with CountDisplay(len(fitting)) as display:
             found_all = invert_many(
                 lm,
@@ -171,8 +174,14 @@ def _invert_all(options: Namespace) -> int:
                 print(json.dumps({"file": name, "verdict": found.verdict, "text": found.text}, ensure_ascii=False))
                 display.step(found.seq_len)
     refused = f", refused {n_refused}" if n_refused else ""
-    say(f"recovered {n_recovered} of {len(named)} prompts{refused}")
-    return 0 if n_recovered == len(named) else 1
+    say(f"recovered {n_recovered} of {len(entries)} prompts{refused}")
+    return 0 if n_recovered == len(entries) else 1
+
+
+def _refuse(name: str, error: SipitError) -> None:
+    """Report an entry that is passed over, with the reason."""
+    say(f"sipit: {name}: {error}")
+    print(json.dumps({"file": name, "refused": str(error)}, ensure_ascii=False))
 
 
 def _fitting(lm: LanguageModel, named: list[tuple[str, Observation]]) -> list[tuple[str, Observation]]:
@@ -184,8 +193,7 @@ def _fitting(lm: LanguageModel, named: list[tuple[str, Observation]]) -> list[tu
         try:
             _check_fit(lm, seen)
         except SipitError as error:
-            say(f"sipit: {name}: {error}")
-            print(json.dumps({"file": name, "refused": str(error)}, ensure_ascii=False))
+            _refuse(name, error)
         else:
             fitting.append((name, seen))
     return fitting
@@ -345,19 +353,6 @@ def _inverted(lm: LanguageModel, seen: Observation, options: Namespace) -> Inver
         f"{found.prefill_ratio:.2f} times the forward pass that made the states"
     )
     return found
-
-
-@contextlib.contextmanager
-def _private(path: Path) -> Iterator[None]:
-    """Let only the owner read a file that the body writes, which holds a prompt in clear."""
-    before = os.umask(0o077)  # a new file is never readable by others, not even while it is written
-    try:
-        yield
-    finally:
-        os.umask(before)
-    if path.is_file():
-        with contextlib.suppress(OSError):  # another's file, or a system without modes
-            path.chmod(0o600)
 
 
 def _search_options(options: Namespace) -> dict[str, Any]:

@@ -52,12 +52,12 @@ def certificate_of(found: Inversion) -> dict[str, Any]:
 
 
 def write_certificate(found: Inversion, path: Path | str) -> None:
-    """Write the record of an inversion as a certificate, whole or not at all.
+    """Write the record of an inversion as a certificate, whole or not at all, readable by its owner alone.
 
     Raises:
         StorageError: the path cannot be written.
     """
-    write_json(path, certificate_of(found))
+    write_json(path, certificate_of(found), is_private=True)
 
 
 def read_certificate(path: Path | str) -> dict[str, Any]:

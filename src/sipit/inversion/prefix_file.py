@@ -45,7 +45,7 @@ class PrefixFile:
         self._saved = time.monotonic()
         if len(input_ids):
             record = {"format": _FORMAT, "observation": self._observation, "input_ids": list(input_ids)}
-            write_json(self._path, record)
+            write_json(self._path, record, is_private=True)
 
     def remove(self) -> None:
         """Remove the file: the search is done."""
