@@ -251,5 +251,10 @@ def test_half_precision_inverts_on_a_machine_fast_in_bfloat16(
 ) -> None:
     monkeypatch.setattr(arithmetic, "is_fast_in_bfloat16", lambda _: True)
     lm = LanguageModel(tiny_model(family).to(dtype), name=family)
-    found = sipit.invert(lm, lm.capture(input_ids=[5, 17, 99], layer=2))
+    seen = lm.capture(input_ids=[5, 17, 99], layer=2)
+    if family == "mixtral" and dtype == torch.float16:  # a last digit chooses other experts
+        with pytest.raises(ModelError, match="experts"):
+            sipit.invert(lm, seen)
+        return
+    found = sipit.invert(lm, seen)
     assert found.input_ids == (5, 17, 99)
