@@ -166,9 +166,9 @@ def _measure(lm: LanguageModel, cut: TruncatedModel) -> NoiseFloor:
         raise ModelError(
             f"model {lm.name!r}: packed and ordinary states after {cut.layer} blocks differ by up to "
             f"{max(first, rest):.2g} of their norm, which {str(lm.dtype).removeprefix('torch.')} arithmetic does not "
-            f"explain (it explains {most:.2g}), so its states depend on more than the tokens before them: the length of "
-            "the pass, the rows beside them, or experts chosen by a last digit; such states cannot be judged (where "
-            "experts are the cause, try dtype float32)"
+            f"explain (it explains {most:.2g}), so its states depend on more than the tokens before them: the length "
+            "of the pass, the rows beside them, or experts chosen by a last digit; such states cannot be judged "
+            "(where experts are the cause, try dtype float32)"
         )
     return floor
 
