@@ -80,7 +80,9 @@ def test_certificate_holds_and_rejects_a_swapped_token(lm: LanguageModel, tmp_pa
     assert check_certificate(tmp_path / "right.json", seen, lm).holds
     ids = list(found.input_ids)
     ids[2] += 1
-    write_certificate(replace(found, input_ids=tuple(ids), text=lm.decode(ids)), tmp_path / "wrong.json")
+    evidence = tuple(replace(p, token_id=i) for p, i in zip(found.positions, ids, strict=True))
+    wrong = replace(found, input_ids=tuple(ids), text=lm.decode(ids), positions=evidence)
+    write_certificate(wrong, tmp_path / "wrong.json")
     check = check_certificate(tmp_path / "wrong.json", seen, lm)
     assert not check.holds
     assert check.reasons[0].startswith("position ")
