@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 import sipit
 from sipit.experiments.bench import random_prompts
-from sipit.inversion.tolerance import noise_floor
+from sipit.inversion.judging.noise import noise_floor
 from sipit.models import LanguageModel
 from sipit.observations import Site
 

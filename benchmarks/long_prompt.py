@@ -17,7 +17,7 @@ from pathlib import Path
 
 import sipit
 from sipit.experiments.bench import prompts_from_text
-from sipit.inversion.tolerance import noise_floor
+from sipit.inversion.judging.noise import noise_floor
 
 
 def measure(options: argparse.Namespace, n_tokens: int) -> int:

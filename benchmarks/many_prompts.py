@@ -14,8 +14,8 @@ from pathlib import Path
 
 import sipit
 from sipit.experiments.bench import prompts_from_text
-from sipit.inversion.many import N_LANES
-from sipit.inversion.search import search_together
+from sipit.inversion.invert import N_LANES
+from sipit.inversion.search.batching import search_together
 
 
 def main() -> int:

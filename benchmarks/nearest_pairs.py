@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sipit.collisions import StateFolder, sampled_spread, search_pairs
-from sipit.collisions.states import Cut
+from sipit.observations import Cut
 
 
 def rows_of(folder: StateFolder, layer: str, n_rows: int) -> tuple[Tensor, bool]:
@@ -38,7 +38,7 @@ def rows_of(folder: StateFolder, layer: str, n_rows: int) -> tuple[Tensor, bool]
 def _cut(layer: str, folder: StateFolder) -> Cut:
     if layer == "final":
         return next(cut for cut in folder.cuts if cut[1] == "final")
-    return int(layer), "block"
+    return Cut(int(layer))
 
 
 def planted(rows: Tensor) -> tuple[Tensor, float]:

@@ -36,7 +36,7 @@ def megabytes(key: str) -> float:
 
 def measure(observation: Path, *, use_fit: bool) -> str:
     """Invert one observation in this process and return its peak in one line."""
-    from sipit.inversion.fitting import load_fit
+    from sipit.inversion.inverses.store import load_fit
 
     lm = sipit.load(MODEL, device="cpu")
     _ = lm.fingerprint  # reads every weight

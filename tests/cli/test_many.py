@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,6 @@ import sipit
 from sipit import LanguageModel
 from sipit.cli import main
 from sipit.errors import InputError, StorageError
-from sipit.inversion import many
 from sipit.observations import read_observations, write_observations
 from sipit.storage import LineLog
 
@@ -115,6 +115,7 @@ def test_only_work_that_pays_is_worth_fitting(
 ) -> None:
     monkeypatch.setenv("SIPIT_CACHE", str(tmp_path))
     seen = [text_lm.capture("ten tokens", layer=layer) for layer in (0, 1, 1, 2)]
+    many = sys.modules["sipit.inversion.invert"]  # the package has a function of that name
     monkeypatch.setattr(many, "FIT_PAYS_AFTER", 15)
     assert many.worth_fitting(text_lm, seen) == [(1, "block")]
 

@@ -60,7 +60,7 @@ def _package(module: str) -> str:
 
 def test_source_was_found() -> None:
     assert {"sipit", "sipit.errors", "sipit.models.truncated", "sipit.cli"} <= set(MODULES)
-    assert "sipit.inversion.tolerance" in _imported("sipit.inversion.certificate")
+    assert "sipit.inversion.judging.tolerance" in _imported("sipit.inversion.evidence.certificate")
 
 
 @pytest.mark.parametrize("module", sorted(set(MODULES) - {"sipit"}))
@@ -78,20 +78,41 @@ def test_report_imports_no_model_and_no_search() -> None:
 
 
 def _reached(start: str) -> set[str]:
-    reached, new = set(), {start}
+    return _reached_from({start})
+
+
+def _reached_from(starts: set[str]) -> set[str]:
+    reached: set[str] = set()
+    new = set(starts)
     while new:
         reached |= new
         new = {name for module in new for name in _imported(module)} - reached
     return reached
 
 
-def test_certificate_never_reaches_proposals_or_search() -> None:
-    reached = _reached("sipit.inversion.certificate")
-    forbidden = [
-        m for m in reached if m.startswith("sipit.inversion.proposals") or m.endswith((".search", ".run", ".tree"))
-    ]
-    assert forbidden == []
+# inside `inversion` each room may import those before it, and itself
+ROOMS = ("judging", "evidence", "inverses", "fitting", "proposals", "search", "invert")
+
+
+def test_certificate_reaches_what_judges_and_nothing_else() -> None:
+    reached = _reached("sipit.inversion.evidence.certificate")
+    assert {_package(m) for m in reached} == {"errors", "storage", "observations", "models", "inversion"}
+    rooms = {m.split(".")[2] for m in reached if _package(m) == "inversion"}
+    assert rooms == {"judging", "evidence"}
     assert "sipit.models.truncated" in reached
+
+
+@pytest.mark.parametrize("module", [m for m in sorted(MODULES) if m.count(".") > 1 and _package(m) == "inversion"])
+def test_rooms_of_inversion_import_only_those_before_them(module: str) -> None:
+    own = module.split(".")[2]
+    for imported in _imported(module):
+        if _package(imported) == "inversion" and imported.count(".") > 1:
+            assert ROOMS.index(imported.split(".")[2]) <= ROOMS.index(own), f"{module} imports {imported}"
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    circles = [m for m in MODULES if m != "sipit" and m in _reached_from(_imported(m) - {m, "sipit"})]
+    assert circles == []
 
 
 def test_observations_know_no_models() -> None:

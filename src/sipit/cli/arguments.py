@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import sipit.cli.collision_cases as collision_cases
+import sipit.cli.collisions as collisions
+import sipit.cli.commands as commands
 from sipit import __version__
-from sipit.cli import collisions, commands
 from sipit.cli.commands import layer_text
 from sipit.errors import OptionError
 
@@ -180,7 +182,8 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--seed", type=int, default=0, help="of the random draws")
     bench.add_argument("--json", type=Path, metavar="OUT", help="write the record")
     _model_options(bench, default="smollm2-135m")
-    collisions.add_collisions(add, _command, _model_options)
+    inner = collisions.add_collisions(add, _command, _model_options)
+    collision_cases.add_cases(inner, _command, _model_options)
     return top
 
 

@@ -25,8 +25,8 @@ from sipit.errors import OptionError
 
 if TYPE_CHECKING:
     from sipit.collisions import FamilyResult, StateFolder
-    from sipit.collisions.states import Cut
     from sipit.models import LanguageModel
+    from sipit.observations import Cut
 
     _Start = tuple[str, Cut, list[int], list[int]]  # family, layer and site, the two prompts' ids
 
@@ -216,11 +216,13 @@ def run_precision(options: argparse.Namespace) -> int:
 
 
 def _few_layers(lm: LanguageModel) -> list[Cut]:
+    from sipit.observations import Cut
+
     cuts: list[Cut] = [
-        (1, "block"),
-        (max(1, lm.n_layers // 2), "block"),
-        (lm.n_layers, "block"),
-        (lm.n_layers, "final"),
+        Cut(1, "block"),
+        Cut(max(1, lm.n_layers // 2), "block"),
+        Cut(lm.n_layers, "block"),
+        Cut(lm.n_layers, "final"),
     ]
     return list(dict.fromkeys(cuts))
 
@@ -240,19 +242,22 @@ def _exact_distances(lm: LanguageModel, results: list[FamilyResult]) -> list[flo
     import torch
 
     from sipit.collisions import float64_distances, in_float64
+    from sipit.observations import Cut
 
     wide = in_float64(lm)
     found: list[float | None] = []
     for result in results:
         pairs = [(torch.tensor(p.first_ids), torch.tensor(p.second_ids)) for p in result.pairs[:1]]
-        found += float64_distances(wide, pairs, (result.layer, result.site)) or [None]
+        found += float64_distances(wide, pairs, Cut(result.layer, result.site)) or [None]
     return found
 
 
 def _from_families(results: list[FamilyResult], exact: list[float | None]) -> list[_Start]:
     """Return the closest pair of each family and layer that is not equal already."""
+    from sipit.observations import Cut
+
     return [
-        (result.family, (result.layer, result.site), result.pairs[0].first_ids, result.pairs[0].second_ids)
+        (result.family, Cut(result.layer, result.site), result.pairs[0].first_ids, result.pairs[0].second_ids)
         for result, distance in zip(results, exact, strict=True)
         if result.pairs and distance is not None and distance > _SAME * result.pairs[0].distance
     ]

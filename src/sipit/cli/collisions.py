@@ -16,18 +16,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sipit.collisions import StateFolder
-    from sipit.collisions.states import Cut
     from sipit.models import LanguageModel
+    from sipit.observations import Cut
 
 Adder = Callable[..., Any]
 
 _GIB = 1 << 30
 
 
-def add_collisions(add: Any, command: Adder, model_options: Adder) -> None:
-    """Add `collisions` and its own commands to the parser."""
-    from sipit.cli.collision_cases import add_cases
-
+def add_collisions(add: Any, command: Adder, model_options: Adder) -> Any:
+    """Add `collisions` and its own commands to the parser; return what takes more of them."""
     group = command(add, "collisions", None, "measure how far apart the states of different prompts lie")
     inner = group.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=type(group))
 
@@ -66,7 +64,7 @@ def add_collisions(add: Any, command: Adder, model_options: Adder) -> None:
     layer_option(margins, "default: every layer from 1 on, and final")
     margins.add_argument("--json", type=Path, metavar="OUT", help="write the record")
     model_options(margins, default="smollm2-135m")
-    add_cases(inner, command, model_options)
+    return inner
 
 
 def lengths_text(text: str) -> str:
@@ -167,6 +165,7 @@ def run_continuations(options: argparse.Namespace) -> int:
     """Run `sipit collisions continuations`."""
     from sipit.cli.display import CountDisplay
     from sipit.collisions import StateFolder, capture_continuations, closest_prompts, survey_continuations
+    from sipit.observations import Cut
     from sipit.storage import require_writable
 
     if (options.survey is None) == (not options.text):
@@ -177,7 +176,7 @@ def run_continuations(options: argparse.Namespace) -> int:
     if options.survey is not None:
         StateFolder(options.survey)
     lm = loaded(options.model, options)
-    cuts = cuts_of(lm, options, default=[(max(lm.n_layers // 2, 1), "block"), (lm.n_layers, "block")])
+    cuts = cuts_of(lm, options, default=[Cut(max(lm.n_layers // 2, 1), "block"), Cut(lm.n_layers, "block")])
     if options.survey is None:
         prefixes = [lm.encode(text) for text in options.text]
     else:
@@ -273,13 +272,14 @@ def short(value: float | None) -> str:
 def _with_texts(layer: dict[str, Any], folder: StateFolder, wide: LanguageModel) -> dict[str, Any]:
     """Add to each closest pair its prompts, and to the first few their distance in float64 arithmetic."""
     from sipit.collisions import float64_distances
+    from sipit.observations import Cut
 
     for key in ("closest", "closest_varied"):
         for number, pair in enumerate(layer[key]):
             both = folder.prompt(pair["first"]), folder.prompt(pair["second"])
             for end, ids in zip(("first", "second"), both, strict=True):
                 pair |= {f"{end}_ids": ids.tolist(), f"{end}_text": wide.decode(ids)}
-            cut = (layer["layer"], layer["site"])
+            cut = Cut(layer["layer"], layer["site"])
             pair["float64_distance"] = float64_distances(wide, [both], cut)[0] if number < _CONFIRMED else None
     layer["spread"]["median"] = dict(layer["spread"]["percentiles"])[50]
     return layer
@@ -300,7 +300,9 @@ def shown(lm: LanguageModel, ids: Iterable[int]) -> str:
 
 
 def every_layer(lm: LanguageModel) -> list[Cut]:
-    return [*((layer, "block") for layer in range(1, lm.n_layers + 1)), (lm.n_layers, "final")]
+    from sipit.observations import Cut
+
+    return [*(Cut(layer, "block") for layer in range(1, lm.n_layers + 1)), Cut(lm.n_layers, "final")]
 
 
 def cuts_of(lm: LanguageModel, options: argparse.Namespace, *, default: list[Any]) -> list[Cut]:

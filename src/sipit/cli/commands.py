@@ -19,7 +19,7 @@ from sipit.errors import InputError, OptionError, SipitError, StorageError
 if TYPE_CHECKING:
     from sipit.inversion import Inversion
     from sipit.models import LanguageModel
-    from sipit.observations import Observation, Site
+    from sipit.observations import Cut, Observation
 
 _PARAGRAPH = (
     "Dear Maria, the results came back this morning and they are better than we feared. "
@@ -32,7 +32,7 @@ _DEMO_OPTIONS = Namespace(policy="auto", noise=0.0, exhaustive=False, max_batch=
 
 def demo(options: Namespace) -> int:
     """Run `sipit demo`."""
-    from sipit.inversion.certificate import certificate_of, check_certificate
+    from sipit.inversion.evidence.certificate import certificate_of, check_certificate
 
     lm = loaded(options.model, options)
     layer, site = cut_of(lm, options.layer or str(lm.n_layers // 2))
@@ -98,7 +98,7 @@ def capture(options: Namespace) -> int:
 
 def invert(options: Namespace) -> int:
     """Run `sipit invert`."""
-    from sipit.inversion.search import SearchOptions
+    from sipit.inversion.search.batching import SearchOptions
     from sipit.observations import holds_many, read_observation
     from sipit.storage import require_writable
 
@@ -126,7 +126,7 @@ def _invert_all(options: Namespace) -> int:
     """Invert many observations: a line of JSON each, those already in the output passed over."""
     from sipit.cli.display import CountDisplay
     from sipit.inversion import invert_many
-    from sipit.inversion.certificate import certificate_of
+    from sipit.inversion.evidence.certificate import certificate_of
     from sipit.observations import Observation, read_each
     from sipit.storage import LineLog
 
@@ -186,7 +186,7 @@ def _refuse(name: str, error: SipitError) -> None:
 
 def _fitting(lm: LanguageModel, named: list[tuple[str, Observation]]) -> list[tuple[str, Observation]]:
     """Return the observations that can be this model's; report each other one, with the reason."""
-    from sipit.inversion.search import _check_fit
+    from sipit.inversion.search.batching import _check_fit
 
     fitting = []
     for name, seen in named:
@@ -202,7 +202,8 @@ def _fitting(lm: LanguageModel, named: list[tuple[str, Observation]]) -> list[tu
 def fit(options: Namespace) -> int:
     """Run `sipit fit`."""
     from sipit.cli.display import CountDisplay
-    from sipit.inversion.fitting import fit_inverse, fit_path, load_fit
+    from sipit.inversion.fitting import fit_inverse
+    from sipit.inversion.inverses.store import fit_path, load_fit
     from sipit.storage import require_writable, write_json
 
     if options.json is not None:
@@ -275,7 +276,7 @@ def bench(options: Namespace) -> int:
 def check(options: Namespace) -> int:
     """Run `sipit check`."""
     from sipit.inversion import check_certificate
-    from sipit.inversion.certificate import read_certificate
+    from sipit.inversion.evidence.certificate import read_certificate
     from sipit.observations import read_observation
     from sipit.storage import require_writable, write_json
 
@@ -367,11 +368,13 @@ def layer_text(name: str) -> str:
     return name
 
 
-def cut_of(lm: LanguageModel, name: str) -> tuple[int, Site]:
+def cut_of(lm: LanguageModel, name: str) -> Cut:
     """Return the layer and site that a --layer option names."""
+    from sipit.observations import Cut
+
     if name == "final":
-        return lm.n_layers, "final"
-    return lm.checked_layer(int(name), "block"), "block"
+        return Cut(lm.n_layers, "final")
+    return Cut(lm.checked_layer(int(name), "block"))
 
 
 def _prompts_of(options: Namespace) -> list[Any]:

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from sipit.collisions.states import MAX_TOKENS, Cut, OnStep, finite_states, last_states
+from sipit.collisions.states import MAX_TOKENS, OnStep, finite_states, last_states
 from sipit.collisions.store import StateFolder, StateWriter, prompts_sha256
 from sipit.errors import OptionError
 from sipit.models import LanguageModel
+from sipit.observations import Cut
 
 SHARD_PROMPTS = 2048
 

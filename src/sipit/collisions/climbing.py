@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from sipit.collisions.scales import THRESHOLD
-from sipit.collisions.states import Cut, OnStep, last_states
+from sipit.collisions.states import OnStep, last_states
 from sipit.errors import NonFiniteError, OptionError
 from sipit.models import LanguageModel
-from sipit.observations import Site
+from sipit.observations import Cut, Site
 
 # swap, insert, delete: in one prompt; swap_both, insert_both: the same token, equally far from both ends
 Edit = Literal["swap", "insert", "delete", "swap_both", "insert_both"]

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
 
-from sipit.collisions.states import Cut
 from sipit.models import LanguageModel
 from sipit.models.families import family_of, module_at
+from sipit.observations import Cut
 
 Expected = Literal["collides", "does not"]
 MIN_VOCAB = 128  # tokens
@@ -76,7 +76,7 @@ def _control(base: LanguageModel, seed: int) -> list[Construction]:
     prompts = _one_place(base.vocab_size, 3, seed)
     return [
         Construction(
-            name=f"control, layer {n}", what=what, expected="does not", lm=base, prompts=prompts, cut=(n, "block")
+            name=f"control, layer {n}", what=what, expected="does not", lm=base, prompts=prompts, cut=Cut(n, "block")
         )
         for n in (1, base.n_layers)
     ]
@@ -92,7 +92,7 @@ def _equal_rows(base: LanguageModel, seed: int) -> list[Construction]:
     lm = LanguageModel(model, base.tokenizer, name=f"{base.name}, two equal rows")
     return [
         Construction(
-            name=f"equal rows, layer {n}", what=what, expected="collides", lm=lm, prompts=prompts, cut=(n, "block")
+            name=f"equal rows, layer {n}", what=what, expected="collides", lm=lm, prompts=prompts, cut=Cut(n, "block")
         )
         for n in (1, base.n_layers)
     ]
@@ -117,7 +117,7 @@ def _constant_positions(seed: int) -> list[Construction]:
             expected="collides",
             lm=lm,
             prompts=orders,
-            cut=(1, "block"),
+            cut=Cut(1, "block"),
         ),
         Construction(
             name="equal positions, reordered prefix, layer 2",
@@ -125,7 +125,7 @@ def _constant_positions(seed: int) -> list[Construction]:
             expected="does not",
             lm=lm,
             prompts=orders,
-            cut=(2, "block"),
+            cut=Cut(2, "block"),
         ),
         Construction(
             name="equal positions, one token repeated, layer 3",
@@ -133,7 +133,7 @@ def _constant_positions(seed: int) -> list[Construction]:
             expected="collides",
             lm=lm,
             prompts=runs,
-            cut=(3, "block"),
+            cut=Cut(3, "block"),
         ),
         Construction(
             name="learned positions, one token repeated, layer 3",
@@ -141,7 +141,7 @@ def _constant_positions(seed: int) -> list[Construction]:
             expected="does not",
             lm=untouched,
             prompts=runs,
-            cut=(3, "block"),
+            cut=Cut(3, "block"),
         ),
     ]
 
@@ -157,7 +157,7 @@ def _repeated_token(seed: int) -> list[Construction]:
             expected="collides",
             lm=lm,
             prompts=[ids[:1].repeat(n) for n in range(1, 13)],
-            cut=(3, "block"),
+            cut=Cut(3, "block"),
         ),
         Construction(
             name="rotary positions, one token repeated behind another",
@@ -165,7 +165,7 @@ def _repeated_token(seed: int) -> list[Construction]:
             expected="does not",
             lm=lm,
             prompts=[torch.cat([ids[1:], ids[:1].repeat(n)]) for n in range(1, 13)],
-            cut=(3, "block"),
+            cut=Cut(3, "block"),
         ),
     ]
 
@@ -208,7 +208,7 @@ def _relu(seed: int) -> list[Construction]:
             expected=expected,
             lm=_tiny(config, seed=seed, name=f"tiny opt, {name}", change=change),
             prompts=prompts,
-            cut=(1, "block"),
+            cut=Cut(1, "block"),
         )
         for name, what, expected, change in rows
     ]
@@ -217,7 +217,7 @@ def _relu(seed: int) -> list[Construction]:
 def _rounded_states(base: LanguageModel, seed: int) -> list[Construction]:
     prompts = _one_place(base.vocab_size, 3, seed)
     layers = list(range(1, base.n_layers + 1))
-    captured = base.tapped([(n, "block") for n in layers]).states(torch.stack(prompts[:32]))
+    captured = base.tapped([Cut(n, "block") for n in layers]).states(torch.stack(prompts[:32]))
     tops = [float(_quantile(states.abs().flatten(), _CLIPPED)) for states in captured]
     builds = []
     for bits in (8, 4):
@@ -242,7 +242,7 @@ def _rounded_states(base: LanguageModel, seed: int) -> list[Construction]:
                 expected=expected,
                 lm=lm,
                 prompts=prompts,
-                cut=(1, "block"),
+                cut=Cut(1, "block"),
             )
         )
     return builds
@@ -269,7 +269,7 @@ def _float16(seed: int) -> list[Construction]:
         expected="does not",
         lm=lm,
         prompts=prompts,
-        cut=(1, "block"),
+        cut=Cut(1, "block"),
     )
     name = "float16, overflow clamped"
     clamped = Construction(
@@ -278,7 +278,7 @@ def _float16(seed: int) -> list[Construction]:
         expected="collides",
         lm=_tiny(config, seed=seed, name=f"tiny llama, {name}", change=saturate, dtype=torch.float16),
         prompts=prompts,
-        cut=(1, "block"),
+        cut=Cut(1, "block"),
     )
     return [overflow, clamped]
 

@@ -20,12 +20,12 @@ from sipit.collisions.nearest import MEMORY, OnStep, PairSearch, search_between,
 from sipit.collisions.rows import Rows
 from sipit.collisions.scales import THRESHOLD
 from sipit.collisions.spread import Spread, sampled_spread
-from sipit.collisions.states import Cut, finite_states, last_states
+from sipit.collisions.states import finite_states, last_states
 from sipit.collisions.store import StateFolder, StateWriter, prompts_sha256
 from sipit.errors import OptionError
 from sipit.models import LanguageModel
 from sipit.models.quantized import rounds_activations
-from sipit.observations import Site
+from sipit.observations import Cut, Site
 
 _ROWS = 8192  # embedding rows compared at a time
 _BATCH = 256  # continuations in one packed pass

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from sipit.collisions.scales import THRESHOLD, closeness
-from sipit.collisions.states import Cut, OnStep, last_states
+from sipit.collisions.states import OnStep, last_states
 from sipit.collisions.store import StateFolder
 from sipit.collisions.survey import closest_prompts
 from sipit.corpora import library_code, library_prose, special_start
 from sipit.errors import InputError, OptionError
 from sipit.models import LanguageModel
-from sipit.observations import Site
+from sipit.observations import Cut, Site
 
 # Every small count, then neighbours around growing ones: consecutive long runs come closest.
 RUNS = (*range(1, 17), *(n + d for n in (32, 64, 128, 256) for d in (-1, 0, 1)), 511, 512)

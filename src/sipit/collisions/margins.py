@@ -19,10 +19,9 @@ from torch import Tensor
 from sipit.collisions.continuations import continued_states, distinct_tokens
 from sipit.collisions.nearest import nearest_pairs
 from sipit.collisions.spread import PERCENTILES
-from sipit.collisions.states import Cut
 from sipit.errors import MismatchError, OptionError
 from sipit.models import LanguageModel
-from sipit.observations import Site
+from sipit.observations import Cut, Site
 from sipit.storage import LineLog
 
 Pick = Literal["near", "random"]  # next tokens with near embedding rows, or any

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sipit.collisions.scales import THRESHOLD, closeness, ratio
-from sipit.collisions.states import Cut, OnStep, last_states
+from sipit.collisions.states import OnStep, last_states
 from sipit.errors import OptionError
 from sipit.models import LanguageModel
 from sipit.models.families import family_of, module_at
 from sipit.models.quantized import dequantized_copy, is_quantized, quantized_copy, quantizer_named
-from sipit.observations import Site
+from sipit.observations import Cut, Site
 
 Precision = Literal[
     "float32", "bfloat16", "float16", "int8", "int4", "bnb-int8", "bnb-int8-vectorwise", "bnb-nf4", "bnb-fp4"

@@ -11,9 +11,8 @@ from torch import Tensor
 from sipit.errors import NonFiniteError
 from sipit.models import LanguageModel
 from sipit.models.quantized import mixes_rows
-from sipit.observations import Site
+from sipit.observations import Cut
 
-Cut = tuple[int, Site]
 OnStep = Callable[[int, int], None]  # done, total
 
 MAX_TOKENS = 2048  # of one batch

@@ -18,10 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sipit.collisions.states import Cut
 from sipit.errors import InputError, MismatchError, OptionError, StorageError
 from sipit.models import LanguageModel
-from sipit.observations import SITES
+from sipit.observations import SITES, Cut
 from sipit.storage import read_json, whole_file, write_json
 
 _SHARD = re.compile(r"states-[0-9]{5,}\.safetensors")
@@ -62,7 +61,7 @@ def cut_named(name: str) -> Cut:
     site, _, layer = name.partition("-")
     if site not in SITES or not (layer.isascii() and layer.isdigit()):
         raise ValueError(f"{name!r} names no layer and site")
-    return int(layer), site
+    return Cut(int(layer), site)
 
 
 def prompts_sha256(prompts: Sequence[Tensor]) -> str:

@@ -13,10 +13,9 @@ from sipit.collisions.farthest import farthest_pair
 from sipit.collisions.nearest import MEMORY, OnStep, search_pairs
 from sipit.collisions.scales import THRESHOLD, ScaledPair, scaled_pairs
 from sipit.collisions.spread import Spread, full_spread, sampled_spread
-from sipit.collisions.states import Cut
 from sipit.collisions.store import StateFolder
 from sipit.errors import OptionError
-from sipit.observations import Site
+from sipit.observations import Cut, Site
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from sipit.baselines import random_order, reference_sipit, vocabulary_matching
 from sipit.errors import InputError, OptionError
 from sipit.experiments.record import record_head
 from sipit.inversion import Inversion, OnProgress, Progress, invert
-from sipit.inversion.tolerance import noise_floor
+from sipit.inversion.judging.noise import noise_floor
 from sipit.models import LanguageModel
 from sipit.observations import Observation, Site
 

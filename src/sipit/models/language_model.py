@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from sipit.models.truncated import TappedModel, TruncatedModel, UpperModel
 from sipit.observations import SITES, Observation, Site, dtype_named
 
 Prompt = str | Sequence[int] | Tensor | Sequence[Mapping[str, str]]
+
+_Made = TypeVar("_Made")
 
 _PROBE_TOKENS = 12  # length of the prompt a cut is checked on
 _PACKED_GAP = 0.05  # of a state's norm: above every rounding of bfloat16, below a key seen or missed
@@ -54,6 +57,8 @@ class LanguageModel:
         self.max_positions: int | None = None  # longest prompt; None where positions are computed, not looked up
         if table is not None:
             self.max_positions = int(table.weight.shape[0]) - int(getattr(table, "offset", 0))
+        self._making = threading.RLock()
+        self._derived: dict[Hashable, Any] = {}
         self._cuts: dict[tuple[int, bool], TruncatedModel] = {}
         self._uppers: dict[int, UpperModel] = {}
         self._probe_ids = torch.arange(_PROBE_TOKENS) * 7919 % self.vocab_size
@@ -66,6 +71,16 @@ class LanguageModel:
         self.cut(self.n_layers, "final")
         if not rounds_activations(model):  # such a model is captured and refused only where it would be packed
             self._check_packing(self.cut(max(1, self.n_layers // 2)))
+
+    def derived(self, key: Hashable, make: Callable[[], _Made]) -> _Made:
+        """Return what was made of this model under a key, making it once, whichever thread asks first.
+
+        It lives as long as the model. `make` may ask for other keys.
+        """
+        with self._making:
+            if key not in self._derived:
+                self._derived[key] = make()
+            return cast(_Made, self._derived[key])
 
     @property
     def device(self) -> torch.device:

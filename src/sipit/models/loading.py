@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import struct
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +20,7 @@ from sipit.models.quantized import (
     require_bitsandbytes,
     settled,
 )
+from sipit.models.quiet import quiet_transformers
 from sipit.observations import dtype_named
 
 _LOADING_ERRORS = (
@@ -136,25 +133,6 @@ def _quantizing(source: str | Path, dtype: Any, place: torch.device, quantize: Q
         raise OptionError(f"{str(source)!r} holds weights quantised already; leave quantize out")
     options = {"device_map": {"": str(place)}}  # the library does not move them later
     return options if quantize is None else {**options, "quantization_config": quantization_config(quantize, dtype)}
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep the library's progress bars and advice off the user's terminal while it loads."""
-    import transformers
-
-    library: Any = transformers.utils.logging
-    level, had_bars = library.get_verbosity(), library.is_progress_bar_enabled()
-    library.set_verbosity_error()
-    library.disable_progress_bar()
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        library.set_verbosity(level)
-        if had_bars:
-            library.enable_progress_bar()
 
 
 def _device(name: str) -> torch.device:

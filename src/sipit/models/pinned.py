@@ -128,7 +128,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from sipit.models.loading import quiet_transformers
+    from sipit.models.quiet import quiet_transformers
 
     with quiet_transformers():
         model: Any = AutoModelForCausalLM.from_pretrained(

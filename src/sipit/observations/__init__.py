@@ -1,12 +1,14 @@
 """What leaked: the hidden states of one prompt, and the file they travel in."""
 
+from sipit.observations.cut import SITES, Cut, Site
 from sipit.observations.file import read_observation, write_observation
 from sipit.observations.many import holds_many, read_each, read_observations, write_observations
-from sipit.observations.observation import DTYPES, SITES, Observation, Site, dtype_named
+from sipit.observations.observation import DTYPES, Observation, dtype_named
 
 __all__ = [
     "DTYPES",
     "SITES",
+    "Cut",
     "Observation",
     "Site",
     "dtype_named",

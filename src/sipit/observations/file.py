@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sipit.errors import InputError, SipitError, StorageError
-from sipit.observations.observation import SITES, Observation
+from sipit.observations.cut import SITES
+from sipit.observations.observation import Observation
 from sipit.storage import parse_json, require_file, whole_file
 
 _FORMAT = "sipit.observation"

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from sipit.errors import InputError, NonFiniteError, OptionError, ShapeError
+from sipit.observations.cut import SITES, Cut, Site
 
-Site = Literal["block", "final", "kv", "logits"]
-SITES: tuple[Site, ...] = get_args(Site)
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -84,6 +82,11 @@ class Observation:
                 f"positions must name each of the {states.shape[0]} rows once and rise from 0 or more, "
                 f"got {_shortened(self.positions)}"
             )
+
+    @property
+    def cut(self) -> Cut:
+        """Where the states leaked."""
+        return Cut(self.layer, self.site)
 
     @property
     def seq_len(self) -> int:

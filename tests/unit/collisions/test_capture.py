@@ -14,11 +14,11 @@ from torch import Tensor
 from sipit import LanguageModel
 from sipit.collisions import StateFolder, capture_states, last_states, survey_layers
 from sipit.collisions import capture as capture_module
-from sipit.collisions.states import Cut
 from sipit.errors import InputError, MismatchError, NonFiniteError, OptionError, StorageError
+from sipit.observations import Cut
 from tests.tiny_models import FAMILIES, N_LAYERS, random_ids, text_model, tiny_model, true_states
 
-CUTS: list[Cut] = [(1, "block"), (3, "block"), (3, "final")]
+CUTS: list[Cut] = [Cut(1, "block"), Cut(3, "block"), Cut(3, "final")]
 
 
 def prompts(n: int = 23) -> list[Tensor]:
@@ -40,7 +40,7 @@ def folder(lm: LanguageModel, tmp_path: Path) -> Path:
 def test_last_states_are_those_of_ordinary_passes_one_by_one(family: str) -> None:
     model = tiny_model(family)
     lm = LanguageModel(model, name=family)
-    cuts: list[Cut] = [(1, "block"), (N_LAYERS, "block"), (N_LAYERS, "final")]
+    cuts: list[Cut] = [Cut(1, "block"), Cut(N_LAYERS, "block"), Cut(N_LAYERS, "final")]
     given = [random_ids(2 + i % 4, seed=i) for i in range(9)]
     found = last_states(lm, given, cuts, max_tokens=8)
     for number, ids in enumerate(given):
@@ -147,7 +147,7 @@ def test_shard_of_another_shape_or_dtype_is_refused(folder: Path, change: dict[s
     manifest["shards"][1]["n_bytes"] = path.stat().st_size
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match=words):
-        StateFolder(folder).blocks((1, "block"))
+        StateFolder(folder).blocks(Cut(1, "block"))
 
 
 def test_state_that_is_not_finite_is_refused_by_the_search(folder: Path) -> None:
@@ -156,7 +156,7 @@ def test_state_that_is_not_finite_is_refused_by_the_search(folder: Path) -> None
     tensors["block-3"][1, 5] = float("nan")
     save_file(tensors, path)
     with pytest.raises(NonFiniteError, match="row 21 "):
-        next(survey_layers(StateFolder(folder), cuts=[(3, "block")]))
+        next(survey_layers(StateFolder(folder), cuts=[Cut(3, "block")]))
 
 
 def test_overflowing_states_end_a_capture_with_the_prompt_named(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_overflowing_states_end_a_capture_with_the_prompt_named(tmp_path: Path) 
     lm = LanguageModel(model, name="overflowing")
     model.model.layers[1].mlp.down_proj.weight.data.fill_(float("inf"))
     with pytest.raises(NonFiniteError, match=r"prompt 0: its state after 2 blocks"):
-        capture_states(lm, [random_ids(3, seed=1)], [(1, "block"), (2, "block")], tmp_path / "s")
+        capture_states(lm, [random_ids(3, seed=1)], [Cut(1, "block"), Cut(2, "block")], tmp_path / "s")
     assert not list((tmp_path / "s").glob("*.safetensors"))
 
 
@@ -220,10 +220,10 @@ def test_folder_that_cannot_be_made_or_holds_nothing_is_told(lm: LanguageModel, 
 
 def test_layer_that_was_not_captured_is_told(folder: Path) -> None:
     with pytest.raises(OptionError, match="holds no states of layer 2"):
-        StateFolder(folder).blocks((2, "block"))
+        StateFolder(folder).blocks(Cut(2, "block"))
 
 
 def test_bfloat16_models_are_captured_in_their_dtype(tmp_path: Path) -> None:
     lm = LanguageModel(tiny_model("llama").bfloat16(), name="half")
-    kept = capture_states(lm, [random_ids(4, seed=i) for i in range(3)], [(2, "block")], tmp_path / "s")
-    assert kept.blocks((2, "block"))[0].dtype == torch.bfloat16
+    kept = capture_states(lm, [random_ids(4, seed=i) for i in range(3)], [Cut(2, "block")], tmp_path / "s")
+    assert kept.blocks(Cut(2, "block"))[0].dtype == torch.bfloat16

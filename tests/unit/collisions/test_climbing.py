@@ -12,6 +12,7 @@ from torch import Tensor
 from sipit import LanguageModel
 from sipit.collisions.climbing import EDITS, Climb, Edit, climb
 from sipit.errors import NonFiniteError, OptionError
+from sipit.observations import Cut
 from tests.tiny_models import embedding_rows, random_ids, tiny_model, true_states, twin_model
 
 FIRST, SECOND = random_ids(6, seed=1), random_ids(6, seed=2)
@@ -21,7 +22,7 @@ def _climb(model: object, seed: int = 0, **options: object) -> Climb:
     lm = LanguageModel(model)  # type: ignore[arg-type]
     options = {"rounds": 5, "n_candidates": 32, **options}
     generator = torch.Generator().manual_seed(seed)
-    return climb(lm, FIRST, SECOND, (2, "block"), generator=generator, **options)  # type: ignore[arg-type]
+    return climb(lm, FIRST, SECOND, Cut(2, "block"), generator=generator, **options)  # type: ignore[arg-type]
 
 
 def _true_gap(model: object, first: list[int], second: list[int]) -> tuple[float, float]:
@@ -31,7 +32,7 @@ def _true_gap(model: object, first: list[int], second: list[int]) -> tuple[float
 
 
 def _last(model: object, ids: Tensor) -> Tensor:
-    return true_states(model, "llama", ids)[(2, "block")][-1].double()
+    return true_states(model, "llama", ids)[Cut(2, "block")][-1].double()
 
 
 @pytest.mark.parametrize("edits", [EDITS, *((edit,) for edit in EDITS)])
@@ -61,7 +62,7 @@ def test_climb_comes_much_closer_than_it_began() -> None:
 def test_climb_finds_planted_equal_rows() -> None:
     lm = LanguageModel(twin_model("llama", 3, 9))
     first, second = torch.tensor([20, 3, 21]), torch.tensor([20, 40, 21])
-    found = climb(lm, first, second, (2, "block"), rounds=3, n_candidates=1500, edits=("swap",), sources=("random",))
+    found = climb(lm, first, second, Cut(2, "block"), rounds=3, n_candidates=1500, edits=("swap",), sources=("random",))
     assert found.is_within
     assert found.is_equal
     assert (found.first_ids, found.second_ids) == ([20, 3, 21], [20, 9, 21])
@@ -96,16 +97,16 @@ def test_states_that_are_not_finite_are_refused_at_the_start_and_passed_over_lat
     embedding_rows(model)[broken] = float("inf")
     lm = LanguageModel(model)
     whole = torch.arange(12) * 7919 % 150
-    found = climb(lm, whole[:4], whole[4:8], (2, "block"), rounds=2, n_candidates=32, sources=("random",))
+    found = climb(lm, whole[:4], whole[4:8], Cut(2, "block"), rounds=2, n_candidates=32, sources=("random",))
     assert found.distance < float("inf")
     with pytest.raises(NonFiniteError, match="not finite"):
-        climb(lm, whole[:4], torch.tensor(broken[:1]), (2, "block"))
+        climb(lm, whole[:4], torch.tensor(broken[:1]), Cut(2, "block"))
 
 
 def test_bad_options_are_refused() -> None:
     lm = LanguageModel(tiny_model("llama"))
     with pytest.raises(OptionError, match="same token ids"):
-        climb(lm, FIRST, FIRST.clone(), (2, "block"))
+        climb(lm, FIRST, FIRST.clone(), Cut(2, "block"))
     for options in ({"rounds": -1}, {"n_candidates": 0}, {"edits": ()}, {"edits": ("turn",)}, {"sources": ("x",)}):
         with pytest.raises(OptionError):
-            climb(lm, FIRST, SECOND, (2, "block"), **options)
+            climb(lm, FIRST, SECOND, Cut(2, "block"), **options)

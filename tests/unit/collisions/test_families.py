@@ -14,13 +14,13 @@ import torch
 from sipit import LanguageModel
 from sipit.collisions import capture_states, closest_pairs
 from sipit.collisions.families import Member, family_prompts, sample_texts, similar_texts, survey_families
-from sipit.collisions.states import Cut
 from sipit.errors import OptionError
+from sipit.observations import Cut
 from tests.tiny_models import byte_tokenizer, embedding_rows, random_ids, text_model, tiny_model, true_states
 
 TEXTS = ["First one. Then two! Last three?", "def f(x):\n    return x\n"]
 COUNTS = (1, 2, 7)
-CUTS: list[Cut] = [(1, "block"), (3, "block")]
+CUTS: list[Cut] = [Cut(1, "block"), Cut(3, "block")]
 
 
 def _members(*prompts: Sequence[int]) -> list[Member]:
@@ -69,13 +69,13 @@ def test_similar_samples_are_put_in_every_order_as_sentences() -> None:
 def test_similar_texts_are_the_closest_pairs_of_a_survey(tmp_path: Path, bos: bool) -> None:
     lm = text_model(bos=bos)
     written = [f"{a}{b}{c}" for a, b, c in itertools.product("xyz", "pq", "mn")]
-    folder = capture_states(lm, [lm.encode(text) for text in written], [(2, "block")], tmp_path)
+    folder = capture_states(lm, [lm.encode(text) for text in written], [Cut(2, "block")], tmp_path)
     states = torch.stack([lm.capture(text, layer=2).states[-1] for text in written]).double()
     gaps = torch.cdist(states, states, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf)
     first, second = divmod(int(gaps.argmin()), len(written))
-    assert set(similar_texts(lm, folder, (2, "block"), n=2)) == {written[first], written[second]}
-    assert set(similar_texts(lm, folder, (2, "block"), n=99)) == set(written)
-    ((one, two),) = closest_pairs(folder, (2, "block"), n=1)
+    assert set(similar_texts(lm, folder, Cut(2, "block"), n=2)) == {written[first], written[second]}
+    assert set(similar_texts(lm, folder, Cut(2, "block"), n=99)) == set(written)
+    ((one, two),) = closest_pairs(folder, Cut(2, "block"), n=1)
     assert {tuple(one.tolist()), tuple(two.tolist())} == {
         tuple(lm.encode(written[i]).tolist()) for i in (first, second)
     }
@@ -95,7 +95,7 @@ def test_closest_pairs_are_those_of_full_forward_passes() -> None:
     members = _members(*(random_ids(5 + i % 3, seed=i).tolist() for i in range(9)))
     texts = [lm.decode(member.ids) for member in members]
     for result in survey_families(lm, {"mixed": members}, CUTS, k=2, threshold=5.0):
-        key = (result.layer, result.site)
+        key = Cut(result.layer, result.site)
         states = [_last(lm, member, key) for member in members]
         gaps = sorted(
             (float((states[i] - states[j]).norm()), i, j) for i, j in itertools.combinations(range(len(states)), 2)
@@ -130,13 +130,13 @@ def test_one_token_repeated_collides_under_rotary_positions_without_bos() -> Non
     """In exact arithmetic; float32 gives distances of rounding, which the threshold alone would pass over."""
     model = tiny_model("llama").double()
     members = _members(*([11] * n for n in (1, 2, 3, 30)))
-    (result,) = survey_families(LanguageModel(model), {"runs": members}, [(4, "block")])
+    (result,) = survey_families(LanguageModel(model), {"runs": members}, [Cut(4, "block")])
     assert result.n_within == 6
     model = tiny_model("llama").double()
     behind = _members(*([0] + [11] * n for n in (1, 2, 3, 30)))
-    (result,) = survey_families(LanguageModel(model), {"runs": behind}, [(4, "block")])
+    (result,) = survey_families(LanguageModel(model), {"runs": behind}, [Cut(4, "block")])
     assert result.n_within == 0
-    truth = true_states(model, "llama", behind[0].ids)[(4, "block")][-1]
+    truth = true_states(model, "llama", behind[0].ids)[Cut(4, "block")][-1]
     assert float(truth.norm()) > 1
 
 
@@ -145,7 +145,7 @@ def test_states_that_are_not_finite_are_counted_and_never_collide() -> None:
     embedding_rows(model)[5] = float("inf")
     lm = LanguageModel(model)
     families = {"broken": _members([5, 1], [5, 2], [5, 3], [6, 1], [7, 1])}
-    (result,) = survey_families(lm, families, [(2, "block")])
+    (result,) = survey_families(lm, families, [Cut(2, "block")])
     assert (result.n_prompts, result.n_not_finite, result.n_pairs, result.n_within) == (5, 3, 1, 0)
 
 

@@ -22,6 +22,7 @@ from sipit.collisions.precision import (
     with_rounded_weights,
 )
 from sipit.errors import OptionError
+from sipit.observations import Cut
 from tests.tiny_models import random_ids, tiny_model, true_states, weights_digest
 
 PROMPTS = [random_ids(4 + i % 2, seed=i) for i in range(10)]
@@ -72,7 +73,7 @@ def test_weights_in_their_own_dtype_change_nothing() -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_survey_is_what_brute_force_finds(precision: Precision) -> None:
     lm = LanguageModel(tiny_model("llama"))
-    results = precision_survey(lm, PROMPTS, [(2, "block"), (4, "final")], precisions=(precision,))
+    results = precision_survey(lm, PROMPTS, [Cut(2, "block"), Cut(4, "final")], precisions=(precision,))
     rounded, _ = with_rounded_weights(lm, precision)
     for result in results:
         states = [true_states(rounded.model, "llama", ids)[(result.layer, result.site)][-1].double() for ids in PROMPTS]
@@ -92,7 +93,7 @@ def test_scale_free_distances_ignore_the_scale_of_the_states() -> None:
     plain, doubled = tiny_model("llama"), tiny_model("llama")
     doubled.model.norm.weight.data *= 2.0
     one, two = (
-        precision_survey(LanguageModel(m), PROMPTS, [(4, "final")], precisions=["int8"])[0] for m in (plain, doubled)
+        precision_survey(LanguageModel(m), PROMPTS, [Cut(4, "final")], precisions=["int8"])[0] for m in (plain, doubled)
     )
     assert one.distance is not None
     assert two.distance == pytest.approx(2 * one.distance, rel=1e-5)
@@ -103,8 +104,8 @@ def test_scale_free_distances_ignore_the_scale_of_the_states() -> None:
 def test_float64_tells_a_collision_from_a_close_pair() -> None:
     lm = LanguageModel(tiny_model("llama"))
     pairs = [(torch.tensor([7]), torch.tensor([7] * 9)), (PROMPTS[0], PROMPTS[1])]
-    collided, apart = float64_distances(in_float64(lm), pairs, (4, "block"))
-    states = [true_states(lm.model, "llama", ids)[(4, "block")][-1].double() for pair in pairs for ids in pair]
+    collided, apart = float64_distances(in_float64(lm), pairs, Cut(4, "block"))
+    states = [true_states(lm.model, "llama", ids)[Cut(4, "block")][-1].double() for pair in pairs for ids in pair]
     assert collided < 1e-11 < float((states[0] - states[1]).norm())
     assert apart == pytest.approx(float((states[2] - states[3]).norm()), rel=1e-4)
     assert lm.dtype == torch.float32
@@ -113,7 +114,7 @@ def test_float64_tells_a_collision_from_a_close_pair() -> None:
 def test_records_are_json_and_progress_reaches_its_end() -> None:
     steps: list[tuple[int, int]] = []
     lm = LanguageModel(tiny_model("gpt2"))
-    results = precision_survey(lm, PROMPTS, [(1, "block")], on_step=lambda done, total: steps.append((done, total)))
+    results = precision_survey(lm, PROMPTS, [Cut(1, "block")], on_step=lambda done, total: steps.append((done, total)))
     json.dumps([dataclasses.asdict(result) for result in results], allow_nan=False)
     assert [result.precision for result in results] == ["float32", "bfloat16", "int8", "int4"]
     errors = [result.weight_error for result in results]
@@ -125,6 +126,6 @@ def test_repeated_prompts_and_unknown_precisions_are_refused() -> None:
     lm = LanguageModel(tiny_model("llama"))
     repeated: list[Tensor] = [PROMPTS[0], PROMPTS[1], PROMPTS[0].clone()]
     with pytest.raises(OptionError, match="same token ids"):
-        precision_survey(lm, repeated, [(1, "block")])
+        precision_survey(lm, repeated, [Cut(1, "block")])
     with pytest.raises(OptionError, match="int3"):
         with_rounded_weights(lm, "int3")  # type: ignore[arg-type]

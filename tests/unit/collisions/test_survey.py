@@ -20,8 +20,8 @@ from sipit.collisions import (
 )
 from sipit.collisions.continuations import continued_states
 from sipit.collisions.margins import Pick, closest_tokens
-from sipit.collisions.states import Cut
 from sipit.errors import MismatchError, OptionError
+from sipit.observations import Cut
 from tests.tiny_models import (
     FAMILIES,
     N_LAYERS,
@@ -35,7 +35,7 @@ from tests.tiny_models import (
 )
 from tests.unit.collisions.test_nearest import brute
 
-CUTS: list[Cut] = [(2, "block"), (N_LAYERS, "block"), (N_LAYERS, "final")]
+CUTS: list[Cut] = [Cut(2, "block"), Cut(N_LAYERS, "block"), Cut(N_LAYERS, "final")]
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +72,12 @@ def test_survey_reports_the_closest_pairs_and_their_scales(lm: LanguageModel, tm
 def test_collisions_are_counted_and_equal_states_apart(tmp_path: Path) -> None:
     lm = LanguageModel(twin_model("llama", 40, 97), name="twins")
     given = [torch.tensor([5, 40]), torch.tensor([5, 97]), *_prompts()]
-    folder = capture_states(lm, given, [(2, "block")], tmp_path / "s")
+    folder = capture_states(lm, given, [Cut(2, "block")], tmp_path / "s")
     [layer] = survey_layers(folder, k=1)
     assert (layer.closest[0].first, layer.closest[0].second) == (0, 1)
     assert layer.n_collisions == 1
-    assert layer.n_equal == int(torch.equal(*folder.blocks((2, "block"))[0][:2]))
-    [wide] = survey_layers(folder, k=1, threshold=brute(folder.blocks((2, "block"))[0], 9)[-1][0])
+    assert layer.n_equal == int(torch.equal(*folder.blocks(Cut(2, "block"))[0][:2]))
+    [wide] = survey_layers(folder, k=1, threshold=brute(folder.blocks(Cut(2, "block"))[0], 9)[-1][0])
     assert wide.n_collisions == 9
 
 
@@ -96,7 +96,7 @@ def test_continued_states_are_those_of_ordinary_passes(family: str) -> None:
     model = tiny_model(family)
     lm = LanguageModel(model, name=family)
     prefix, tokens = random_ids(6, seed=3), torch.tensor([4, 9, 149, 0, 77])
-    cuts: list[Cut] = [(1, "block"), *CUTS]
+    cuts: list[Cut] = [Cut(1, "block"), *CUTS]
     found = continued_states(lm, prefix, tokens, cuts, batch=2)
     expected = true_states(model, family, torch.stack([torch.cat([prefix, t[None]]) for t in tokens]))
     for rows, cut in zip(found, cuts, strict=True):
@@ -130,7 +130,7 @@ def test_continuations_decide_every_pair_within_and_across(lm: LanguageModel, tm
 def test_tokens_with_equal_rows_are_counted_apart_and_one_takes_part(tmp_path: Path) -> None:
     twins = LanguageModel(twin_model("gpt2", 40, 97), name="twins")
     folder = capture_continuations(
-        twins, [random_ids(3, seed=1), random_ids(2, seed=4)], [(2, "block")], tmp_path / "c"
+        twins, [random_ids(3, seed=1), random_ids(2, seed=4)], [Cut(2, "block")], tmp_path / "c"
     )
     [layer] = survey_continuations(twins, folder)
     assert (layer.n_equal_rows, layer.n_tokens) == (1, VOCAB)
@@ -162,7 +162,7 @@ def test_equal_prefixes_and_layer_zero_are_refused(lm: LanguageModel, tmp_path: 
     with pytest.raises(OptionError, match="different prompts"):
         capture_continuations(lm, [one, one.clone()], CUTS, tmp_path / "c")
     with pytest.raises(OptionError, match="layers of 1 or more"):
-        capture_continuations(lm, [one], [(0, "block")], tmp_path / "c")
+        capture_continuations(lm, [one], [Cut(0, "block")], tmp_path / "c")
 
 
 def test_margins_over_the_whole_vocabulary_equal_brute_force(lm: LanguageModel) -> None:
@@ -184,17 +184,17 @@ def test_margins_over_the_whole_vocabulary_equal_brute_force(lm: LanguageModel) 
 def test_margins_over_some_tokens_say_so_and_are_no_smaller(pick: Pick) -> None:
     lm = text_model()
     prefixes = [random_ids(3, seed=n) for n in range(4)]
-    [whole] = survey_margins(lm, prefixes, [(2, "block")], n_tokens=None)
-    [some] = survey_margins(lm, prefixes, [(2, "block")], n_tokens=40, pick=pick, seed=3, n_exhaustive=3)
+    [whole] = survey_margins(lm, prefixes, [Cut(2, "block")], n_tokens=None)
+    [some] = survey_margins(lm, prefixes, [Cut(2, "block")], n_tokens=40, pick=pick, seed=3, n_exhaustive=3)
     assert not some.is_whole_vocabulary
     assert (some.n_tokens, some.pick) == (40, pick)
     assert some.least >= whole.least * (1 - 1e-3)
     with pytest.raises(OptionError, match="at least 2"):
-        survey_margins(lm, prefixes, [(2, "block")], n_tokens=1)
+        survey_margins(lm, prefixes, [Cut(2, "block")], n_tokens=1)
     assert len(some.exact) == 3
     for prefix, margin in zip(prefixes, some.exact, strict=False):
         prompts = [torch.cat([prefix, torch.tensor([t])]) for t in range(lm.vocab_size)]
-        distance, one, two = brute(last_states(lm, prompts, [(2, "block")])[0], 1)[0]
+        distance, one, two = brute(last_states(lm, prompts, [Cut(2, "block")])[0], 1)[0]
         assert margin.prefix == tuple(prefix.tolist())
         assert margin.distance == pytest.approx(distance, rel=1e-3)
         assert margin.tokens == (one, two)
@@ -208,7 +208,7 @@ def test_near_rows_give_the_margin_where_random_ones_miss_it() -> None:
     rows[90], rows[120] = rows[17], 1.02 * rows[50]
     lm = LanguageModel(model)
     prefixes = [random_ids(3, seed=n) for n in range(3)]
-    cuts: list[Cut] = [(1, "block"), (4, "final")]
+    cuts: list[Cut] = [Cut(1, "block"), Cut(4, "final")]
     whole = survey_margins(lm, prefixes, cuts, n_tokens=None)
     near = survey_margins(lm, prefixes, cuts, n_tokens=6, n_exhaustive=3)
     random = survey_margins(lm, prefixes, cuts, n_tokens=6, pick="random")

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 import sipit
 from sipit import LanguageModel
 from sipit.errors import ModelError
-from sipit.inversion import check as check_module
-from sipit.inversion import run as run_module
-from sipit.inversion import tolerance
+from sipit.inversion.judging import check as check_module
+from sipit.inversion.judging import noise as noise_module
+from sipit.inversion.judging import tolerance
+from sipit.inversion.search import prompt_search as run_module
 from sipit.models.embeddings import EmbeddingRows
+from sipit.observations import Cut
 from tests.tiny_models import VOCAB, random_ids, tiny_model
 
 LAYER = 2
@@ -28,8 +30,8 @@ def lm(monkeypatch: pytest.MonkeyPatch) -> LanguageModel:
     rows = model.get_input_embeddings().weight.data
     rows[NEAR] = rows[RIGHT] + 0.01 * rows[NEAR]
     lm = LanguageModel(model, name="llama")
-    floor = tolerance.NoiseFloor(first=1e-6, rest=0.04, first_gap=0.5, rest_gap=0.5, block_tokens=0)
-    monkeypatch.setitem(tolerance._measured, lm, {(LAYER, "block"): floor})
+    floor = noise_module.NoiseFloor(first=1e-6, rest=0.04, first_gap=0.5, rest_gap=0.5, block_tokens=0)
+    monkeypatch.setitem(lm._derived, ("noise floor", Cut(LAYER)), floor)
     return lm
 
 
@@ -70,8 +72,8 @@ def test_declared_noise_keeps_the_rivals_within_it(lm: LanguageModel) -> None:
 def test_coarse_first_position_is_judged_over_the_whole_vocabulary(
     lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    floor = tolerance.NoiseFloor(first=0.04, rest=1e-6, first_gap=0.5, rest_gap=0.5, block_tokens=0)
-    monkeypatch.setitem(tolerance._measured, lm, {(LAYER, "block"): floor})
+    floor = noise_module.NoiseFloor(first=0.04, rest=1e-6, first_gap=0.5, rest_gap=0.5, block_tokens=0)
+    monkeypatch.setitem(lm._derived, ("noise floor", Cut(LAYER)), floor)
     found = sipit.invert(lm, lm.capture(input_ids=IDS, layer=LAYER))
     assert found.input_ids == tuple(IDS.tolist())
     assert found.positions[0].n_checked == VOCAB
@@ -80,17 +82,17 @@ def test_coarse_first_position_is_judged_over_the_whole_vocabulary(
 @given(noise=st.floats(1e-9, 10), gap=st.floats(1e-9, 10))
 def test_tolerance_covers_the_noise_and_stops_short_of_wrong_tokens(noise: float, gap: float) -> None:
     allowed = tolerance._allowed(noise, gap)
-    assert noise < allowed <= tolerance.SAFETY * noise
+    assert noise < allowed <= noise_module.SAFETY * noise
     if 4 * noise <= gap:
         assert allowed <= 0.51 * gap
-    if tolerance.SAFETY * noise <= tolerance._CLEAR * gap:
-        assert allowed == tolerance.SAFETY * noise
+    if noise_module.SAFETY * noise <= noise_module.CLEAR * gap:
+        assert allowed == noise_module.SAFETY * noise
 
 
 def test_noise_as_large_as_the_gap_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = LanguageModel(tiny_model("llama"), name="llama")
     monkeypatch.setattr(
-        tolerance,
+        noise_module,
         "_packed_distances",
         lambda _cut, ids, expected, _lm: (
             0.6 * expected.norm(dim=1).cpu() * (torch.arange(len(ids)) == 1),
@@ -100,7 +102,7 @@ def test_noise_as_large_as_the_gap_is_refused(monkeypatch: pytest.MonkeyPatch) -
         ),
     )
     with pytest.raises(ModelError, match="too coarse"):
-        tolerance.noise_floor(lm, LAYER, "block")
+        noise_module.noise_floor(lm, LAYER, "block")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])

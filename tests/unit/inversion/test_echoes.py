@@ -7,7 +7,7 @@ import torch
 
 import sipit
 from sipit import LanguageModel
-from sipit.inversion.proposals.echoes import Echoes, first_near
+from sipit.inversion.proposals.repeated import RepeatedStates, first_near
 from tests.tiny_models import random_ids, tiny_model
 
 
@@ -24,7 +24,7 @@ def _brute(states: torch.Tensor, reach: float) -> dict[int, int]:
 @pytest.mark.parametrize("rows", [3, 7, 512])
 @pytest.mark.parametrize("scale", [1.0, 1e25])
 def test_sources_are_those_of_all_comparisons(monkeypatch: pytest.MonkeyPatch, rows: int, scale: float) -> None:
-    monkeypatch.setattr("sipit.inversion.proposals.echoes._ROWS", rows)
+    monkeypatch.setattr("sipit.inversion.proposals.repeated._ROWS", rows)
     generator = torch.Generator().manual_seed(rows)
     kinds = torch.randn(6, 16, generator=generator)
     states = kinds[torch.randint(6, (23,), generator=generator)] + 0.05 * torch.randn(23, 16, generator=generator)
@@ -34,7 +34,7 @@ def test_sources_are_those_of_all_comparisons(monkeypatch: pytest.MonkeyPatch, r
 
 
 def test_token_is_known_once_its_source_is_recovered() -> None:
-    echoes = Echoes(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.01]]), 0.1)
+    echoes = RepeatedStates(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.01]]), 0.1)
     assert [echoes.token(2, prefix) for prefix in ([], [5], [5, 6])] == [None, None, 6]
     assert echoes.token(1, [5]) is None
 
@@ -55,7 +55,7 @@ def test_an_echo_of_another_token_costs_time_and_no_more(monkeypatch: pytest.Mon
     seen = lm.capture(input_ids=ids, layer=2)
     plain = sipit.invert(lm, seen, use_fit=False)
     to_the_one_before = {position: position - 1 for position in range(1, 9)}
-    monkeypatch.setattr("sipit.inversion.proposals.echoes.first_near", lambda *_: to_the_one_before)
+    monkeypatch.setattr("sipit.inversion.proposals.repeated.first_near", lambda *_: to_the_one_before)
     misled = sipit.invert(lm, seen, use_fit=False)
     assert misled.input_ids == plain.input_ids == tuple(ids.tolist())
     assert misled.verdict == "recovered"

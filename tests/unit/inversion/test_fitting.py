@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sipit import LanguageModel, invert
-from sipit.inversion.fitting import Cut, FitProgress, Recipe, fit_inverse, fit_path, load_fit
+from sipit.inversion.fitting import FitProgress, Recipe, fit_inverse
+from sipit.inversion.inverses.store import fit_path, load_fit
+from sipit.observations import Cut
 from tests.tiny_models import N_LAYERS, VOCAB, random_ids, text_model, tiny_model
 
 _RECIPE = Recipe(n_windows=400, length=24, d_hidden=128, batch_size=128, epochs=6, n_negatives=64, learning_rate=3e-3)
-_CUT: Cut = (1, "block")
+_CUT: Cut = Cut(1, "block")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def fitted(cache: Path) -> LanguageModel:
     """A tiny model with a fit at two cuts."""
     lm = LanguageModel(tiny_model("llama", seed=5), name="fitted")
-    fit_inverse(lm, [_CUT, (N_LAYERS, "final")], recipe=_RECIPE)
+    fit_inverse(lm, [_CUT, Cut(N_LAYERS, "final")], recipe=_RECIPE)
     return lm
 
 
@@ -64,7 +66,7 @@ def test_work_files_are_gone_after_a_fit(fitted: LanguageModel) -> None:
     ]
 
 
-@pytest.mark.parametrize("cut", [_CUT, (N_LAYERS, "final")])
+@pytest.mark.parametrize("cut", [_CUT, Cut(N_LAYERS, "final")])
 def test_fitted_search_is_exact_and_cheaper(fitted: LanguageModel, cut: Cut) -> None:
     ids = random_ids(16, seed=3)
     seen = fitted.capture(input_ids=ids, layer=cut[0], site=cut[1])
@@ -94,7 +96,7 @@ def test_inverse_that_is_off_is_amended_by_what_it_missed(
     before = _retouched(fit_path(fitted, *_CUT), **{"network.linear.bias": off.half()})
     try:
         amended = invert(fitted, seen)
-        monkeypatch.setattr("sipit.inversion.regression._AMENDED", 0.0)
+        monkeypatch.setattr("sipit.inversion.inverses.ridge._AMENDED", 0.0)
         as_it_was = invert(fitted, seen)
     finally:
         fit_path(fitted, *_CUT).write_bytes(before)
@@ -186,7 +188,7 @@ def test_interrupted_fit_goes_on_to_the_same_weights(cache: Path, fitted: Langua
 def test_fit_uses_text_where_there_is_a_tokenizer(cache: Path) -> None:
     lm = text_model(bos=True)
     recipe = Recipe(n_windows=40, length=48, d_hidden=32, batch_size=128, epochs=1, n_negatives=64)
-    fit_inverse(lm, [(1, "block")], recipe=recipe, texts=["some words of the user " * 40])
+    fit_inverse(lm, [Cut(1, "block")], recipe=recipe, texts=["some words of the user " * 40])
     fit = load_fit(lm, 1, "block")
     assert fit is not None
     assert set(fit.report["held_out"]) >= {"prose", "code", "random ids"}

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from sipit import LanguageModel
-from sipit.inversion.fitting.states import CapturedStates, Cut, StatesFolder, capture_windows, sample_windows
+from sipit.inversion.fitting.states import CapturedStates, StatesFolder, capture_windows, sample_windows
+from sipit.observations import Cut
 from tests.tiny_models import N_LAYERS, VOCAB, random_ids, tiny_model
 
-_CUTS: list[Cut] = [(1, "block"), (N_LAYERS, "final")]
+_CUTS: list[Cut] = [Cut(1, "block"), Cut(N_LAYERS, "final")]
 _LENGTH = 9
 
 

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from sipit import LanguageModel, invert
 from sipit.errors import InputError, OptionError
 from sipit.inversion import PrefixFile, Progress
-from sipit.inversion.tree import Outlook, grow, worthwhile
+from sipit.inversion.proposals.price import n_worth_checking
+from sipit.inversion.proposals.proposal import Draft
+from sipit.inversion.search.tree import build_tree
 from tests.tiny_models import VOCAB, random_ids
 
 _IDS = random_ids(14, seed=21)
@@ -92,23 +94,23 @@ def test_removed_prefix_leaves_nothing(llama: LanguageModel, tmp_path: Path) -> 
 @given(chances=st.lists(st.floats(0.0, 1.0), min_size=1, max_size=8))
 def test_at_least_one_guess_is_always_worthwhile(chances: list[float]) -> None:
     ordered = torch.tensor(sorted(chances, reverse=True))
-    assert 1 <= worthwhile(ordered, 1.0) <= len(chances)
+    assert 1 <= n_worth_checking(ordered, 1.0) <= len(chances)
 
 
 @given(n_batch=st.integers(1, 6), n_ahead=st.integers(0, 6), first=st.floats(0, 1), limit=st.integers(6, 20))
 def test_tree_shows_each_guess_its_chain_and_nothing_else(n_batch: int, n_ahead: int, first: float, limit: int) -> None:
     ahead = iter([(torch.tensor([7, 8]), torch.tensor([0.9, 0.05]))] * n_ahead)
-    tree = grow(torch.arange(n_batch), 5, Outlook(first=first, ahead=ahead), limit, 1.0)
+    tree = build_tree(torch.arange(n_batch), 5, Draft(first=first, ahead=ahead), limit, 1.0)
     assert len(tree.token_ids) <= limit
     assert len(tree.levels) == len(tree.chain)
     for depth, level in enumerate(tree.levels):
         for column in level:
             assert int(tree.positions[column]) == 5 + depth
-            if tree.sees is not None:
+            if tree.attends is not None:
                 expected = {column, *tree.chain[:depth]}
-                assert set(tree.sees[column].nonzero()[:, 0].tolist()) == expected
+                assert set(tree.attends[column].nonzero()[:, 0].tolist()) == expected
 
 
 @pytest.mark.parametrize(("price", "expected"), [(0.5, 1), (2.0, 2), (8.0, 3), (100.0, 4)])
 def test_tokens_are_checked_along_as_far_as_the_price_of_a_pass_pays(price: float, expected: int) -> None:
-    assert worthwhile(torch.tensor([0.5, 0.3, 0.1, 0.05]), price) == expected
+    assert n_worth_checking(torch.tensor([0.5, 0.3, 0.1, 0.05]), price) == expected

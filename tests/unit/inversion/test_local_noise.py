@@ -8,14 +8,17 @@ from torch import Tensor
 
 import sipit
 from sipit import LanguageModel
-from sipit.inversion import Progress, check_certificate, tolerance
-from sipit.inversion import check as check_module
-from sipit.inversion import search as search_module
-from sipit.inversion.certificate import certificate_of
-from sipit.inversion.check import Checked
-from sipit.inversion.proposals import Scene
-from sipit.inversion.tree import Outlook
+from sipit.inversion import Progress, check_certificate
+from sipit.inversion.evidence.certificate import certificate_of
+from sipit.inversion.judging import check as check_module
+from sipit.inversion.judging import noise as noise_module
+from sipit.inversion.judging import tolerance
+from sipit.inversion.judging.check import Checked
+from sipit.inversion.proposals import SearchView
+from sipit.inversion.proposals.proposal import Draft
+from sipit.inversion.search import batching as search_module
 from sipit.models import PrefixCache, TruncatedModel
+from sipit.observations import Cut
 from tests.tiny_models import VOCAB, random_ids, tiny_model
 
 IDS = random_ids(24, seed=3)
@@ -30,8 +33,8 @@ def lm() -> LanguageModel:
 @pytest.fixture
 def low_floor(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pretend that calibration saw far less noise than there is."""
-    floor = tolerance.NoiseFloor(first=2e-9, rest=2e-9, first_gap=1.0, rest_gap=1.0, block_tokens=0)
-    monkeypatch.setitem(tolerance._measured, lm, {(LAYER, "block"): floor})
+    floor = noise_module.NoiseFloor(first=2e-9, rest=2e-9, first_gap=1.0, rest_gap=1.0, block_tokens=0)
+    monkeypatch.setitem(lm._derived, ("noise floor", Cut(LAYER)), floor)
 
 
 @pytest.mark.usefixtures("low_floor")
@@ -90,11 +93,11 @@ def test_local_noise_looks_at_every_shape_and_no_observation(lm: LanguageModel) 
     prefix = IDS[:6]
     cut.packed(cache, prefix, torch.arange(6), torch.ones(6, 6, dtype=torch.bool).tril())
     cache.keep(range(6))
-    noise, spent = tolerance.local_noise(cut, prefix, 9, 20, cache)
+    noise, spent = noise_module.local_noise(cut, prefix, 9, 20, cache)
     scale = float(cut.ordinary(torch.cat([prefix, torch.tensor([9])]))[-1].norm())
     assert 0 <= noise < 1e-4 * scale
-    assert spent == 20 + sum(tolerance._WIDTHS)
-    again, with_prefix = tolerance.local_noise(cut, prefix, 9, 20)
+    assert spent == 20 + sum(noise_module._WIDTHS)
+    again, with_prefix = noise_module.local_noise(cut, prefix, 9, 20)
     assert (again, with_prefix) == (noise, spent + 6)
 
 
@@ -103,18 +106,18 @@ class _WithDecoys:
 
     batch_limit = None
 
-    def __init__(self, scene: Scene) -> None:
-        self.scene = scene
+    def __init__(self, view: SearchView) -> None:
+        self.view = view
 
     def begin(self) -> None: ...
 
     def next(self, n: int, untried: Tensor) -> Tensor:
-        pair = self._pair(self.scene.position)
+        pair = self._pair(self.view.position)
         return pair[untried[pair]] if bool(untried[pair].any()) else untried.nonzero()[:n, 0]
 
-    def outlook(self) -> Outlook:
-        later = range(self.scene.position + 1, len(IDS))
-        return Outlook(first=0.999, ahead=((self._pair(p), torch.tensor([0.999, 0.999])) for p in later))
+    def draft(self) -> Draft:
+        later = range(self.view.position + 1, len(IDS))
+        return Draft(first=0.999, ahead=((self._pair(p), torch.tensor([0.999, 0.999])) for p in later))
 
     def learn(self, checked: Checked) -> None: ...
 
@@ -131,7 +134,7 @@ def test_noise_of_a_state_behind_tokens_accepted_in_the_same_pass_is_measured_be
     lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     behind: list[tuple[int, int]] = []
-    measure = tolerance.local_noise
+    measure = noise_module.local_noise
 
     def watched(
         cut: TruncatedModel, prefix: Tensor, token_id: int, seq_len: int, cache: PrefixCache, lane: int
@@ -141,7 +144,7 @@ def test_noise_of_a_state_behind_tokens_accepted_in_the_same_pass_is_measured_be
 
     monkeypatch.setattr(check_module, "local_noise", watched)
     monkeypatch.setattr(search_module, "pass_price", lambda *_: 2.0)  # as for a long prompt: wide levels
-    monkeypatch.setattr(search_module, "proposal_for", lambda _, scene, **__: _WithDecoys(scene))
+    monkeypatch.setattr(search_module, "proposal_for", lambda _, view, **__: _WithDecoys(view))
     found = sipit.invert(lm, lm.capture(input_ids=IDS, layer=LAYER))
     assert found.input_ids == tuple(IDS.tolist())
     assert any(n_prefix for _, n_prefix in behind)

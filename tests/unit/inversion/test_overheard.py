@@ -10,9 +10,9 @@ from torch import Tensor
 
 import sipit
 from sipit import LanguageModel
-from sipit.inversion.check import Checked, PackedCheck
-from sipit.inversion.proposals.overheard import Overheard
-from sipit.inversion.proposals.reader import Reader, _informed
+from sipit.inversion.judging.check import Checked, PackedCheck
+from sipit.inversion.proposals.fused import FusedProposal, _informed
+from sipit.inversion.proposals.off_path import OffPathEvidence
 from tests.tiny_models import random_ids, tiny_model
 
 
@@ -30,7 +30,7 @@ def observed() -> Tensor:
 
 
 def test_near_tokens_are_spoken_for_and_far_ones_against(observed: Tensor) -> None:
-    heard = Overheard(observed)
+    heard = OffPathEvidence(observed)
     heard.note(3, _outcome([7, 8, 9], [0.05, 3.0, 6.0]))
     nats = heard.evidence(3)
     assert nats[7] > 1 > -0.1 > nats[9]
@@ -39,7 +39,7 @@ def test_near_tokens_are_spoken_for_and_far_ones_against(observed: Tensor) -> No
 
 
 def test_what_a_distance_means_is_learned_from_settled_positions(observed: Tensor) -> None:
-    heard = Overheard(observed)
+    heard = OffPathEvidence(observed)
     scale = float((observed[399] - observed[1:].mean(dim=0)).norm())
     for position in range(1, 300):  # here right tokens come as near as 0.6 of the scale, wrong ones to 2.0
         own = float((observed[position] - observed[1:].mean(dim=0)).norm())
@@ -54,7 +54,7 @@ def test_what_a_distance_means_is_learned_from_settled_positions(observed: Tenso
 
 
 def test_settled_positions_are_forgotten_and_the_last_word_counts(observed: Tensor) -> None:
-    heard = Overheard(observed)
+    heard = OffPathEvidence(observed)
     heard.note(3, _outcome([7], [6.0]))
     heard.note(3, _outcome([7], [0.05]))
     assert heard.evidence(3)[7] > 1
@@ -63,7 +63,7 @@ def test_settled_positions_are_forgotten_and_the_last_word_counts(observed: Tens
 
 
 def test_states_that_overflowed_poison_nothing(observed: Tensor) -> None:
-    heard = Overheard(observed)
+    heard = OffPathEvidence(observed)
     heard.note(3, _outcome([7, 8, 9], [float("nan"), float("inf"), 0.0]))
     assert heard.evidence(3)[7] == heard.evidence(3)[8] < 0 < heard.evidence(3)[9]
     heard.settle(3, 7)
@@ -86,23 +86,23 @@ def test_readers_hear_what_was_checked_ahead_at_its_own_position(monkeypatch: py
     judged: set[tuple[int, int]] = set()
     heard: list[tuple[int, int, int]] = []  # positions accepted then, position, token
     learned: set[tuple[int, int]] = set()
-    judge, overhear, learn = PackedCheck.judge, Reader.overhear, Reader.learn
+    judge, overhear, learn = PackedCheck.judge, FusedProposal.overhear, FusedProposal.learn
 
     def spied_judge(self: PackedCheck, token_ids: Tensor, positions: Tensor, states: Tensor) -> Checked:
         judged.update(zip(positions.tolist(), token_ids.tolist(), strict=True))
         return judge(self, token_ids, positions, states)
 
-    def spied_overhear(self: Reader, position: int, checked: Checked) -> None:
-        heard.extend((self.scene.position, position, token) for token in checked.token_ids.tolist())
+    def spied_overhear(self: FusedProposal, position: int, checked: Checked) -> None:
+        heard.extend((self.view.position, position, token) for token in checked.token_ids.tolist())
         overhear(self, position, checked)
 
-    def spied_learn(self: Reader, checked: Checked) -> None:
-        learned.update((self.scene.position, token) for token in checked.token_ids.tolist())
+    def spied_learn(self: FusedProposal, checked: Checked) -> None:
+        learned.update((self.view.position, token) for token in checked.token_ids.tolist())
         learn(self, checked)
 
     monkeypatch.setattr(PackedCheck, "judge", spied_judge)
-    monkeypatch.setattr(Reader, "learn", spied_learn)
-    monkeypatch.setattr(Reader, "overhear", spied_overhear)
+    monkeypatch.setattr(FusedProposal, "learn", spied_learn)
+    monkeypatch.setattr(FusedProposal, "overhear", spied_overhear)
     found = sipit.invert(lm, lm.capture(input_ids=ids, layer=2))
     assert found.input_ids == tuple(ids.tolist())
     assert heard

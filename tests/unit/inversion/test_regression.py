@@ -5,13 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sipit.inversion.regression import (
-    amended_query,
-    frequent_and_other_ids,
-    is_first_kind,
-    is_first_kind_at,
-    other_kind,
-)
+from sipit.inversion.inverses.ridge import amended_query
+from sipit.inversion.inverses.sampled_ids import frequent_and_other_ids
+from sipit.inversion.inverses.sinks import alternative_kind, is_sink_like, is_sink_like_at
 
 
 @pytest.fixture
@@ -49,9 +45,9 @@ def test_kinds_of_states_are_told_by_direction_and_doubted_by_length() -> None:
     noise = torch.randn(5, 16, generator=torch.Generator().manual_seed(5))
     lengths = torch.tensor([0.0, 0.0, 1.0, 0.3, 0.1])  # first, ordinary, a sink, half a sink, less
     states = noise + lengths[:, None] * mean
-    assert is_first_kind(states, mean, 0.95).tolist() == [True, False, True, True, False]
-    assert [is_first_kind_at(states, i, mean, 0.95) for i in range(5)] == [True, False, True, True, False]
-    assert [other_kind(states, i, mean, 0.95) for i in range(5)] == [None, None, None, "later", "first"]
+    assert is_sink_like(states, mean, 0.95).tolist() == [True, False, True, True, False]
+    assert [is_sink_like_at(states, i, mean, 0.95) for i in range(5)] == [True, False, True, True, False]
+    assert [alternative_kind(states, i, mean, 0.95) for i in range(5)] == [None, None, None, "later", "first"]
 
 
 @pytest.mark.parametrize(("vocab_size", "n", "n_low"), [(1000, 100, 50), (60, 100, 50), (30, 100, 30)])

@@ -13,8 +13,8 @@ import sipit
 from sipit import LanguageModel, Observation
 from sipit.errors import MismatchError, OptionError
 from sipit.inversion import invert_many
-from sipit.inversion import search as search_module
-from sipit.inversion.search import search_together
+from sipit.inversion.search import batching as search_module
+from sipit.inversion.search.batching import search_together
 from sipit.models import TruncatedModel
 from tests.tiny_models import random_ids, tiny_model
 
@@ -110,13 +110,13 @@ def test_nothing_starts_before_it_is_among_the_next_to_be_yielded(
     lm: LanguageModel, observations: list[Observation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[int] = []
-    begin = search_module._Crew.begin
+    begin = search_module.BatchScheduler.begin
 
-    def watched(crew: search_module._Crew, number: int, seen: Observation) -> None:
+    def watched(scheduler: search_module.BatchScheduler, number: int, seen: Observation) -> None:
         begun.append(number)
-        begin(crew, number, seen)
+        begin(scheduler, number, seen)
 
-    monkeypatch.setattr(search_module._Crew, "begin", watched)
+    monkeypatch.setattr(search_module.BatchScheduler, "begin", watched)
     for n_yielded, _ in enumerate(search_together(lm, observations, n_lanes=2)):
         assert max(begun) - n_yielded < 2
 

@@ -13,9 +13,10 @@ import sipit
 from sipit import LanguageModel, Observation
 from sipit.errors import MismatchError, ModelError
 from sipit.inversion import Policy
-from sipit.inversion import tolerance as tolerance_module
-from sipit.inversion.tolerance import SAFETY, NoiseFloor, half_ulp, noise_floor, tolerance_for
-from sipit.observations import Site
+from sipit.inversion.judging import noise as noise_module
+from sipit.inversion.judging.noise import SAFETY, NoiseFloor, noise_floor
+from sipit.inversion.judging.tolerance import half_ulp, tolerance_for
+from sipit.observations import Cut, Site
 from tests.tiny_models import N_LAYERS, VOCAB, random_ids, tiny_model, true_states
 
 IDS = random_ids(7, seed=6)
@@ -109,7 +110,7 @@ def test_noise_floor_is_positive_and_far_below_the_gap(family_lm: LanguageModel)
 
 def test_first_position_has_a_noise_floor_of_its_own(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     floor = NoiseFloor(first=1e-3, rest=1e-6, first_gap=1.0, rest_gap=1.0, block_tokens=0)
-    monkeypatch.setattr(tolerance_module, "noise_floor", lambda *_: floor)
+    monkeypatch.setitem(llama._derived, ("noise floor", Cut(2)), floor)
     seen = llama.capture(input_ids=IDS, layer=2)
     norms = seen.states.double().norm(dim=1)
     expected = SAFETY * norms * torch.tensor([1e-3] + [1e-6] * (len(IDS) - 1), dtype=torch.float64)
@@ -214,7 +215,7 @@ def test_states_that_depend_on_the_length_of_the_pass_are_refused_not_booked_as_
 
 def test_noise_ceiling_is_above_what_each_dtype_shows_and_below_what_it_does_not_explain() -> None:
     for dtype, seen in ((torch.float32, 1e-5), (torch.bfloat16, 0.06), (torch.float64, 1e-13)):
-        assert 1.4 * seen < tolerance_module.noise_ceiling(dtype) < 0.1
+        assert 1.4 * seen < noise_module.noise_ceiling(dtype) < 0.1
 
 
 @pytest.mark.parametrize(("length", "is_refused"), [(64, False), (65, True)])

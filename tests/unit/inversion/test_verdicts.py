@@ -192,7 +192,7 @@ def test_hostile_order_still_gives_the_right_prompt(
     llama: LanguageModel, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     truth = PLAIN.tolist()
-    monkeypatch.setattr(vocabulary.VocabularyOrder, "order", lambda self: _scramble(kind, truth, self.scene.position))
+    monkeypatch.setattr(vocabulary.VocabularyOrder, "order", lambda self: _scramble(kind, truth, self.view.position))
     found = sipit.invert(llama, llama.capture(input_ids=PLAIN, layer=2), policy="vocabulary")
     assert (found.verdict, found.input_ids) == ("recovered", tuple(truth))
 

@@ -19,10 +19,11 @@ from sipit.collisions.precision import PRECISIONS, Precision, float64_distances,
 from sipit.errors import ModelError, OptionError
 from sipit.models.fingerprint import fingerprint
 from sipit.models.quantized import QUANTIZERS, is_quantized, quantizer_of
+from sipit.observations import Cut
 from tests.tiny_models import random_ids, tiny_model
 
 FOUR_BIT = ("nf4", "fp4")
-CUTS = [(1, "block"), (4, "block"), (4, "final")]
+CUTS = [Cut(1, "block"), Cut(4, "block"), Cut(4, "final")]
 PROMPTS = [random_ids(6, seed=seed) for seed in range(8)]
 
 
@@ -102,18 +103,18 @@ def test_a_folder_of_quantised_weights_loads_as_such(
 
 def test_states_of_a_batch_are_those_of_each_prompt_alone(quantized: tuple[str, LanguageModel]) -> None:
     _, lm = quantized
-    together = last_states(lm, PROMPTS, CUTS)  # type: ignore[arg-type]
+    together = last_states(lm, PROMPTS, CUTS)
     for (layer, site), states in zip(CUTS, together, strict=True):
         for ids, state in zip(PROMPTS, states, strict=True):
-            alone = lm.capture(input_ids=ids, layer=layer, site=site).states[-1]  # type: ignore[arg-type]
+            alone = lm.capture(input_ids=ids, layer=layer, site=site).states[-1]
             assert float((state - alone).norm()) <= 1e-5 * float(alone.norm())
 
 
 def test_llm_int8_lets_the_rows_of_a_batch_act_on_one_another(folder: Path) -> None:
     """Why `last_states` runs its prompts one at a time: the same batch, given to the model as it is."""
     lm = sipit.load(folder, quantize="int8")
-    tapped = lm.tapped([(4, "block")]).states(torch.stack(PROMPTS))[0][:, -1]
-    alone = last_states(lm, PROMPTS, [(4, "block")])[0]
+    tapped = lm.tapped([Cut(4, "block")]).states(torch.stack(PROMPTS))[0][:, -1]
+    alone = last_states(lm, PROMPTS, [Cut(4, "block")])[0]
     assert float(((tapped - alone).norm(dim=1) / alone.norm(dim=1)).max()) > 1e-3
 
 
@@ -130,7 +131,7 @@ def test_int8_models_are_captured_but_not_inverted(folder: Path, quantize: str) 
     with pytest.raises(ModelError, match=r"round activations.*'nf4' or 'fp4'"):
         sipit.invert(lm, lm.capture(input_ids=PROMPTS[3], layer=3))
     with pytest.raises(OptionError, match="rounds activations to int8"):
-        survey_margins(lm, PROMPTS[:1], [(2, "block")])
+        survey_margins(lm, PROMPTS[:1], [Cut(2, "block")])
 
 
 def test_quantising_a_loaded_model_gives_what_loading_it_quantised_does(folder: Path) -> None:
@@ -151,13 +152,13 @@ def test_precision_measures_the_real_quantisers_beside_the_simulated_ones(folder
     plain = sipit.load(folder)
     names: tuple[Precision, ...] = ("int8", "bnb-int8", "bnb-int8-vectorwise", "bnb-nf4", "bnb-fp4")
     assert set(names) <= set(PRECISIONS)
-    results = {r.precision: r for r in precision_survey(plain, PROMPTS, [(4, "block")], precisions=names)}
+    results = {r.precision: r for r in precision_survey(plain, PROMPTS, [Cut(4, "block")], precisions=names)}
     for name in names[1:]:
         lm = sipit.load(folder, quantize=name.removeprefix("bnb-"))
-        (states,) = last_states(lm, PROMPTS, [(4, "block")])
+        (states,) = last_states(lm, PROMPTS, [Cut(4, "block")])
         assert results[name].distance == pytest.approx(float(torch.pdist(states.double()).min()), rel=1e-6)
     with pytest.raises(OptionError, match="quantised weights already"):
-        precision_survey(sipit.load(folder, quantize="nf4"), PROMPTS, [(4, "block")])
+        precision_survey(sipit.load(folder, quantize="nf4"), PROMPTS, [Cut(4, "block")])
 
 
 @pytest.mark.parametrize("quantize", FOUR_BIT)
@@ -166,8 +167,8 @@ def test_float64_copy_of_a_four_bit_model_computes_the_same_function(folder: Pat
     wide = in_float64(lm)
     assert wide.dtype == torch.float64
     assert not is_quantized(wide.model)  # quantised maps compute in float32, whatever they are given
-    (exact,) = float64_distances(wide, [(PROMPTS[0], PROMPTS[1])], (4, "block"))
-    (states,) = last_states(lm, PROMPTS[:2], [(4, "block")])
+    (exact,) = float64_distances(wide, [(PROMPTS[0], PROMPTS[1])], Cut(4, "block"))
+    (states,) = last_states(lm, PROMPTS[:2], [Cut(4, "block")])
     assert exact == pytest.approx(float((states[0] - states[1]).norm()), rel=1e-5)
 
 

@@ -15,21 +15,17 @@ from torch import Tensor
 
 from sipit.errors import StorageError
 from sipit.inversion.fitting.memory import release_free_memory
-from sipit.inversion.fitting.network import KEY_LENGTH, InverseNetwork
-from sipit.inversion.fitting.states import CapturedStates, Cut, OnStep, StatesFolder, capture_windows, sample_windows
-from sipit.inversion.fitting.store import Fit, fit_folder, save_fit
+from sipit.inversion.fitting.states import CapturedStates, OnStep, StatesFolder, capture_windows, sample_windows
 from sipit.inversion.fitting.training import Recipe, train
 from sipit.inversion.fitting.windows import given_windows, held_out_windows, sample_starts
-from sipit.inversion.regression import (
-    amended_query,
-    frequent_and_other_ids,
-    is_first_kind,
-    is_first_kind_at,
-    other_kind,
-    sink_cosine,
-)
-from sipit.inversion.token_keys import TokenKeys, token_keys
+from sipit.inversion.inverses.fitted_inverse import FittedInverse
+from sipit.inversion.inverses.network import InverseNetwork
+from sipit.inversion.inverses.sampled_ids import frequent_and_other_ids
+from sipit.inversion.inverses.sinks import sink_cosine
+from sipit.inversion.inverses.store import Fit, fit_folder, save_fit
+from sipit.inversion.inverses.token_keys import TokenKeys, token_keys
 from sipit.models import LanguageModel
+from sipit.observations import Cut
 from sipit.storage import held_alone, read_json, write_json
 
 _FIRSTS = 4096  # single tokens the first position is fitted on
@@ -38,10 +34,8 @@ _FIRST_BATCH = 256
 _HELD_OUT_WINDOWS = 12  # of each kind of text
 _HELD_OUT_LENGTH = 64
 _SINK_WINDOWS = 4  # of each kind, which show what a state that is no sink looks like
-_FIRST_LOGIT = 40.0  # of a cosine of 1 at position 0, whatever the temperature: near the least cross-entropy
 _CALIBRATION_STRIDE = 4  # of the held-out positions, one in so many decides between a few dozen pairs of numbers
 _TEMPERATURES = (0.4, 0.5, 0.6, 0.75, 0.9, 1.1, 1.4, 1.8)
-_NATURAL = (0.8, 0.5)  # of scores and log-probabilities: natural text is likelier than what a fit is calibrated on
 _LIKELIHOOD_WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5)
 
 
@@ -80,7 +74,7 @@ def fit_inverse(
     try:
         work.mkdir(parents=True, exist_ok=True)
         with held_alone(fit_folder(lm).with_suffix(".lock"), f"a fit of {lm.name!r}"):
-            fits = _fit_in(work, lm, list(dict.fromkeys(cuts)), list(texts), recipe, on_progress)
+            fits = _fit_in(work, lm, list(dict.fromkeys(Cut(*cut) for cut in cuts)), list(texts), recipe, on_progress)
             shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         if isinstance(error, StorageError):
@@ -106,7 +100,7 @@ def _fit_in(
     n_windows, length, seed = recipe.n_windows, recipe.length, recipe.seed
     starts = sample_starts(lm, n_windows=n_windows, length=length, seed=seed)
     given = given_windows(lm, n_windows=n_windows, length=length, texts=texts, seed=seed)
-    widths = {(layer, site): lm.width(site) for layer, site in cuts}
+    widths = {cut: lm.width(cut.site) for cut in cuts}
     folder = StatesFolder(work, widths, sum(map(len, starts)) + len(given), length)
     spent = sample_windows(lm, starts, cuts, folder, seed, told.phase("sampling"))
     spent += capture_windows(lm, given, cuts, folder, told.phase("capturing"))
@@ -117,14 +111,15 @@ def _fit_in(
     shared_seconds = time.perf_counter() - started
     keys, windows = token_keys(lm), folder.windows
     fits = {}
-    for (layer, site), path in folder.paths.items():
+    for cut, path in folder.paths.items():
+        layer, site = cut
         began = time.perf_counter()
         checkpoint = work / f"training-{site}-{layer}.safetensors"
         phase = told.phase(f"training {site} {layer}")
         with CapturedStates(path) as states:
             network = train(states, windows, keys, recipe, checkpoint, phase)
         release_free_memory()
-        fit = _calibrated(lm, keys, (layer, site), network, held_out, recipe.seed)
+        fit = _calibrated(lm, keys, cut, network, held_out, recipe.seed)
         report = {
             **fit.report,
             "recipe": asdict(recipe),
@@ -132,61 +127,8 @@ def _fit_in(
             "seconds": shared_seconds / len(cuts) + time.perf_counter() - began,
             "n_windows": len(windows),
         }
-        fits[(layer, site)] = save_fit(lm, layer, site, replace(fit, report=report))
+        fits[cut] = save_fit(lm, layer, site, replace(fit, report=report))
     return fits
-
-
-class FittedScores:
-    """A fit as an inverse: one query a position, the score of every token."""
-
-    doubtful_weights = (0.6, 0.75)
-    echo_reach = 0.1
-
-    def __init__(self, keys: TokenKeys, fit: Fit) -> None:
-        self.keys = keys
-        self.fit = fit
-        calibrated = (1.0, fit.likelihood_weight)  # to all kinds of held-out text at once, random ids among them
-        self.weights: tuple[tuple[float, float], ...] = (_NATURAL, calibrated, (1.0, 0.0), (0.6, 0.5), (0.6, 1.0))
-
-    def queries(self, states: Tensor) -> Tensor:
-        """Return one query a position of one prompt. (T, D) → (T, K)."""
-        fit = self.fit
-        queries = fit.network.queries(states.float())
-        is_sink = is_first_kind(states, fit.first_mean, fit.sink_cosine)  # (T,)
-        queries[is_sink] = self._first_queries(states[is_sink])
-        return queries
-
-    def amended_query(self, observed: Tensor, position: int, states: Tensor, token_ids: Tensor) -> Tensor:
-        """Return the query at a position, corrected by candidates checked there. (T, D), (N, D), (N,) → (K,)."""
-        fit = self.fit
-        rows = torch.cat([observed[position][None], states]).float()  # (N + 1, D)
-        if is_first_kind_at(observed, position, fit.first_mean, fit.sink_cosine):
-            queries, gain = self._first_queries(rows), self._first_gain
-        else:
-            queries, gain = fit.network.queries_at(observed, position, rows), KEY_LENGTH
-        return amended_query(rows, queries, self.keys.keys(token_ids) * gain)
-
-    def other_query(self, observed: Tensor, position: int) -> Tensor | None:
-        """Return the query of the other reading where a state may be of the other kind. (T, D) → (K,)."""
-        fit, state = self.fit, observed[position][None]
-        kind = other_kind(observed, position, fit.first_mean, fit.sink_cosine)
-        if kind is None:
-            return None
-        queries = self._first_queries(state) if kind == "first" else fit.network.queries_at(observed, position, state)
-        return queries[0]
-
-    def _first_queries(self, states: Tensor) -> Tensor:
-        first = (states.double() - self.fit.first_mean) @ self.fit.first_weight
-        return torch.nn.functional.normalize(first, dim=1).float() * self._first_gain
-
-    @property
-    def _first_gain(self) -> float:
-        return _FIRST_LOGIT / KEY_LENGTH * self.fit.temperature
-
-    def scores(self, queries: Tensor) -> Tensor:
-        """Return calibrated scores of every token. (N, K) → (N, V)."""
-        temperature = self.fit.temperature
-        return self.keys.scores(queries * (KEY_LENGTH / temperature)).add_(self.fit.network.bias / temperature)
 
 
 def _first_position(lm: LanguageModel, keys: TokenKeys, cut: Cut, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,7 +162,7 @@ def _calibrated(
 ) -> Fit:
     """Choose temperature and likelihood weight on held-out windows, and measure the ranks there."""
     layer, site = cut
-    tapped = lm.tapped([cut, (lm.n_layers, "final")])
+    tapped = lm.tapped([cut, Cut(lm.n_layers, "final")])
     firsts, first_mean, first_weight = _first_position(lm, keys, cut, seed)
     passes = {
         kind: [(ids, *(at_cut[0] for at_cut in tapped.states(ids[None]))) for ids in windows]
@@ -236,7 +178,7 @@ def _calibrated(
         likelihood_weight=0.0,
         report={},
     )
-    raw = FittedScores(keys, untuned)
+    raw = FittedInverse(keys, untuned)
     nats = torch.zeros(len(_TEMPERATURES), len(_LIKELIHOOD_WEIGHTS))
     for seen in passes.values():
         for one in seen:
@@ -261,7 +203,7 @@ def _calibrated(
 
 
 def _held_out_scores(
-    lm: LanguageModel, raw: FittedScores, ids: Tensor, states: Tensor, finals: Tensor
+    lm: LanguageModel, raw: FittedInverse, ids: Tensor, states: Tensor, finals: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return scores, log-probabilities and true tokens from position 1 on. (T, V), (T, V), (T,)."""
     scores = raw.scores(raw.queries(states)[1:])

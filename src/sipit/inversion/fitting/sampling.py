@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sipit.inversion.arithmetic import fast_arithmetic
-from sipit.inversion.fitting.network import compact
+from sipit.inversion.inverses.arithmetic import fast_arithmetic
+from sipit.inversion.inverses.network import compact
 from sipit.models import LanguageModel
 from sipit.observations import Site
 

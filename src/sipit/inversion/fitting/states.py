@@ -11,17 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sipit.inversion.arithmetic import fast_arithmetic
-from sipit.inversion.fitting.network import compact
 from sipit.inversion.fitting.sampling import written_on
+from sipit.inversion.inverses.arithmetic import fast_arithmetic
+from sipit.inversion.inverses.network import compact
 from sipit.models import LanguageModel
-from sipit.observations import Site
+from sipit.observations import Cut
 from sipit.storage import read_json, write_json
 
 _BATCH = 8  # windows a pass
 _SAVE_EVERY = 64  # windows between notes of progress, at least
 
-Cut = tuple[int, Site]
 OnStep = Callable[[int, int], None]  # done, total
 
 
@@ -33,7 +32,7 @@ class StatesFolder:
     """
 
     def __init__(self, folder: Path, widths: dict[Cut, int], n_windows: int, length: int) -> None:
-        self.paths = {(layer, site): folder / f"states-{site}-{layer}.npy" for layer, site in widths}
+        self.paths = {cut: folder / f"states-{cut.site}-{cut.layer}.npy" for cut in widths}
         self.n_windows, self.length = n_windows, length
         self._note = folder / "states.json"
         self.done = self._saved = int(read_json(self._note)["done"]) if self._note.is_file() else 0

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sipit.inversion.arithmetic import fast_arithmetic
 from sipit.inversion.fitting.memory import release_free_memory
-from sipit.inversion.fitting.network import KEY_LENGTH, InverseNetwork, beside
 from sipit.inversion.fitting.states import CapturedStates, OnStep
-from sipit.inversion.token_keys import TokenKeys
+from sipit.inversion.inverses.arithmetic import fast_arithmetic
+from sipit.inversion.inverses.network import KEY_LENGTH, InverseNetwork, beside
+from sipit.inversion.inverses.token_keys import TokenKeys
 from sipit.storage import whole_file
 
 _RIDGE_ROWS = 60_000

@@ -3,53 +3,54 @@
 from __future__ import annotations
 
 from sipit.errors import OptionError
-from sipit.inversion.fitting import FittedScores, load_fit
-from sipit.inversion.proposals.anchors import anchor_inverse
+from sipit.inversion.evidence.result import POLICIES, Policy
+from sipit.inversion.inverses.fitted_inverse import FittedInverse
+from sipit.inversion.inverses.ridge_inverse import ridge_inverse
+from sipit.inversion.inverses.store import load_fit
+from sipit.inversion.inverses.token_keys import token_keys
+from sipit.inversion.proposals.fused import FusedProposal
 from sipit.inversion.proposals.gradient import Gradient
 from sipit.inversion.proposals.hinted import Hinted
 from sipit.inversion.proposals.likely import Likely
-from sipit.inversion.proposals.proposal import Proposal, Scene
-from sipit.inversion.proposals.reader import Reader
+from sipit.inversion.proposals.price import LONG
+from sipit.inversion.proposals.proposal import Proposal, SearchView
 from sipit.inversion.proposals.vocabulary import RandomOrder, VocabularyOrder
-from sipit.inversion.result import POLICIES, Policy
-from sipit.inversion.token_keys import token_keys
-from sipit.inversion.tree import LONG
 
 _CHEAP_LIKELIHOOD = 0.25  # blocks above the layer, over blocks below it, that a good inverse still pays for
 
-__all__ = ["POLICIES", "Hinted", "Policy", "Proposal", "Scene", "proposal_for"]
+__all__ = ["POLICIES", "Hinted", "Policy", "Proposal", "SearchView", "proposal_for"]
 
 
-def proposal_for(policy: str, scene: Scene, *, use_fit: bool = True) -> Proposal:
+def proposal_for(policy: str, view: SearchView, *, use_fit: bool = True) -> Proposal:
     """Return the proposal that a policy names.
 
     Args:
         policy: one of POLICIES.
-        scene: where the search stands.
+        view: where the search stands.
         use_fit: whether "auto" may use a fitted inverse that is there.
 
     Raises:
         OptionError: no such policy.
     """
     if policy == "auto":
-        return _best_reader(scene, use_fit)
+        return _best_inverse(view, use_fit)
     if policy == "likely":
-        return Likely(scene)
+        return Likely(view)
     if policy == "gradient":
-        return Gradient(scene)
+        return Gradient(view)
     if policy == "random":
-        return RandomOrder(scene)
+        return RandomOrder(view)
     if policy == "vocabulary":
-        return VocabularyOrder(scene)
+        return VocabularyOrder(view)
     raise OptionError(f"policy {policy!r} is unknown; choose one of {', '.join(POLICIES)}")
 
 
-def _best_reader(scene: Scene, use_fit: bool) -> Reader:
+def _best_inverse(view: SearchView, use_fit: bool) -> FusedProposal:
     """Read by a fitted inverse if there is one, else by anchors."""
-    lm, layer, site = scene.lm, scene.seen.layer, scene.seen.site
+    lm, layer, site = view.lm, view.seen.layer, view.seen.site
     fit = load_fit(lm, layer, site) if use_fit else None
     if fit is None:
-        return Reader(scene, anchor_inverse(lm, layer, site, scene.meter), is_cautious=False)
-    is_long = scene.seen.seq_len >= LONG  # the likelihood saves more time in passes than its blocks take
+        return FusedProposal(view, ridge_inverse(lm, layer, site, view.meter), is_cautious=False)
+    is_long = view.seen.seq_len >= LONG  # the likelihood saves more time in passes than its blocks take
     is_dear = lm.n_layers - layer > _CHEAP_LIKELIHOOD * layer and not is_long
-    return Reader(scene, FittedScores(token_keys(lm), fit), is_cautious=is_dear)
+    return FusedProposal(view, FittedInverse(token_keys(lm), fit), is_cautious=is_dear)

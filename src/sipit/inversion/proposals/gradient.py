@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sipit.inversion.check import Checked
-from sipit.inversion.proposals.proposal import Scene
-from sipit.inversion.tree import Outlook
+from sipit.inversion.judging.check import Checked
+from sipit.inversion.proposals.proposal import Draft, SearchView
 
 _STEP = 1.0  # γ
 _CLIP = 1.0  # largest gradient norm
@@ -24,27 +23,27 @@ class Gradient:
 
     batch_limit: int | None = 1
 
-    def __init__(self, scene: Scene) -> None:
-        self.scene = scene
+    def __init__(self, view: SearchView) -> None:
+        self.view = view
         self._proxy = torch.empty(0)  # (D,)
         self._n_tries = 0
 
     def begin(self) -> None:
-        scene = self.scene
-        start = torch.randint(scene.lm.vocab_size, (1,), generator=scene.generator)
-        self._proxy = scene.lm.embeddings.rows(start)[0].clone()
+        view = self.view
+        start = torch.randint(view.lm.vocab_size, (1,), generator=view.generator)
+        self._proxy = view.lm.embeddings.rows(start)[0].clone()
         self._n_tries = 0
 
     def next(self, n: int, untried: Tensor) -> Tensor:
         if self._n_tries and self._n_tries % _RESET == 0:
-            self._proxy = self.scene.lm.embeddings.rows(self._nearest(untried))[0].clone()
+            self._proxy = self.view.lm.embeddings.rows(self._nearest(untried))[0].clone()
         gradient = self._gradient()
         norm = float(gradient.norm())
         self._proxy = self._proxy - _STEP * gradient * min(1.0, _CLIP / max(norm, 1e-12))
         self._n_tries += 1
         return self._nearest(untried)
 
-    def outlook(self) -> Outlook | None:
+    def draft(self) -> Draft | None:
         return None
 
     def learn(self, checked: Checked) -> None:
@@ -57,17 +56,17 @@ class Gradient:
         """Nothing: the proxy starts afresh at each position."""
 
     def _nearest(self, untried: Tensor) -> Tensor:
-        squared = self.scene.lm.embeddings.squared_distances(self._proxy).cpu()  # (V,)
+        squared = self.view.lm.embeddings.squared_distances(self._proxy).cpu()  # (V,)
         return squared.masked_fill(~untried, float("inf")).argmin()[None]
 
     def _gradient(self) -> Tensor:
-        scene = self.scene
-        check = scene.check
+        view = self.view
+        check = view.check
         with torch.enable_grad():
             proxy = self._proxy.detach().requires_grad_()
-            place = torch.tensor([scene.position])
+            place = torch.tensor([view.position])
             state = check.cut.packed_embeddings(check.cache, proxy[None], place, check.lanes(1))[0]  # (D,)
-            loss = 0.5 * (state.to(scene.target.dtype) - scene.target).square().sum()
+            loss = 0.5 * (state.to(view.target.dtype) - view.target).square().sum()
             (gradient,) = torch.autograd.grad(loss, proxy)
-        scene.meter.spend(1, check.cut.layer, passes=3)
+        view.meter.spend(1, check.cut.layer, passes=3)
         return gradient

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from sipit.inversion.check import Checked
-from sipit.inversion.proposals.proposal import Proposal, Scene
-from sipit.inversion.tree import Outlook
+from sipit.inversion.judging.check import Checked
+from sipit.inversion.proposals.proposal import Draft, Proposal, SearchView
 
 
 class Hinted:
@@ -18,8 +17,8 @@ class Hinted:
     A right guess costs what an ordinary forward pass of it costs; a wrong one at most one packed pass.
     """
 
-    def __init__(self, scene: Scene, inner: Proposal, hint: Sequence[int]) -> None:
-        self.scene = scene
+    def __init__(self, view: SearchView, inner: Proposal, hint: Sequence[int]) -> None:
+        self.view = view
         self._inner = inner
         self._hint = torch.tensor(list(hint), dtype=torch.long)
         self._has_begun = False  # whether the inner proposal has begun at this position
@@ -30,24 +29,24 @@ class Hinted:
 
     @property
     def _is_open(self) -> bool:
-        return self.scene.position < len(self._hint)
+        return self.view.position < len(self._hint)
 
     def begin(self) -> None:
         self._has_begun = False
 
     def next(self, n: int, untried: Tensor) -> Tensor:
         if self._is_open:
-            guess = self._hint[self.scene.position : self.scene.position + 1]
+            guess = self._hint[self.view.position : self.view.position + 1]
             if bool(untried[guess]):
                 return guess
             self._hint = self._hint[:0]  # it was wrong here; what follows it is worth nothing
         self._begin_inner()
         return self._inner.next(n, untried)
 
-    def outlook(self) -> Outlook | None:
+    def draft(self) -> Draft | None:
         if self._is_open:
-            return Outlook(first=1.0, ahead=self._ahead())
-        return self._inner.outlook()
+            return Draft(first=1.0, ahead=self._ahead())
+        return self._inner.draft()
 
     def learn(self, checked: Checked) -> None:
         self._begin_inner()
@@ -66,5 +65,5 @@ class Hinted:
             self._inner.begin()
 
     def _ahead(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for token_id in self._hint[self.scene.position + 1 : self.scene.seen.seq_len]:
+        for token_id in self._hint[self.view.position + 1 : self.view.seen.seq_len]:
             yield token_id[None], torch.ones(1)

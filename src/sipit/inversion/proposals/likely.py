@@ -7,15 +7,14 @@ the probabilities at every position, before any token is known, for the price of
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from sipit.inversion.arithmetic import fast_arithmetic
-from sipit.inversion.proposals.proposal import Ordered, Scene
-from sipit.inversion.result import Meter
+from sipit.inversion.inverses.arithmetic import fast_arithmetic
+from sipit.inversion.judging.meter import Meter
+from sipit.inversion.proposals.proposal import Ordered, SearchView
 from sipit.models import LanguageModel
 
 _OPENERS = ("The end.\n\n", "It was the end of the story.", "    return x\n", "x = 1\n\n")
@@ -24,13 +23,13 @@ _OPENERS = ("The end.\n\n", "It was the end of the story.", "    return x\n", "x
 class Likely(Ordered):
     """The whole vocabulary by falling next-token probability. Source of the idea: arXiv 2505.18332."""
 
-    def __init__(self, scene: Scene) -> None:
-        super().__init__(scene)
+    def __init__(self, view: SearchView) -> None:
+        super().__init__(view)
         self._finals: Tensor | None = None  # (T, D)
-        self._cache = None if scene.seen.layer else scene.lm.cut(scene.lm.n_layers, "final").new_cache()
+        self._cache = None if view.seen.layer else view.lm.cut(view.lm.n_layers, "final").new_cache()
 
     def order(self) -> Tensor:
-        position = self.scene.position
+        position = self.view.position
         logs = self._after_prefix() if position and self._cache is not None else None
         logs = self.logits([position])[0] if logs is None else logs
         return logs.argsort(descending=True, stable=True)
@@ -40,33 +39,30 @@ class Likely(Ordered):
 
         From the observed states; in bfloat16 where that is fast.
         """
-        scene = self.scene
+        view = self.view
         if 0 in positions:
-            opening = opening_log_probabilities(scene.lm, scene.meter)  # (V,)
+            opening = opening_log_probabilities(view.lm, view.meter)  # (V,)
             others = iter(self.logits([p for p in positions if p]) if any(positions) else ())
             return torch.stack([next(others) if p else opening for p in positions])
-        with fast_arithmetic(scene.lm.device, scene.lm.dtype):
+        with fast_arithmetic(view.lm.device, view.lm.dtype):
             if self._finals is None:
-                seen = scene.seen
-                self._finals, n_blocks = scene.lm.final_states(seen.states, seen.layer, seen.site)
-                scene.meter.spend(seen.seq_len, n_blocks)
-            return scene.lm.next_token_logits(self._finals[torch.tensor(positions) - 1])
+                seen = view.seen
+                self._finals, n_blocks = view.lm.final_states(seen.states, seen.layer, seen.site)
+                view.meter.spend(seen.seq_len, n_blocks)
+            return view.lm.next_token_logits(self._finals[torch.tensor(positions) - 1])
 
     def _after_prefix(self) -> Tensor:
         """Return the logits behind the accepted prefix, by the full model. (V,)."""
-        scene, cache = self.scene, self._cache
+        view, cache = self.view, self._cache
         assert cache is not None
-        full = scene.lm.cut(scene.lm.n_layers, "final")
-        cache.truncate(min(cache.length, scene.position - 1))
-        new = torch.tensor(scene.prefix[cache.length :])
-        places = torch.arange(cache.length, scene.position)
+        full = view.lm.cut(view.lm.n_layers, "final")
+        cache.truncate(min(cache.length, view.position - 1))
+        new = torch.tensor(view.prefix[cache.length :])
+        places = torch.arange(cache.length, view.position)
         states = full.packed(cache, new, places, torch.ones(len(new), len(new), dtype=torch.bool).tril())
         cache.keep(range(len(new)))
-        scene.meter.spend(len(new), full.layer)
-        return scene.lm.next_token_logits(states[-1:])[0]
-
-
-_openings: weakref.WeakKeyDictionary[LanguageModel, Tensor] = weakref.WeakKeyDictionary()
+        view.meter.spend(len(new), full.layer)
+        return view.lm.next_token_logits(states[-1:])[0]
 
 
 def opening_log_probabilities(lm: LanguageModel, meter: Meter) -> Tensor:
@@ -75,12 +71,14 @@ def opening_log_probabilities(lm: LanguageModel, meter: Meter) -> Tensor:
     The mean of the model's predictions after a few texts that have come to an end; flat without a
     tokenizer. A weak order: what stands first in a prompt depends on nothing the model has seen.
     """
-    if lm not in _openings:
+
+    def made() -> Tensor:
         full = lm.cut(lm.n_layers, "final")
         logs = [torch.zeros(lm.vocab_size, device=lm.device)]
         if lm.tokenizer is not None:
             prompts = [lm.encode(text) for text in _OPENERS]
             meter.spend(sum(len(ids) for ids in prompts), full.layer)
             logs = [lm.next_token_logits(full.ordinary(ids)[-1:])[0].log_softmax(dim=0) for ids in prompts]
-        _openings[lm] = torch.stack(logs).logsumexp(dim=0).log_softmax(dim=0)
-    return _openings[lm]
+        return torch.stack(logs).logsumexp(dim=0).log_softmax(dim=0)
+
+    return lm.derived("opening log-probabilities", made)

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from sipit.inversion.check import Checked, PackedCheck
-from sipit.inversion.result import Meter
-from sipit.inversion.tree import Outlook
+from sipit.inversion.judging.check import Checked, PackedCheck
+from sipit.inversion.judging.meter import Meter
 from sipit.models import LanguageModel
 from sipit.observations import Observation
 
 
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """Guesses that need no recovered prefix."""
+
+    first: float  # probability that the best candidate for the next position is right
+    ahead: Iterator[tuple[Tensor, Tensor]]  # for each position after it: token ids (K,), probabilities (K,)
+
+
 @dataclass(kw_only=True)
-class Scene:
+class SearchView:
     """All that a proposal may look at: the model, the observed states, the accepted prefix."""
 
     lm: LanguageModel
@@ -46,7 +54,7 @@ class Proposal(Protocol):
         """Most candidates worth checking before it is asked again; None: no limit of its own."""
 
     def begin(self) -> None:
-        """Start a new position; `scene.position` says which."""
+        """Start a new position; `view.position` says which."""
 
     def next(self, n: int, untried: Tensor) -> Tensor:
         """Return up to n tokens to try, best first; none only when no untried token is left.
@@ -55,7 +63,7 @@ class Proposal(Protocol):
             untried: (V,) bool
         """
 
-    def outlook(self) -> Outlook | None:
+    def draft(self) -> Draft | None:
         """Return guesses behind the first token `next` just returned; None where that needs a prefix."""
 
     def learn(self, checked: Checked) -> None:
@@ -73,8 +81,8 @@ class Ordered:
 
     batch_limit: int | None = None
 
-    def __init__(self, scene: Scene) -> None:
-        self.scene = scene
+    def __init__(self, view: SearchView) -> None:
+        self.view = view
         self._order = torch.empty(0, dtype=torch.long)  # (V,)
         self._next = 0
 
@@ -95,7 +103,7 @@ class Ordered:
                 return part
         return self._order[:0]
 
-    def outlook(self) -> Outlook | None:
+    def draft(self) -> Draft | None:
         return None
 
     def learn(self, checked: Checked) -> None:

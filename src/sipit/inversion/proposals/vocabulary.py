@@ -12,11 +12,11 @@ class VocabularyOrder(Ordered):
     """By rising token id."""
 
     def order(self) -> Tensor:
-        return torch.arange(self.scene.lm.vocab_size)
+        return torch.arange(self.view.lm.vocab_size)
 
 
 class RandomOrder(Ordered):
     """Uniform without replacement, from the search's seed. Source: arXiv 2510.15511, Alg. 2."""
 
     def order(self) -> Tensor:
-        return torch.randperm(self.scene.lm.vocab_size, generator=self.scene.generator)
+        return torch.randperm(self.view.lm.vocab_size, generator=self.view.generator)

@@ -17,12 +17,15 @@ import torch
 from torch import Tensor
 
 from sipit.errors import MismatchError, OptionError, ShapeError
-from sipit.inversion.check import PackedCheck
-from sipit.inversion.proposals import Hinted, Scene, proposal_for
-from sipit.inversion.result import Inversion, Meter
-from sipit.inversion.run import Run
-from sipit.inversion.tolerance import noise_floor, tolerance_for
-from sipit.inversion.tree import Tree, pass_price
+from sipit.inversion.evidence.result import Inversion
+from sipit.inversion.judging.check import PackedCheck
+from sipit.inversion.judging.meter import Meter
+from sipit.inversion.judging.noise import noise_floor
+from sipit.inversion.judging.tolerance import tolerance_for
+from sipit.inversion.proposals import Hinted, SearchView, proposal_for
+from sipit.inversion.proposals.price import pass_price
+from sipit.inversion.search.prompt_search import PromptSearch
+from sipit.inversion.search.tree import Tree
 from sipit.models import LanguageModel, PrefixCache
 from sipit.models.rope import switch_length
 from sipit.observations import Observation
@@ -81,7 +84,7 @@ def search_together(
         ShapeError, MismatchError: an observation cannot be this model's; raised in its turn, after those before it.
     """
     how = SearchOptions(**options)
-    crew = _Crew(lm, how, n_lanes)
+    crew = BatchScheduler(lm, how, n_lanes)
     waiting = deque(observations)
     done: dict[int, Inversion] = {}
     n_begun = n_yielded = 0
@@ -102,26 +105,26 @@ def search_together(
 
 
 @dataclass(kw_only=True)
-class _Lane:
+class _Slot:
     """One search and its share of the row."""
 
     number: int  # of the observation
     lane: int
     seen: Observation
-    run: Run
+    run: PromptSearch
     tolerance: float
     seconds: float  # of the work done for this search alone, and its share of the passes
     tree: Tree | None = field(init=False, default=None)  # planned, not yet checked
 
 
-class _Crew:
+class BatchScheduler:
     """Searches that share one row of packed passes."""
 
     def __init__(self, lm: LanguageModel, how: SearchOptions, n_lanes: int) -> None:
         self._lm = lm
         self._how = how
         self._n_lanes = n_lanes
-        self._lanes: deque[_Lane] = deque()  # those that waited longest first
+        self._lanes: deque[_Slot] = deque()  # those that waited longest first
         self._cache = PrefixCache(0)
 
     def has_room_for(self, seen: Observation) -> bool:
@@ -150,13 +153,13 @@ class _Crew:
         check = PackedCheck(lm, seen, tolerance, meter, noise=how.noise, cache=self._cache, lane=lane)
         generator = torch.Generator().manual_seed(how.seed)
         price = pass_price(seen.seq_len, self._n_lanes)
-        scene = Scene(lm=lm, seen=seen, check=check, meter=meter, generator=generator, price=price)
-        proposal = proposal_for(how.policy, scene, use_fit=how.use_fit)
+        view = SearchView(lm=lm, seen=seen, check=check, meter=meter, generator=generator, price=price)
+        proposal = proposal_for(how.policy, view, use_fit=how.use_fit)
         if len(how.hint):
-            proposal = Hinted(scene, proposal, how.hint)
-        run = Run(scene=scene, proposal=proposal, exhaustive=how.exhaustive, max_batch=how.max_batch)
+            proposal = Hinted(view, proposal, how.hint)
+        run = PromptSearch(view=view, proposal=proposal, exhaustive=how.exhaustive, max_batch=how.max_batch)
         self._lanes.append(
-            _Lane(
+            _Slot(
                 number=number,
                 lane=lane,
                 seen=seen,
@@ -167,7 +170,7 @@ class _Crew:
         )
 
     def step(self) -> dict[int, Inversion]:
-        """Run one packed pass; return the searches that came to their end, by number."""
+        """PromptSearch one packed pass; return the searches that came to their end, by number."""
         found = {}
         for lane in list(self._lanes):
             with _timed(lane):
@@ -177,12 +180,12 @@ class _Crew:
                 self._cache.drop(lane.lane)
                 found[lane.number] = self._inversion(lane)
         if self._lanes:
-            self._pass(self._aboard())
+            self._pass(self._fill_batch())
         return found
 
-    def _aboard(self) -> list[_Lane]:
+    def _fill_batch(self) -> list[_Slot]:
         """Take the lanes whose planned tokens fit in one pass; at least one."""
-        chosen: list[_Lane] = []
+        chosen: list[_Slot] = []
         n_tokens = 0
         while self._lanes:
             tree = self._lanes[0].tree
@@ -194,12 +197,12 @@ class _Crew:
         self._lanes.extend(chosen)
         return chosen
 
-    def _pass(self, lanes: list[_Lane]) -> None:
+    def _pass(self, lanes: list[_Slot]) -> None:
         started = time.perf_counter()
         trees = [lane.tree for lane in lanes if lane.tree is not None]
         sizes = [len(tree.token_ids) for tree in trees]
-        lane_ids = torch.cat([lane.run.scene.check.lanes(n) for lane, n in zip(lanes, sizes, strict=True)])
-        states = lanes[0].run.scene.check.cut.packed(
+        lane_ids = torch.cat([lane.run.view.check.lanes(n) for lane, n in zip(lanes, sizes, strict=True)])
+        states = lanes[0].run.view.check.cut.packed(
             self._cache,
             torch.cat([tree.token_ids for tree in trees]),
             torch.cat([tree.positions for tree in trees]),
@@ -221,22 +224,22 @@ class _Crew:
                 lane.run.settle()
             self._tell(lane)
 
-    def _tell(self, lane: _Lane) -> None:
+    def _tell(self, lane: _Slot) -> None:
         if self._how.on_progress is not None:
-            meter = lane.run.scene.meter
+            meter = lane.run.view.meter
             self._how.on_progress(
                 Progress(
                     seq_len=lane.seen.seq_len,
-                    input_ids=tuple(lane.run.scene.prefix),
+                    input_ids=tuple(lane.run.view.prefix),
                     n_checked=meter.n_checked,
                     block_tokens=meter.block_tokens,
                     seconds=lane.seconds,
                 )
             )
 
-    def _inversion(self, lane: _Lane) -> Inversion:
+    def _inversion(self, lane: _Slot) -> Inversion:
         lm, seen, run = self._lm, lane.seen, lane.run
-        meter, prefix = run.scene.meter, run.scene.prefix
+        meter, prefix = run.view.meter, run.view.prefix
         return Inversion(
             model=lm.name,
             fingerprint=lm.fingerprint,
@@ -263,7 +266,7 @@ class _Crew:
 
 
 @contextmanager
-def _timed(lane: _Lane) -> Iterator[None]:
+def _timed(lane: _Slot) -> Iterator[None]:
     """Charge the time of some work to one search."""
     started = time.perf_counter()
     yield
@@ -271,10 +274,10 @@ def _timed(lane: _Lane) -> Iterator[None]:
 
 
 def _side_by_side(trees: Sequence[Tree]) -> Tensor | None:
-    """Return who sees whom where each tree sees itself alone. (Q, Q); None: each token is alone."""
-    if all(tree.sees is None for tree in trees):
+    """Return who attends whom where each tree attends itself alone. (Q, Q); None: each token is alone."""
+    if all(tree.attends is None for tree in trees):
         return None
-    blocks = [torch.eye(len(t.token_ids), dtype=torch.bool) if t.sees is None else t.sees for t in trees]
+    blocks = [torch.eye(len(t.token_ids), dtype=torch.bool) if t.attends is None else t.attends for t in trees]
     return cast(Tensor, torch.block_diag(*blocks))
 
 

@@ -7,12 +7,10 @@ machine is fast in bfloat16, a table of the keys in it.
 
 from __future__ import annotations
 
-import weakref
-
 import torch
 from torch import Tensor
 
-from sipit.inversion.arithmetic import is_fast_in_bfloat16
+from sipit.inversion.inverses.arithmetic import is_fast_in_bfloat16
 from sipit.models import LaidOut, LanguageModel
 
 _NEIGHBOURS = 64  # of a token, remembered
@@ -91,11 +89,6 @@ class TokenKeys:
         return scores.scatter_(1, best, torch.einsum("nd,nkd->nk", queries, keys))
 
 
-_made: weakref.WeakKeyDictionary[LanguageModel, TokenKeys] = weakref.WeakKeyDictionary()
-
-
 def token_keys(lm: LanguageModel) -> TokenKeys:
     """Return the keys of a model, made once."""
-    if lm not in _made:
-        _made[lm] = TokenKeys(lm)
-    return _made[lm]
+    return lm.derived("token keys", lambda: TokenKeys(lm))

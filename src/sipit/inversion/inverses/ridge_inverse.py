@@ -7,26 +7,18 @@ first position, whose states have extreme norms and no context, has a regression
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sipit.inversion.regression import (
-    Ridge,
-    amended_query,
-    is_first_kind,
-    is_first_kind_at,
-    other_kind,
-    ridge,
-    sink_cosine,
-    spread_ids,
-)
-from sipit.inversion.result import Meter
-from sipit.inversion.token_keys import TokenKeys, token_keys
+from sipit.inversion.inverses.ridge import Ridge, amended_query, ridge
+from sipit.inversion.inverses.sampled_ids import spread_ids
+from sipit.inversion.inverses.sinks import alternative_kind, is_sink_like, is_sink_like_at, sink_cosine
+from sipit.inversion.inverses.token_keys import TokenKeys, token_keys
+from sipit.inversion.judging.meter import Meter
 from sipit.models import LanguageModel
-from sipit.observations import Site
+from sipit.observations import Cut, Site
 
 _PROMPTS = ((16, 112), (64, 4))  # number and length of the anchor prompts; the short ones for early positions
 _BATCH = 512  # tokens run at once
@@ -34,7 +26,7 @@ _FIRSTS = 256  # anchors of the first position
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnchorInverse:
+class RidgeInverse:
     """Scores for every token from one observed state."""
 
     keys: TokenKeys
@@ -52,18 +44,18 @@ class AnchorInverse:
     def queries(self, states: Tensor) -> Tensor:
         """Return one unit query a position of one prompt. (T, D) → (T, K)."""
         states = states.float()
-        is_sink = is_first_kind(states, self.first.mean, self.sink_cosine)  # (T,)
+        is_sink = is_sink_like(states, self.first.mean, self.sink_cosine)  # (T,)
         return torch.where(is_sink[:, None], self.first(states), self.rest(states))
 
     def amended_query(self, observed: Tensor, position: int, states: Tensor, token_ids: Tensor) -> Tensor:
         """Return the query at a position, corrected by candidates checked there. (T, D), (N, D), (N,) → (K,)."""
-        is_sink = is_first_kind_at(observed, position, self.first.mean, self.sink_cosine)
+        is_sink = is_sink_like_at(observed, position, self.first.mean, self.sink_cosine)
         rows = torch.cat([observed[position][None], states]).float()  # (N + 1, D)
         return amended_query(rows, (self.first if is_sink else self.rest)(rows), self.keys.keys(token_ids))
 
     def other_query(self, observed: Tensor, position: int) -> Tensor | None:
         """Return the query by the other regression where a state may be of the other kind. (T, D) → (K,)."""
-        kind = other_kind(observed, position, self.first.mean, self.sink_cosine)
+        kind = alternative_kind(observed, position, self.first.mean, self.sink_cosine)
         if kind is None:
             return None
         return (self.first if kind == "first" else self.rest)(observed[position][None].float())[0]
@@ -73,19 +65,18 @@ class AnchorInverse:
         return self.keys.scores(queries)
 
 
-_made: weakref.WeakKeyDictionary[LanguageModel, dict[tuple[int, Site], AnchorInverse]] = weakref.WeakKeyDictionary()
-
-
-def anchor_inverse(lm: LanguageModel, layer: int, site: Site, meter: Meter) -> AnchorInverse:
+def ridge_inverse(lm: LanguageModel, layer: int, site: Site, meter: Meter) -> RidgeInverse:
     """Return the anchors' inverse of a cut, made once; the search that needs it first pays for it."""
-    known = _made.setdefault(lm, {})
-    if (layer, site) not in known:
-        known[(layer, site)] = _fit(lm, layer, site)
-        meter.block_tokens += known[(layer, site)].block_tokens
-    return known[(layer, site)]
+
+    def made() -> RidgeInverse:
+        inverse = _fit(lm, layer, site)
+        meter.block_tokens += inverse.block_tokens
+        return inverse
+
+    return lm.derived(("ridge inverse", Cut(layer, site)), made)
 
 
-def _fit(lm: LanguageModel, layer: int, site: Site) -> AnchorInverse:
+def _fit(lm: LanguageModel, layer: int, site: Site) -> RidgeInverse:
     generator = torch.Generator().manual_seed(1)
     keys = token_keys(lm)
     tapped = lm.tapped([(layer, site)])
@@ -100,7 +91,7 @@ def _fit(lm: LanguageModel, layer: int, site: Site) -> AnchorInverse:
     firsts = spread_ids(lm.vocab_size, _FIRSTS, generator)
     cut = lm.cut(layer, site)
     alone = cut.packed(cut.new_cache(), firsts, torch.zeros_like(firsts)).float()  # (N, D)
-    return AnchorInverse(
+    return RidgeInverse(
         keys=keys,
         first=ridge(alone, keys.keys(firsts), strength=1e-3),
         rest=ridge(torch.cat(states), keys.keys(torch.cat(tokens))),

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sipit.inversion.result import Meter
-from sipit.inversion.tolerance import SAFETY, Tolerance, local_noise, noise_floor
+from sipit.inversion.judging.meter import Meter
+from sipit.inversion.judging.noise import SAFETY, local_noise, noise_floor
+from sipit.inversion.judging.tolerance import Tolerance
 from sipit.models import LanguageModel, PrefixCache
 from sipit.observations import Observation
 

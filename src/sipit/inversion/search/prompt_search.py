@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sipit.inversion.check import Checked
-from sipit.inversion.diagnosis import diagnosed
-from sipit.inversion.proposals import Proposal, Scene
-from sipit.inversion.result import Candidate, Miss, PositionEvidence, Verdict
-from sipit.inversion.token_keys import token_keys
-from sipit.inversion.tree import Tree, grow
-from sipit.inversion.tried import Best, Tried
+from sipit.inversion.evidence.result import Candidate, Miss, PositionEvidence, Verdict
+from sipit.inversion.inverses.token_keys import token_keys
+from sipit.inversion.judging.check import Checked
+from sipit.inversion.proposals import Proposal, SearchView
+from sipit.inversion.search.diagnosis import diagnosed
+from sipit.inversion.search.tree import Tree, build_tree
+from sipit.inversion.search.trials import Best, Trials
 
 _FIRST_BATCH = 16
 _GROWTH = 4
@@ -31,21 +31,21 @@ _MAX_RIVALS = 16  # tokens that fit as well, named in the evidence of one positi
 
 
 @dataclass
-class Run:
+class PromptSearch:
     """One search under way: plans packed passes, and walks along what came out of them."""
 
-    scene: Scene
+    view: SearchView
     proposal: Proposal
     exhaustive: bool
     max_batch: int
     evidence: list[PositionEvidence] = field(default_factory=list)
     miss: Miss | None = None
     accepted_by_noise: bool = False
-    _tried: Tried = field(init=False)
+    _tried: Trials = field(init=False)
     _measured: set[int] = field(init=False)  # tokens whose own noise was
     _doubted_best: Best | None = field(init=False, default=None)  # of the pass just walked
     _size: int = field(init=False)
-    _certain: Tensor = field(init=False)  # a token that fits, to be run with its twins in the next pass
+    _queued: Tensor = field(init=False)  # a token that fits, to be run with its twins in the next pass
     _is_settling: bool = field(init=False, default=False)  # whether the pass under way is such a one
 
     def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ class Run:
     @property
     def is_done(self) -> bool:
         """Whether every position is settled, or one is a miss."""
-        return self.miss is not None or self.scene.position >= self.scene.seen.seq_len
+        return self.miss is not None or self.view.position >= self.view.seen.seq_len
 
     def plan(self) -> Tree | None:
         """Return the next packed pass: candidates for the next position, and guesses behind the best of them.
@@ -70,15 +70,15 @@ class Run:
         None once the search is done.
         """
         while not self.is_done:
-            self._is_settling = len(self._certain) > 0
-            batch = self._certain if self._is_settling else self._proposed()
-            self._certain = self._certain[:0]
+            self._is_settling = len(self._queued) > 0
+            batch = self._queued if self._is_settling else self._proposed()
+            self._queued = self._queued[:0]
             if len(batch) == 0:
                 self._conclude()
                 continue
             speculates = not self._tries_all and not self._is_settling
-            outlook = self.proposal.outlook() if speculates else None
-            return grow(batch, self.scene.position, outlook, self.max_batch, self.scene.price)
+            draft = self.proposal.draft() if speculates else None
+            return build_tree(batch, self.view.position, draft, self.max_batch, self.view.price)
         return None
 
     def _proposed(self) -> Tensor:
@@ -98,10 +98,10 @@ class Run:
 
         Only nodes behind accepted tokens count. `settle` is to follow once the columns are kept.
         """
-        checked = self.scene.check.judge(tree.token_ids, tree.positions, states)
+        checked = self.view.check.judge(tree.token_ids, tree.positions, states)
         accepted: list[int] = []
         outcomes = [checked.subset(slice(level[0], level[-1] + 1)) for level in tree.levels]
-        start = self.scene.position
+        start = self.view.position
         steps = zip(tree.levels, outcomes, tree.chain, strict=True)
         for depth, (level, here, continued) in enumerate(steps, start=1):
             self._tried.add(here)
@@ -114,10 +114,10 @@ class Run:
             twins = [t for t in self._alike(best.token_id) if self._tried.untried[t]]
             if twins:  # the next pass checks them beside it, behind the same prefix
                 beside = [best.token_id, *twins] if self.max_batch > 1 else twins
-                self._certain = torch.tensor(beside[: self.max_batch])
+                self._queued = torch.tensor(beside[: self.max_batch])
                 break
             if best.token_id not in here.token_ids.tolist():  # it was checked in an earlier pass
-                self._certain = torch.tensor([best.token_id])
+                self._queued = torch.tensor([best.token_id])
                 break
             column = level[here.token_ids.tolist().index(best.token_id)]
             accepted.append(column)
@@ -139,8 +139,8 @@ class Run:
         Where the first position's tolerance is coarse it must be: its state is long and nearly
         constant, and the tokens nearest to it there have nothing in common.
         """
-        position = self.scene.position
-        return self.exhaustive or (position == 0 and self.scene.check.is_coarse(position))
+        position = self.view.position
+        return self.exhaustive or (position == 0 and self.view.check.is_coarse(position))
 
     def _alike(self, token_id: int) -> list[int]:
         """Return tokens that may fit where this one does, the likeliest first.
@@ -150,7 +150,7 @@ class Run:
         that (coarse arithmetic, states stored rounded), also the nearest rows by direction, so that the
         best of them is accepted and not the first.
         """
-        check, position, lm = self.scene.check, self.scene.position, self.scene.lm
+        check, position, lm = self.view.check, self.view.position, self.view.lm
         twins = lm.embeddings.twins(token_id)
         radius = check.alike_within(position)
         for ignores_mean in (False, True) if check.cut.is_final and lm.final_ignores_mean else (False,):
@@ -159,7 +159,7 @@ class Run:
         if check.reach(position) <= _NARROW:
             return twins
         least = -1.0 if check.is_coarse(position) else _ALIKE
-        near = token_keys(self.scene.lm).nearest(token_id, _RIVALS, least)
+        near = token_keys(self.view.lm).nearest(token_id, _RIVALS, least)
         return [*twins, *(i for i in near if i not in twins)]
 
     def settle(self) -> None:
@@ -171,77 +171,77 @@ class Run:
     def _doubt(self, best: Best) -> None:
         """Where one token is far nearer than all others and yet too far, measure the noise of its own state."""
         runner_up = self._tried.runner_up(best.token_id)
-        limit = self.scene.check.limit(self.scene.position)
+        limit = self.view.check.limit(self.view.position)
         stands_out = runner_up is not None and best.distance * _STANDS_OUT < runner_up
         if (
             best.is_near
             or not stands_out
-            or self.scene.check.is_coarse(self.scene.position)
+            or self.view.check.is_coarse(self.view.position)
             or best.distance > _AMPLIFIED * limit
             or best.token_id in self._measured
         ):
             return
         self._measured.add(best.token_id)
-        self.scene.check.remeasure(self.scene.prefix, best.token_id)
-        limit = self.scene.check.limit(self.scene.position)
+        self.view.check.remeasure(self.view.prefix, best.token_id)
+        limit = self.view.check.limit(self.view.position)
         if best.distance <= limit:  # its own noise explains the distance: check again all that lies so near
-            self._certain = self._tried.take_back(limit)[: self.max_batch]
+            self._queued = self._tried.take_back(limit)[: self.max_batch]
 
     def _conclude(self) -> None:
         """With the whole vocabulary tried: accept the nearest token in the next pass, or describe the miss."""
         best = self._tried.best()
         if best.is_near:
-            self._certain = torch.tensor([best.token_id])
+            self._queued = torch.tensor([best.token_id])
             return
-        check, runner_up = self.scene.check, self._tried.runner_up(best.token_id)
+        check, runner_up = self.view.check, self._tried.runner_up(best.token_id)
         self.miss = Miss(
-            position=self.scene.position,
+            position=self.view.position,
             token_id=best.token_id,
-            token=self.scene.lm.decode([best.token_id]),
+            token=self.view.lm.decode([best.token_id]),
             distance=best.distance,
-            tolerance=self.scene.check.limit(self.scene.position),
+            tolerance=self.view.check.limit(self.view.position),
             n_checked=self._tried.n_checked,
             runner_up=runner_up,
             diagnosis=diagnosed(
                 check.observed,
-                self.scene.position,
+                self.view.position,
                 distance=best.distance,
                 runner_up=runner_up,
-                limit=check.limit(self.scene.position),
-                dtype=str(self.scene.lm.dtype).removeprefix("torch."),
+                limit=check.limit(self.view.position),
+                dtype=str(self.view.lm.dtype).removeprefix("torch."),
             ),
         )
 
     def _accept(self, best: Best) -> None:
         """Write down the evidence for a token, and begin the next position."""
-        scene, tried = self.scene, self._tried
-        limit, rivals = scene.check.limit(scene.position), tried.rivals(best.token_id)
-        if rivals and scene.check.is_coarse(scene.position):
-            own = scene.check.own_limit(scene.prefix, best.token_id)
+        view, tried = self.view, self._tried
+        limit, rivals = view.check.limit(view.position), tried.rivals(best.token_id)
+        if rivals and view.check.is_coarse(view.position):
+            own = view.check.own_limit(view.prefix, best.token_id)
             if best.distance <= own < limit:  # its own noise tells it from tokens that the coarse tolerance does not
-                limit, rivals = own, [(i, d) for i, d in rivals if d <= own + scene.check.noise]
+                limit, rivals = own, [(i, d) for i, d in rivals if d <= own + view.check.noise]
         self.accepted_by_noise |= not best.fits
         self.evidence.append(
             PositionEvidence(
                 token_id=best.token_id,
-                token=scene.lm.decode([best.token_id]),
+                token=view.lm.decode([best.token_id]),
                 distance=best.distance,
                 tolerance=limit,
                 runner_up=tried.runner_up(best.token_id),
                 n_checked=tried.n_checked,
                 rivals=tuple(
-                    Candidate(token_id=i, token=scene.lm.decode([i]), distance=d) for i, d in rivals[:_MAX_RIVALS]
+                    Candidate(token_id=i, token=view.lm.decode([i]), distance=d) for i, d in rivals[:_MAX_RIVALS]
                 ),
             )
         )
         self.proposal.settle(best.token_id)
-        scene.prefix.append(best.token_id)
+        view.prefix.append(best.token_id)
         self._begin()
 
     def _begin(self) -> None:
-        self._tried = Tried(self.scene.lm.vocab_size)
+        self._tried = Trials(self.view.lm.vocab_size)
         self._measured = set()
-        self._certain = torch.empty(0, dtype=torch.long)
+        self._queued = torch.empty(0, dtype=torch.long)
         self._size = _FIRST_BATCH
-        if self.scene.position < self.scene.seen.seq_len:
+        if self.view.position < self.view.seen.seq_len:
             self.proposal.begin()

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sipit.inversion.arithmetic import fast_arithmetic
+from sipit.inversion.inverses.arithmetic import fast_arithmetic
 
-_N_SEEN = 3  # states the network sees: the one before, this one, the one after
+_N_SEEN = 3  # states the network attends: the one before, this one, the one after
 KEY_LENGTH = 8.0  # common length of all keys: with longer ones the softmax is sure of everything
 
 

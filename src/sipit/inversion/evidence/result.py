@@ -109,15 +109,3 @@ class Inversion:
         elif self.verdict == "ambiguous":
             text += "; accepted within the declared noise only, as the nearest token checked"
         return text
-
-
-@dataclass
-class Meter:
-    """Counts the work of a search in the unit that is the same on every machine."""
-
-    block_tokens: int = 0
-    n_checked: int = 0
-
-    def spend(self, n_tokens: int, n_blocks: int, *, passes: int = 1) -> None:
-        """Add n_tokens through n_blocks; a backward pass counts as two passes more."""
-        self.block_tokens += n_tokens * n_blocks * passes

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sipit.inversion.check import Checked
+from sipit.inversion.judging.check import Checked
 
 _LEAST, _MOST = -7.0, 7.0  # nats that one distance may count
 _FAR = 1e6  # of the scale: a state that overflowed counts as so far away
@@ -41,7 +41,7 @@ class _Population:
         return -0.5 * ((x - self.mean) / self.deviation) ** 2 - math.log(self.deviation)
 
 
-class Overheard:
+class OffPathEvidence:
     """Distances of tokens that were checked at positions ahead, behind a token that proved wrong.
 
     Args:

@@ -13,29 +13,30 @@ import math
 from bisect import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from sipit.inversion.check import Checked
-from sipit.inversion.proposals.echoes import Echoes
+from sipit.inversion.inverses.inverse import Inverse
+from sipit.inversion.inverses.ridge import ridge
+from sipit.inversion.judging.check import Checked
 from sipit.inversion.proposals.likely import Likely
-from sipit.inversion.proposals.overheard import Overheard
-from sipit.inversion.proposals.proposal import Scene
-from sipit.inversion.regression import ridge
-from sipit.inversion.token_keys import TokenKeys
-from sipit.inversion.tree import Outlook, worthwhile
+from sipit.inversion.proposals.off_path import OffPathEvidence
+from sipit.inversion.proposals.price import n_worth_checking
+from sipit.inversion.proposals.proposal import Draft, SearchView
+from sipit.inversion.proposals.repeated import RepeatedStates
 
 _BLOCK = 64  # positions scored at a time
 _MAX_SCORES = 1 << 25  # scores held at once, over all positions ahead
 _WIDTH = 8  # guesses kept for each position ahead
-_PATIENCE = 8  # candidates checked in vain before a regression on them corrects the inverse
-_DESPAIR = 64  # at which another regression on them does without the inverse
+_CORRECT_AFTER = 8  # candidates checked in vain before a regression on them corrects the inverse
+_REFIT_AFTER = 64  # at which another regression on them does without the inverse
 _HOPELESS = 512  # at which the order of all that is left is settled once: what more regressions cost, they never save
 _LEAST_HEARD = -1.0  # nats that what was overheard may count against a token where the order is one of ranks
 _PRIOR_NATS = 2.0  # evidence needed to leave the first pair of weights
-_PERSISTENCE = 0.5  # candidates worth checking next, of those checked in vain: fewer are more passes, more are wasted
+_MIN_BATCH_SHARE = (
+    0.5  # candidates worth checking next, of those checked in vain: fewer are more passes, more are wasted
+)
 _BANDS = (0.5, 0.9, 0.99, 0.999)  # guesses of like certainty are judged together by how often they prove right
 _PRIOR_GUESSES = 20.0  # of each band, assumed to have been right as often as they claimed
 _SURE = 0.9  # a guess that proves right at this chance teaches nothing
@@ -43,38 +44,6 @@ _CERTAIN = 0.999  # a guess by the inverse alone, for which the likelihood is no
 _ECHO_NATS = 3.0  # for the token of an earlier state nearly like this one, against all others together
 _LOCAL_RIDGE = 1e-3
 _LOCAL_GAIN = 75.0  # of a cosine, beside a log-probability
-
-
-class Inverse(Protocol):
-    """From states to a score for every token."""
-
-    @property
-    def keys(self) -> TokenKeys:
-        """The directions that queries are compared with."""
-
-    @property
-    def weights(self) -> tuple[tuple[float, float], ...]:
-        """Pairs (of the inverse's score, of the log-probability) to choose from as evidence comes in."""
-
-    @property
-    def doubtful_weights(self) -> tuple[float, float]:
-        """Such a pair for positions where its first choices were wrong."""
-
-    @property
-    def echo_reach(self) -> float:
-        """How near an earlier state must lie, over the norm, for its token to be tried first."""
-
-    def queries(self, states: Tensor) -> Tensor:
-        """Return one query a position of one prompt. (T, D) → (T, K)."""
-
-    def amended_query(self, observed: Tensor, position: int, states: Tensor, token_ids: Tensor) -> Tensor:
-        """Return the query at a position, corrected by candidates checked there. (T, D), (N, D), (N,) → (K,)."""
-
-    def other_query(self, observed: Tensor, position: int) -> Tensor | None:
-        """Return a second reading of a state that may be of the other kind; None where it is not. (T, D) → (K,)."""
-
-    def scores(self, queries: Tensor) -> Tensor:
-        """Return the score of every token. (N, K) → (N, V)."""
 
 
 @dataclass(frozen=True)
@@ -91,42 +60,42 @@ class _Guesses:
         return int(self.token_ids[row, 0]) == token_id and float(self.chances[row, 0]) > _SURE
 
 
-class Reader:
+class FusedProposal:
     """A proposal that reads every position from the observed states.
 
     Args:
-        scene: where the search stands.
+        view: where the search stands.
         inverse: what scores tokens.
         is_cautious: consult the likelihood only when this many candidates were wasted as its price is worth.
     """
 
     batch_limit: int | None = None
 
-    def __init__(self, scene: Scene, inverse: Inverse, *, is_cautious: bool) -> None:
-        self.scene = scene
+    def __init__(self, view: SearchView, inverse: Inverse, *, is_cautious: bool) -> None:
+        self.view = view
         self._inverse = inverse
-        self._likely = Likely(scene)
-        self._queries = inverse.queries(scene.check.observed)  # (T, K)
-        n_above = scene.lm.n_layers - scene.seen.layer
-        self._patience = scene.seen.seq_len * n_above / max(scene.seen.layer, 1) if is_cautious else -1.0
+        self._likely = Likely(view)
+        self._queries = inverse.queries(view.check.observed)  # (T, K)
+        n_above = view.lm.n_layers - view.seen.layer
+        self._patience = view.seen.seq_len * n_above / max(view.seen.layer, 1) if is_cautious else -1.0
         self._n_wasted = 0
         self._nats = torch.zeros(len(inverse.weights))  # negative log-likelihood of what proved right
         self._nats[1:] += _PRIOR_NATS
-        self._n_blocks = max(2, _MAX_SCORES // (_BLOCK * scene.lm.vocab_size))
+        self._n_blocks = max(2, _MAX_SCORES // (_BLOCK * view.lm.vocab_size))
         self._scores: dict[int, Tensor] = {}  # first position of a block → (W, V)
         self._logs: dict[int, Tensor] = {}  # position → (V,)
         self._seen = [0.0] * (len(_BANDS) + 1)  # guesses of each band that were settled
         self._right = [0.0] * (len(_BANDS) + 1)  # and that proved right
         self._guesses: dict[int, _Guesses] = {}  # first position of a block → its best tokens
         self._checked: list[Checked] = []
-        self._overheard = Overheard(scene.check.observed)
-        self._echoes = Echoes(scene.check.observed, inverse.echo_reach)
+        self._overheard = OffPathEvidence(view.check.observed)
+        self._echoes = RepeatedStates(view.check.observed, inverse.echo_reach)
         self._first = 0.0
         self._rest: Tensor | None = None  # (V,) the order settled after many candidates in vain
 
     @property
     def _uses_likelihood(self) -> bool:
-        return self._n_wasted > self._patience and self.scene.seen.layer > 0
+        return self._n_wasted > self._patience and self.view.seen.layer > 0
 
     def begin(self) -> None:
         self._checked = []
@@ -134,40 +103,40 @@ class Reader:
 
     def next(self, n: int, untried: Tensor) -> Tensor:
         n_checked = sum(len(c.token_ids) for c in self._checked)
-        here = untried.to(self.scene.check.observed.device)
+        here = untried.to(self.view.check.observed.device)
         n_left = int(untried.sum())
         if n_left == 0:
             return untried.nonzero()[:, 0]
         if self._rest is not None:
             return self._rest[untried[self._rest]][:n]
-        is_doubtful = n_checked >= _PATIENCE
-        heard = self._overheard.evidence(self.scene.position)
-        logits = self._doubtful_logits() if is_doubtful else self._logits(self.scene.position)  # (V,)
+        is_doubtful = n_checked >= _CORRECT_AFTER
+        heard = self._overheard.evidence(self.view.position)
+        logits = self._doubtful_logits() if is_doubtful else self._logits(self.view.position)  # (V,)
         for token_id, nats in heard.items():
             logits[token_id] += max(nats, _LEAST_HEARD) if is_doubtful else nats
         if n_checked >= _HOPELESS:
             self._rest = logits.argsort(descending=True, stable=True).cpu()
             return self._rest[untried[self._rest]][:n]
         logits = logits.masked_fill(~here, -torch.inf)
-        echo = self._echoes.token(self.scene.position, self.scene.prefix)
+        echo = self._echoes.token(self.view.position, self.view.prefix)
         is_echo = echo is not None and bool(here[echo])
         if is_echo:
             logits[echo] = logits.logsumexp(dim=0) + _ECHO_NATS
         chances, order = logits.softmax(dim=0).topk(min(n, n_left))
         self._first = float(chances[0] if heard or is_echo else self._believed(chances)[0])
-        n_worth = worthwhile(chances, self.scene.price)
-        return order[: max(n_worth, int(_PERSISTENCE * n_checked))].cpu()
+        n_worth = n_worth_checking(chances, self.view.price)
+        return order[: max(n_worth, int(_MIN_BATCH_SHARE * n_checked))].cpu()
 
-    def outlook(self) -> Outlook | None:
-        return Outlook(first=self._first, ahead=self._ahead())
+    def draft(self) -> Draft | None:
+        return Draft(first=self._first, ahead=self._ahead())
 
     def _ahead(self) -> Iterator[tuple[Tensor, Tensor]]:
-        n_positions = min(self.scene.seen.seq_len, self.scene.position + self._n_blocks * _BLOCK)
-        for position in range(self.scene.position + 1, n_positions):
+        n_positions = min(self.view.seen.seq_len, self.view.position + self._n_blocks * _BLOCK)
+        for position in range(self.view.position + 1, n_positions):
             guesses = self._guesses_at(position)
             token_ids, chances = guesses.token_ids[position % _BLOCK], guesses.chances[position % _BLOCK]
             token_ids, chances = _informed(token_ids, self._believed(chances), self._overheard.evidence(position))
-            echo = self._echoes.token(position, self.scene.prefix)
+            echo = self._echoes.token(position, self.view.prefix)
             yield (token_ids, chances) if echo is None else _echoed(token_ids, chances, echo)
 
     def _guesses_at(self, position: int) -> _Guesses:
@@ -202,7 +171,7 @@ class Reader:
         return chances * (rate / max(claimed, 1e-9))
 
     def settle(self, token_id: int) -> None:
-        position = self.scene.position
+        position = self.view.position
         self._overheard.settle(position, token_id)
         guesses = self._guesses.get(position - position % _BLOCK)
         if guesses is not None:
@@ -232,7 +201,7 @@ class Reader:
 
     def _block(self, start: int) -> Tensor:
         """Return the inverse's scores at a block of positions, kept until it is behind. (W, V)."""
-        for old in [s for s in self._scores if s + _BLOCK <= self.scene.position]:
+        for old in [s for s in self._scores if s + _BLOCK <= self.view.position]:
             del self._scores[old]
             self._guesses.pop(old, None)
         if start not in self._scores:
@@ -241,7 +210,7 @@ class Reader:
 
     def _log_rows(self, positions: Sequence[int]) -> Tensor:
         """Return the log-probabilities at some positions, kept until they are behind. (N, V)."""
-        for old in [p for p in self._logs if p < self.scene.position]:
+        for old in [p for p in self._logs if p < self.view.position]:
             del self._logs[old]
         new = [p for p in positions if p not in self._logs]
         if new:
@@ -256,19 +225,19 @@ class Reader:
         whole vocabulary, tried tokens included: among the untried alone a rank would fall at each call,
         and evidence against a token would put it behind the best of what is left for ever.
         """
-        inverse, scene = self._inverse, self.scene
+        inverse, view = self._inverse, self.view
         states = torch.cat([c.states for c in self._checked]).float()  # (N, D)
         tokens = torch.cat([c.token_ids for c in self._checked])  # (N,)
-        query = inverse.amended_query(scene.check.observed, scene.position, states, tokens)
-        _, logs = self._rows(scene.position)
+        query = inverse.amended_query(view.check.observed, view.position, states, tokens)
+        _, logs = self._rows(view.position)
         readings = [inverse.scores(query[None])[0]]
         if logs is not None:
             readings.append(_fused(inverse.doubtful_weights, readings[0], logs))
-        if len(tokens) >= _DESPAIR:
+        if len(tokens) >= _REFIT_AFTER:
             keys = inverse.keys
-            query = ridge(states, keys.keys(tokens), _LOCAL_RIDGE)(scene.target[None].float())
+            query = ridge(states, keys.keys(tokens), _LOCAL_RIDGE)(view.target[None].float())
             readings.append(_fused((_LOCAL_GAIN, 1.0), keys.scores(query)[0], logs))
-        other = inverse.other_query(scene.check.observed, scene.position)
+        other = inverse.other_query(view.check.observed, view.position)
         if other is not None:
             readings.append(inverse.scores(other[None])[0])
         return torch.stack([_by_rank(scores) for scores in readings]).amax(dim=0) if len(readings) > 1 else readings[0]

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from sipit.errors import CertificateError, OptionError, ShapeError
-from sipit.inversion.result import POLICIES, Inversion, Verdict
-from sipit.inversion.tolerance import SAFETY, local_noise, noise_floor, tolerance_for
+from sipit.inversion.evidence.result import POLICIES, Inversion, Verdict
+from sipit.inversion.judging.noise import SAFETY, local_noise, noise_floor
+from sipit.inversion.judging.tolerance import tolerance_for
 from sipit.models import LanguageModel
 from sipit.observations import Observation
 from sipit.storage import read_json, write_json

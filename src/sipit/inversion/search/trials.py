@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sipit.inversion.check import Checked
+from sipit.inversion.judging.check import Checked
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Best:
     is_near: bool
 
 
-class Tried:
+class Trials:
     """The candidates checked at one position."""
 
     def __init__(self, vocab_size: int) -> None:

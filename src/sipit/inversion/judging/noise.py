@@ -1,31 +1,26 @@
-"""How far a right candidate may lie from the observed state: measured, never typed in.
+"""How far the same prompt's states lie apart between passes of different shapes: measured, never typed in.
 
-A right token's state differs from the observed one by (a) the order of floating-point sums, which
-depends on the shapes the kernels see, and (b) the rounding to the dtype the states were stored in.
-(a) is measured on this model, layer, site, dtype and device: the same prompts go through the
-ordinary forward pass and through packed passes. (b) is bounded exactly from the stored values.
+A right token's state differs from the observed one by the order of floating-point sums, which depends
+on the shapes the kernels see. The same prompts go through the ordinary forward pass and through packed
+passes, on this model, cut, dtype and device; so do single states that amplify rounding.
 """
 
 from __future__ import annotations
 
 import math
-import weakref
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sipit.corpora import library_code
 from sipit.errors import ModelError
+from sipit.inversion.judging.calibration import calibration_prompts
 from sipit.models import LanguageModel, PrefixCache, TruncatedModel
-from sipit.observations import Observation, Site
+from sipit.observations import Cut, Site
 
 SAFETY = 8.0  # the tolerance is this many times the largest noise seen in calibration
-_CLEAR = 0.25  # of the gap to wrong tokens that a tolerance stays below where noise allows
-_COARSE = 0.02  # of that gap, above which a later position's tolerance is coarse
+CLEAR = 0.25  # of the gap to wrong tokens that a tolerance stays below where noise allows
 _LOW_GAP = 0.1  # quantile of the gaps that counts: a few tokens of any vocabulary are hardly trained, and alike
-_LENGTHS = (48, 17)  # tokens of the calibration prompts
-_SHORT, _FIRSTS = 5, 8  # length and number of prompts for more first tokens, whose norm is extreme
 _SHAPES = ((1, 0), (2, 15), (1, 1), (8, 3), (1, 2), (1, 63), (16, 0), (2, 0))  # tokens right in a row, wrong beside
 _WIDTHS = (1, 2, 16, 64)  # of the packed passes that measure the noise of one state
 
@@ -43,67 +38,6 @@ class NoiseFloor:
     rest_spread: float = 1.0  # and at later positions
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tolerance:
-    """What counts as equal to one observation's states, position by position."""
-
-    noise: Tensor  # (T,) float64: explained by the order of sums
-    is_coarse: Tensor  # (T,) bool: not clearly below the gap to wrong tokens, so that one may fit as well
-    half_ulp: Tensor | None  # (T, D): half a unit in the last place of each stored value; None: not rounded
-    total: Tensor  # (T,) float64: noise plus the norm of half_ulp
-
-    def excess(self, states: Tensor, observed: Tensor, rows: Tensor) -> Tensor:
-        """Return how far states lie from all values that would be stored as the observed ones.
-
-        (N, D), (N, D), (N,) → (N,). Rounding a massive coordinate widens the plain distance by much;
-        this leaves the other coordinates their full say.
-        """
-        gap = (states - observed).abs_()
-        if self.half_ulp is not None:
-            gap = (gap - self.half_ulp[rows].to(gap)).clamp_(min=0)
-        length: Tensor = torch.linalg.vector_norm(gap, dim=1)
-        return length
-
-
-_measured: weakref.WeakKeyDictionary[LanguageModel, dict[tuple[int, Site], NoiseFloor]] = weakref.WeakKeyDictionary()
-
-
-def tolerance_for(lm: LanguageModel, seen: Observation) -> Tolerance:
-    """Return the tolerance at each position of an observation."""
-    floor = noise_floor(lm, seen.layer, seen.site)
-    norms = seen.states.double().norm(dim=1)  # (T,)
-    first, rest = _allowed(floor.first, floor.first_gap), _allowed(floor.rest, floor.rest_gap)
-    ratios = torch.full_like(norms, rest)
-    ratios[0] = first
-    is_coarse = torch.full_like(norms, rest > _COARSE * floor.rest_gap, dtype=torch.bool)
-    is_coarse[0] = first > _CLEAR * floor.first_gap
-    noise = ratios * norms
-    if torch.finfo(seen.states.dtype).eps <= torch.finfo(lm.dtype).eps:
-        return Tolerance(noise=noise, is_coarse=is_coarse, half_ulp=None, total=noise)
-    half = half_ulp(seen.states)  # (T, D)
-    return Tolerance(noise=noise, is_coarse=is_coarse, half_ulp=half, total=noise + half.double().norm(dim=1))
-
-
-def _allowed(noise: float, gap: float) -> float:
-    """Return the tolerance for a measured noise and gap, all over the state's norm.
-
-    The safety factor, as far as wrong tokens leave room for it: where noise is not far below their
-    distance (a model in bfloat16), it stops half-way between the two, by ratio.
-    """
-    wide = SAFETY * noise
-    return wide if wide <= _CLEAR * gap else min(wide, max(2 * noise, math.sqrt(noise * gap)))
-
-
-def half_ulp(values: Tensor) -> Tensor:
-    """Return half a unit in the last place of each value: the largest error of rounding to its dtype.
-
-    Any shape; float32 out. Exact for normal and subnormal numbers.
-    """
-    info = torch.finfo(values.dtype)
-    _, exponent = torch.frexp(values.abs().double().clamp_(min=info.tiny))  # |x| = m 2^e, m in [0.5, 1)
-    return torch.ldexp(torch.full_like(exponent, info.eps / 4, dtype=torch.float64), exponent)
-
-
 def noise_floor(lm: LanguageModel, layer: int, site: Site) -> NoiseFloor:
     """Return the measured noise of the packed check against the ordinary forward pass, once per cut.
 
@@ -111,10 +45,8 @@ def noise_floor(lm: LanguageModel, layer: int, site: Site) -> NoiseFloor:
         ModelError: packed states of right tokens are not far nearer than those of wrong ones, so
             the packed check does not compute this model.
     """
-    known = _measured.setdefault(lm, {})
-    if (layer, site) not in known:
-        known[(layer, site)] = _measure(lm, lm.cut(layer, site))
-    return known[(layer, site)]
+    cut = Cut(layer, site)
+    return lm.derived(("noise floor", cut), lambda: _measure(lm, lm.cut(layer, site)))
 
 
 def _measure(lm: LanguageModel, cut: TruncatedModel) -> NoiseFloor:
@@ -124,7 +56,7 @@ def _measure(lm: LanguageModel, cut: TruncatedModel) -> NoiseFloor:
     rest_gaps: list[float] = []
     spreads: dict[bool, list[float]] = {True: [], False: []}  # by whether the position is the first
     spent = 0
-    for ids in _prompts(lm):
+    for ids in calibration_prompts(lm):
         expected = cut.ordinary(ids).double()  # (T, D)
         norms = expected.norm(dim=1).cpu()  # (T,)
         try:
@@ -146,7 +78,7 @@ def _measure(lm: LanguageModel, cut: TruncatedModel) -> NoiseFloor:
     rest, rest_gap = max(*rests, unit), _quantile(rest_gaps, _LOW_GAP)
     first, first_gap = max(*firsts, unit), min(_quantile(first_gaps, _LOW_GAP), rest_gap)
     floor = NoiseFloor(
-        first=max(first, rest) if SAFETY * rest <= _CLEAR * first_gap else first,  # few first tokens are measured
+        first=max(first, rest) if SAFETY * rest <= CLEAR * first_gap else first,  # few first tokens are measured
         rest=rest,
         first_gap=first_gap,
         rest_gap=rest_gap,
@@ -155,7 +87,7 @@ def _measure(lm: LanguageModel, cut: TruncatedModel) -> NoiseFloor:
         rest_spread=_quantile(spreads[False] or [1.0], _LOW_GAP),
     )
     typical = _quantile(rests, 0.5)
-    if typical > _CLEAR * _quantile(rest_gaps, 0.5) or 2 * rest > rest_gap:
+    if typical > CLEAR * _quantile(rest_gaps, 0.5) or 2 * rest > rest_gap:
         raise ModelError(
             f"model {lm.name!r}: packed and ordinary states after {cut.layer} blocks differ by up to "
             f"{rest:.2g} of their norm, wrong tokens by {rest_gap:.2g} and more; the packed check does not "
@@ -188,22 +120,6 @@ def _quantile(values: list[float], q: float) -> float:
     return sorted(values)[int(q * (len(values) - 1))] if values else math.inf
 
 
-def _prompts(lm: LanguageModel) -> list[Tensor]:
-    """Return the calibration prompts: random ids with a run of one token, code, and short ones. (T,) each."""
-    generator = torch.Generator().manual_seed(0)
-    prompts = []
-    for wanted in (*_LENGTHS, *[_SHORT] * _FIRSTS):
-        length = min(wanted, lm.max_positions or wanted)
-        ids = torch.randint(lm.vocab_size, (length,), generator=generator)
-        ids[length // 2 : length // 2 + length // 8] = ids[length // 2]
-        prompts.append(ids)
-    if lm.tokenizer is not None:
-        text = next(library_code(only=("textwrap",)))[:2000]
-        code = lm.encode(text)
-        prompts.append(code[: min(_LENGTHS[0], lm.max_positions or _LENGTHS[0])])
-    return prompts
-
-
 def _packed_distances(
     cut: TruncatedModel, ids: Tensor, expected: Tensor, lm: LanguageModel
 ) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -223,9 +139,9 @@ def _packed_distances(
         decoys = decoys[~torch.isin(decoys, torch.tensor(alike))]
         tokens = torch.cat([chain, decoys])  # (Q,)
         places = torch.cat([torch.arange(start, start + len(chain)), torch.full((len(decoys),), start)])
-        sees = torch.eye(len(tokens), dtype=torch.bool)
-        sees[: len(chain), : len(chain)] = torch.ones(len(chain), len(chain), dtype=torch.bool).tril()
-        states = cut.packed(cache, tokens, places, sees).double()  # (Q, D)
+        attends = torch.eye(len(tokens), dtype=torch.bool)
+        attends[: len(chain), : len(chain)] = torch.ones(len(chain), len(chain), dtype=torch.bool).tril()
+        states = cut.packed(cache, tokens, places, attends).double()  # (Q, D)
         distances = (states - expected[places.to(states.device)]).norm(dim=1).cpu()
         right.append(distances[: len(chain)])
         nearest = torch.full((len(chain),), torch.inf, dtype=torch.float64)

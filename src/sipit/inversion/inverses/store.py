@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sipit.inversion.fitting.network import InverseNetwork
+from sipit.inversion.inverses.network import InverseNetwork
 from sipit.models import LanguageModel
 from sipit.observations import Site
 from sipit.storage import cache_dir, whole_file
@@ -82,14 +81,12 @@ def load_fit(lm: LanguageModel, layer: int, site: Site) -> Fit | None:
     except OSError:
         return None
     state = path, found.st_ino, found.st_mtime_ns, found.st_size
-    if lm not in _last or _last[lm][0] != state:
-        _last[lm] = state, _read(lm, path)
-    return _last[lm][1]
-
-
-_last: weakref.WeakKeyDictionary[LanguageModel, tuple[tuple[Path, int, int, int], Fit | None]] = (
-    weakref.WeakKeyDictionary()
-)
+    last: dict[tuple[Path, int, int, int], Fit | None] = lm.derived("last fit read", dict)
+    if state not in last:
+        read = _read(lm, path)
+        last.clear()
+        last[state] = read
+    return last.get(state)
 
 
 def _read(lm: LanguageModel, path: Path) -> Fit | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 _ROWS = 512  # states compared with all before them at a time
 
 
-class Echoes:
+class RepeatedStates:
     """For each position of a prompt the first one before it whose observed state lies near.
 
     Args:

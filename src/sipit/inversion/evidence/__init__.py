@@ -1,0 +1,1 @@
+"""What an inversion found, and the certificate that replays it."""

@@ -1,0 +1,68 @@
+"""A fit as an inverse: one query a position, the score of every token. Imports no training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sipit.inversion.inverses.network import KEY_LENGTH
+from sipit.inversion.inverses.ridge import amended_query
+from sipit.inversion.inverses.sinks import alternative_kind, is_sink_like, is_sink_like_at
+from sipit.inversion.inverses.store import Fit
+from sipit.inversion.inverses.token_keys import TokenKeys
+
+_FIRST_LOGIT = 40.0  # of a cosine of 1 at position 0, whatever the temperature: near the least cross-entropy
+_NATURAL = (0.8, 0.5)  # of scores and log-probabilities: natural text is likelier than what a fit is calibrated on
+
+
+class FittedInverse:
+    """A fit as an inverse: one query a position, the score of every token."""
+
+    doubtful_weights = (0.6, 0.75)
+    echo_reach = 0.1
+
+    def __init__(self, keys: TokenKeys, fit: Fit) -> None:
+        self.keys = keys
+        self.fit = fit
+        calibrated = (1.0, fit.likelihood_weight)  # to all kinds of held-out text at once, random ids among them
+        self.weights: tuple[tuple[float, float], ...] = (_NATURAL, calibrated, (1.0, 0.0), (0.6, 0.5), (0.6, 1.0))
+
+    def queries(self, states: Tensor) -> Tensor:
+        """Return one query a position of one prompt. (T, D) → (T, K)."""
+        fit = self.fit
+        queries = fit.network.queries(states.float())
+        is_sink = is_sink_like(states, fit.first_mean, fit.sink_cosine)  # (T,)
+        queries[is_sink] = self._first_queries(states[is_sink])
+        return queries
+
+    def amended_query(self, observed: Tensor, position: int, states: Tensor, token_ids: Tensor) -> Tensor:
+        """Return the query at a position, corrected by candidates checked there. (T, D), (N, D), (N,) → (K,)."""
+        fit = self.fit
+        rows = torch.cat([observed[position][None], states]).float()  # (N + 1, D)
+        if is_sink_like_at(observed, position, fit.first_mean, fit.sink_cosine):
+            queries, gain = self._first_queries(rows), self._first_gain
+        else:
+            queries, gain = fit.network.queries_at(observed, position, rows), KEY_LENGTH
+        return amended_query(rows, queries, self.keys.keys(token_ids) * gain)
+
+    def other_query(self, observed: Tensor, position: int) -> Tensor | None:
+        """Return the query of the other reading where a state may be of the other kind. (T, D) → (K,)."""
+        fit, state = self.fit, observed[position][None]
+        kind = alternative_kind(observed, position, fit.first_mean, fit.sink_cosine)
+        if kind is None:
+            return None
+        queries = self._first_queries(state) if kind == "first" else fit.network.queries_at(observed, position, state)
+        return queries[0]
+
+    def _first_queries(self, states: Tensor) -> Tensor:
+        first = (states.double() - self.fit.first_mean) @ self.fit.first_weight
+        return torch.nn.functional.normalize(first, dim=1).float() * self._first_gain
+
+    @property
+    def _first_gain(self) -> float:
+        return _FIRST_LOGIT / KEY_LENGTH * self.fit.temperature
+
+    def scores(self, queries: Tensor) -> Tensor:
+        """Return calibrated scores of every token. (N, K) → (N, V)."""
+        temperature = self.fit.temperature
+        return self.keys.scores(queries * (KEY_LENGTH / temperature)).add_(self.fit.network.bias / temperature)

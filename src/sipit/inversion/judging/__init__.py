@@ -1,0 +1,1 @@
+"""All that decides whether a candidate is the observed token, and nothing of search, fitting or corpora."""

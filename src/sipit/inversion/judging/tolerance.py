@@ -1,0 +1,77 @@
+"""How far a right candidate may lie from the observed state.
+
+By (a) the order of floating-point sums, which `noise` measures, and (b) the rounding to the dtype the
+states were stored in, which is bounded exactly from the stored values.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sipit.inversion.judging.noise import CLEAR, SAFETY, noise_floor
+from sipit.models import LanguageModel
+from sipit.observations import Observation
+
+_COARSE = 0.02  # of the gap to wrong tokens, above which a later position's tolerance is coarse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """What counts as equal to one observation's states, position by position."""
+
+    noise: Tensor  # (T,) float64: explained by the order of sums
+    is_coarse: Tensor  # (T,) bool: not clearly below the gap to wrong tokens, so that one may fit as well
+    half_ulp: Tensor | None  # (T, D): half a unit in the last place of each stored value; None: not rounded
+    total: Tensor  # (T,) float64: noise plus the norm of half_ulp
+
+    def excess(self, states: Tensor, observed: Tensor, rows: Tensor) -> Tensor:
+        """Return how far states lie from all values that would be stored as the observed ones.
+
+        (N, D), (N, D), (N,) → (N,). Rounding a massive coordinate widens the plain distance by much;
+        this leaves the other coordinates their full say.
+        """
+        gap = (states - observed).abs_()
+        if self.half_ulp is not None:
+            gap = (gap - self.half_ulp[rows].to(gap)).clamp_(min=0)
+        length: Tensor = torch.linalg.vector_norm(gap, dim=1)
+        return length
+
+
+def tolerance_for(lm: LanguageModel, seen: Observation) -> Tolerance:
+    """Return the tolerance at each position of an observation."""
+    floor = noise_floor(lm, seen.layer, seen.site)
+    norms = seen.states.double().norm(dim=1)  # (T,)
+    first, rest = _allowed(floor.first, floor.first_gap), _allowed(floor.rest, floor.rest_gap)
+    ratios = torch.full_like(norms, rest)
+    ratios[0] = first
+    is_coarse = torch.full_like(norms, rest > _COARSE * floor.rest_gap, dtype=torch.bool)
+    is_coarse[0] = first > CLEAR * floor.first_gap
+    noise = ratios * norms
+    if torch.finfo(seen.states.dtype).eps <= torch.finfo(lm.dtype).eps:
+        return Tolerance(noise=noise, is_coarse=is_coarse, half_ulp=None, total=noise)
+    half = half_ulp(seen.states)  # (T, D)
+    return Tolerance(noise=noise, is_coarse=is_coarse, half_ulp=half, total=noise + half.double().norm(dim=1))
+
+
+def _allowed(noise: float, gap: float) -> float:
+    """Return the tolerance for a measured noise and gap, all over the state's norm.
+
+    The safety factor, as far as wrong tokens leave room for it: where noise is not far below their
+    distance (a model in bfloat16), it stops half-way between the two, by ratio.
+    """
+    wide = SAFETY * noise
+    return wide if wide <= CLEAR * gap else min(wide, max(2 * noise, math.sqrt(noise * gap)))
+
+
+def half_ulp(values: Tensor) -> Tensor:
+    """Return half a unit in the last place of each value: the largest error of rounding to its dtype.
+
+    Any shape; float32 out. Exact for normal and subnormal numbers.
+    """
+    info = torch.finfo(values.dtype)
+    _, exponent = torch.frexp(values.abs().double().clamp_(min=info.tiny))  # |x| = m 2^e, m in [0.5, 1)
+    return torch.ldexp(torch.full_like(exponent, info.eps / 4, dtype=torch.float64), exponent)

@@ -1,0 +1,1 @@
+"""One search or many under way: packed passes planned, walked along, ended."""

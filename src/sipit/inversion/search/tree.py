@@ -1,0 +1,58 @@
+"""One packed pass as a tree: candidates for the next position, guesses behind the best of them.
+
+A wrong guess costs the tokens behind it in this pass and nothing else; a right one saves a pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sipit.inversion.proposals.price import n_worth_checking
+from sipit.inversion.proposals.proposal import Draft
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tree:
+    """The tokens of one packed pass. Q tokens; each level is a position."""
+
+    token_ids: Tensor  # (Q,)
+    positions: Tensor  # (Q,)
+    attends: Tensor | None  # (Q, Q) bool; None: each token is alone behind the prefix
+    levels: tuple[tuple[int, ...], ...]  # the columns of each position
+    chain: tuple[int, ...]  # the column of each level that the next level continues
+
+
+def build_tree(batch: Tensor, position: int, draft: Draft | None, max_tokens: int, price: float) -> Tree:
+    """Return the tree of one pass: `batch` at `position`, then guesses while they are likely enough for its price."""
+    tokens, places = [batch], [torch.full_like(batch, position)]
+    levels, chain = [tuple(range(len(batch)))], [0]
+    n_tokens, chance = len(batch), 0.0 if draft is None else draft.first
+    if draft is not None:
+        for step, (token_ids, chances) in enumerate(draft.ahead, start=1):
+            width = min(n_worth_checking(chances, price), max_tokens - n_tokens)
+            if chance * price < 1 - chance or width < 1:
+                break
+            tokens.append(token_ids[:width])
+            places.append(torch.full((width,), position + step))
+            levels.append(tuple(range(n_tokens, n_tokens + width)))
+            chain.append(n_tokens)
+            n_tokens += width
+            chance *= float(chances[0])
+    return Tree(
+        token_ids=torch.cat(tokens),
+        positions=torch.cat(places),
+        attends=_attends(levels, chain) if len(levels) > 1 else None,
+        levels=tuple(levels),
+        chain=tuple(chain),
+    )
+
+
+def _attends(levels: list[tuple[int, ...]], chain: list[int]) -> Tensor:
+    n_tokens = levels[-1][-1] + 1
+    attends = torch.eye(n_tokens, dtype=torch.bool)  # (Q, Q)
+    for depth, level in enumerate(levels):
+        attends[level[0] : level[-1] + 1, chain[:depth]] = True
+    return attends
