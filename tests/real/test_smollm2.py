@@ -104,3 +104,16 @@ def test_bfloat16_model_gives_the_prompt_back() -> None:
     found = sipit.invert(coarse, coarse.capture(text, layer=15), use_fit=False)
     assert found.text == text
     assert found.positions[0].n_checked == coarse.vocab_size  # its tolerance is coarse there
+
+
+@pytest.mark.parametrize("layer", [5, 15])
+@pytest.mark.parametrize("token_id", [7, 12, 16])
+def test_hardly_trained_first_tokens_are_named_and_what_follows_them_comes_back(
+    lm: LanguageModel, token_id: int, layer: int
+) -> None:
+    ids = [token_id, *lm.encode(TEXTS[0])[:6].tolist()]
+    found = sipit.invert(lm, lm.capture(input_ids=ids, layer=layer), use_fit=False)
+    assert found.input_ids[1:] == tuple(ids[1:])
+    first = found.positions[0]
+    assert found.verdict == "ambiguous"
+    assert token_id in {first.token_id, *(rival.token_id for rival in first.rivals)}
