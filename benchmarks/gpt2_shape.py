@@ -18,7 +18,7 @@ import sipit
 from sipit.experiments.bench import random_prompts
 from sipit.inversion.judging.noise import noise_floor
 from sipit.models import LanguageModel
-from sipit.observations import Site
+from sipit.observations import Cut, Site
 
 _PAPER_SECONDS = 28.01
 
@@ -36,7 +36,7 @@ def main() -> int:
     cuts: list[tuple[int, Site]] = [(layer, "block") for layer in range(1, lm.n_layers + 1)]
     n_wrong = 0
     for layer, site in [*cuts, (lm.n_layers, "final")]:
-        noise_floor(lm, layer, site)  # once a layer, like loading
+        noise_floor(lm, Cut(layer, site))  # once a layer, like loading
         seconds, ratios = [], []
         for ids in prompts:
             found = sipit.invert(lm, lm.capture(input_ids=ids, layer=layer, site=site), use_fit=False)

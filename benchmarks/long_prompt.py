@@ -18,6 +18,7 @@ from pathlib import Path
 import sipit
 from sipit.experiments.bench import prompts_from_text
 from sipit.inversion.judging.noise import noise_floor
+from sipit.observations import Cut
 
 
 def measure(options: argparse.Namespace, n_tokens: int) -> int:
@@ -26,14 +27,14 @@ def measure(options: argparse.Namespace, n_tokens: int) -> int:
     text = options.text_file.read_text(encoding="utf-8")
     ids = prompts_from_text(lm, text, n_tokens=n_tokens, n_prompts=1)[0]
     seen = lm.capture(input_ids=ids, layer=options.layer)
-    cut = lm.cut(options.layer)
+    cut = lm.cut(Cut(options.layer))
     plain = []
     for _ in range(3):
         started = time.perf_counter()
         cut.ordinary(ids)
         plain.append(time.perf_counter() - started)
     started = time.perf_counter()
-    noise_floor(lm, options.layer, "block")
+    noise_floor(lm, Cut(options.layer, "block"))
     calibration = time.perf_counter() - started
     runs = []
     for _ in range(options.repeats):

@@ -41,7 +41,7 @@ def measure(observation: Path, *, use_fit: bool) -> str:
     lm = sipit.load(MODEL, device="cpu")
     _ = lm.fingerprint  # reads every weight
     seen = sipit.read_observation(observation)
-    source = "fit" if use_fit and load_fit(lm, seen.layer, seen.site) is not None else "anchors"
+    source = "fit" if use_fit and load_fit(lm, seen.cut) is not None else "anchors"
     _CLEAR.write_text(_RESET_PEAK)
     before = megabytes("VmRSS")
     found = sipit.invert(lm, seen, use_fit=use_fit)

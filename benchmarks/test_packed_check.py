@@ -22,6 +22,7 @@ from torch import Tensor
 import sipit
 from sipit import LanguageModel
 from sipit.corpora import library_code
+from sipit.observations import Cut
 
 MODEL = "smollm2-135m"
 LAYER = 15  # blocks run
@@ -63,7 +64,7 @@ class Ratio:
 
 def sides(lm: LanguageModel) -> Sides:
     """Return both passes, with the prefix already in the cache."""
-    cut = lm.cut(LAYER)
+    cut = lm.cut(Cut(LAYER))
     ids = lm.encode(next(library_code(only=("textwrap",))))[: N_PREFIX + N_CANDIDATES]
     prefix, prompt = ids[:N_PREFIX], ids[:N_CANDIDATES]
     cache = cut.new_cache()

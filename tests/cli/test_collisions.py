@@ -15,6 +15,7 @@ from torch import Tensor
 from sipit import LanguageModel
 from sipit.cli import main
 from sipit.collisions import StateFolder
+from sipit.observations import Cut
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -51,7 +52,7 @@ def record_of(name: str) -> dict[str, Any]:
 
 def last(lm: LanguageModel, prompts: Iterable[Tensor], layer: int, site: str) -> Tensor:
     """Return last-token states by one ordinary forward pass each. (N, D) float64."""
-    cut = lm.cut(layer, site)  # type: ignore[arg-type]
+    cut = lm.cut(Cut(layer, site))  # type: ignore[arg-type]
     return torch.stack([cut.ordinary(ids)[-1] for ids in prompts]).double()
 
 

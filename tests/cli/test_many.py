@@ -240,7 +240,7 @@ def test_layer_that_has_a_fit_is_reported_and_not_fitted_again(
         calls.append(cuts)
         return dict.fromkeys(cuts, Path("made"))
 
-    monkeypatch.setattr("sipit.inversion.fitting.load_fit", lambda *_: Made)
+    monkeypatch.setattr("sipit.inversion.inverses.store.load_fit", lambda *_: Made)
     monkeypatch.setattr("sipit.inversion.fitting.fit_inverse", fitted)
     arguments = ["fit", "--layer", "2", "--model", str(text_folder)]
     assert main(arguments) == 0

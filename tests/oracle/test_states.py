@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sipit import LanguageModel
-from sipit.observations import Site
+from sipit.observations import Cut, Site
 from tests.tiny_models import N_LAYERS, VOCAB, WINDOW, random_ids, tiny_model, true_states
 
 CUTS: tuple[tuple[int, Site], ...] = (
@@ -43,7 +43,7 @@ def test_capture_equals_output_hidden_states(family_lm: LanguageModel, layer: in
 @pytest.mark.parametrize(("layer", "site"), CUTS)
 def test_packed_candidates_equal_their_own_prompts(family_lm: LanguageModel, layer: int, site: Site) -> None:
     prefix, candidates = IDS[: WINDOW + 3].tolist(), list(range(0, VOCAB, 11))
-    cut = family_lm.cut(layer, site)
+    cut = family_lm.cut(Cut(layer, site))
     cache = cut.new_cache()
     # accepted tokens stand apart from wrong ones in the first pass, so that keep() must move them
     row = [77, prefix[0], prefix[1], 78, prefix[2]]
@@ -65,7 +65,7 @@ def test_packed_candidates_equal_their_own_prompts(family_lm: LanguageModel, lay
 def test_packed_tree_equals_its_paths(family_lm: LanguageModel, layer: int, site: Site) -> None:
     prefix = IDS[: WINDOW + 2].tolist()
     p = len(prefix)
-    cut = family_lm.cut(layer, site)
+    cut = family_lm.cut(Cut(layer, site))
     cache = cut.new_cache()
     cut.packed(cache, torch.tensor(prefix), torch.arange(p), torch.ones(p, p, dtype=torch.bool).tril())
     cache.keep(range(p))
@@ -83,7 +83,7 @@ def test_packed_tree_equals_its_paths(family_lm: LanguageModel, layer: int, site
 
 @pytest.mark.parametrize(("layer", "site"), CUTS)
 def test_truncated_cache_forgets_what_was_cut_off(family_lm: LanguageModel, layer: int, site: Site) -> None:
-    cut = family_lm.cut(layer, site)
+    cut = family_lm.cut(Cut(layer, site))
     cache = cut.new_cache()
     n = len(IDS)
     cut.packed(cache, IDS, torch.arange(n), torch.ones(n, n, dtype=torch.bool).tril())
@@ -98,7 +98,7 @@ def test_truncated_cache_forgets_what_was_cut_off(family_lm: LanguageModel, laye
 @pytest.mark.parametrize(("layer", "site"), CUTS)
 def test_prompts_in_one_row_do_not_see_each_other(family_lm: LanguageModel, layer: int, site: Site) -> None:
     prefixes = [IDS[: WINDOW + 2].tolist(), IDS[5:8].tolist(), random_ids(WINDOW + 4, seed=9).tolist()]
-    cut = family_lm.cut(layer, site)
+    cut = family_lm.cut(Cut(layer, site))
     cache = cut.new_cache()
     for step in range(max(map(len, prefixes))):  # tokens of the prompts alternate in the row
         lanes = [lane for lane, prefix in enumerate(prefixes) if step < len(prefix)]
@@ -118,7 +118,7 @@ def test_prompts_in_one_row_do_not_see_each_other(family_lm: LanguageModel, laye
 
 def test_long_prefix_outgrows_the_cache_buffer_and_stays_exact(llama: LanguageModel) -> None:
     ids = torch.cat([random_ids(120, seed=s) for s in range(5)])  # 600 tokens: more than the room at first
-    cut = llama.cut(2)
+    cut = llama.cut(Cut(2))
     cache = cut.new_cache()
     for start in range(0, 600, 60):
         sees = torch.ones(60, 60, dtype=torch.bool).tril()
@@ -128,7 +128,7 @@ def test_long_prefix_outgrows_the_cache_buffer_and_stays_exact(llama: LanguageMo
 
 
 def test_packed_embeddings_equal_packed_tokens(family_lm: LanguageModel) -> None:
-    cut = family_lm.cut(2)
+    cut = family_lm.cut(Cut(2))
     cache = cut.new_cache()
     cut.packed(cache, IDS, torch.arange(len(IDS)), torch.ones(len(IDS), len(IDS), dtype=torch.bool).tril())
     cache.keep(range(5))
@@ -163,7 +163,7 @@ def test_next_token_logits_equal_the_models_own(family_lm: LanguageModel) -> Non
 
 def test_float64_packed_states_equal_ordinary_ones_to_twelve_digits() -> None:
     lm = LanguageModel(tiny_model("gpt2").double(), name="gpt2")
-    cut = lm.cut(3)
+    cut = lm.cut(Cut(3))
     cache = cut.new_cache()
     cut.packed(cache, IDS, torch.arange(len(IDS)), torch.ones(len(IDS), len(IDS), dtype=torch.bool).tril())
     cache.keep(range(8))

@@ -222,7 +222,7 @@ def _few_layers(lm: LanguageModel) -> list[Cut]:
         Cut(1, "block"),
         Cut(max(1, lm.n_layers // 2), "block"),
         Cut(lm.n_layers, "block"),
-        Cut(lm.n_layers, "final"),
+        lm.final_cut,
     ]
     return list(dict.fromkeys(cuts))
 

@@ -302,7 +302,7 @@ def shown(lm: LanguageModel, ids: Iterable[int]) -> str:
 def every_layer(lm: LanguageModel) -> list[Cut]:
     from sipit.observations import Cut
 
-    return [*(Cut(layer, "block") for layer in range(1, lm.n_layers + 1)), Cut(lm.n_layers, "final")]
+    return [*(Cut(layer, "block") for layer in range(1, lm.n_layers + 1)), lm.final_cut]
 
 
 def cuts_of(lm: LanguageModel, options: argparse.Namespace, *, default: list[Any]) -> list[Cut]:

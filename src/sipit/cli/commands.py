@@ -32,7 +32,7 @@ _DEMO_OPTIONS = Namespace(policy="auto", noise=0.0, exhaustive=False, max_batch=
 
 def demo(options: Namespace) -> int:
     """Run `sipit demo`."""
-    from sipit.inversion.evidence.certificate import certificate_of, check_certificate
+    from sipit.inversion import certificate_of, check_certificate
 
     lm = loaded(options.model, options)
     layer, site = cut_of(lm, options.layer or str(lm.n_layers // 2))
@@ -98,7 +98,7 @@ def capture(options: Namespace) -> int:
 
 def invert(options: Namespace) -> int:
     """Run `sipit invert`."""
-    from sipit.inversion.search.batching import SearchOptions
+    from sipit.inversion import SearchOptions
     from sipit.observations import holds_many, read_observation
     from sipit.storage import require_writable
 
@@ -125,8 +125,7 @@ def invert(options: Namespace) -> int:
 def _invert_all(options: Namespace) -> int:
     """Invert many observations: a line of JSON each, those already in the output passed over."""
     from sipit.cli.display import CountDisplay
-    from sipit.inversion import invert_many
-    from sipit.inversion.evidence.certificate import certificate_of
+    from sipit.inversion import SearchOptions, certificate_of, invert_many
     from sipit.observations import Observation, read_each
     from sipit.storage import LineLog
 
@@ -160,12 +159,9 @@ def _invert_all(options: Namespace) -> int:
             found_all = invert_many(
                 lm,
                 [seen for _, seen in fitting],
-                use_fit=not options.no_fit,
-                on_fit=lambda cut, n: say(
-                    f"fitting an inverse for layer {cut[0]}, site {cut[1]}: {n} tokens pay for it"
-                ),
+                SearchOptions(use_fit=not options.no_fit, **_search_options(options)),
+                on_fit=lambda cut, n: say(f"fitting an inverse for {cut}: {n} tokens pay for it"),
                 on_fit_progress=display.fitting,
-                **_search_options(options),
             )
             for (name, _), found in zip(fitting, found_all, strict=True):
                 n_recovered += found.verdict == "recovered"
@@ -186,12 +182,12 @@ def _refuse(name: str, error: SipitError) -> None:
 
 def _fitting(lm: LanguageModel, named: list[tuple[str, Observation]]) -> list[tuple[str, Observation]]:
     """Return the observations that can be this model's; report each other one, with the reason."""
-    from sipit.inversion.search.batching import _check_fit
+    from sipit.inversion import require_belongs
 
     fitting = []
     for name, seen in named:
         try:
-            _check_fit(lm, seen)
+            require_belongs(lm, seen)
         except SipitError as error:
             _refuse(name, error)
         else:
@@ -211,7 +207,7 @@ def fit(options: Namespace) -> int:
     texts = [_text_of(path) for path in options.text]
     lm = loaded(options.model, options)
     cuts = [cut_of(lm, layer) for layer in options.layer]
-    there = {} if options.again else {cut: fit_path(lm, *cut) for cut in cuts if load_fit(lm, *cut) is not None}
+    there = {} if options.again else {cut: fit_path(lm, cut) for cut in cuts if load_fit(lm, cut) is not None}
     for path in there.values():
         say(f"{path} is there already; pass --again to fit anew")
     missing = [cut for cut in cuts if cut not in there]
@@ -221,7 +217,7 @@ def fit(options: Namespace) -> int:
             files |= fit_inverse(lm, missing, texts=texts, on_progress=display.fitting)
     reports = []
     for cut, path in files.items():
-        made = load_fit(lm, *cut)
+        made = load_fit(lm, cut)
         if made is None:
             raise StorageError(f"{path} was written but cannot be read back; fit again")
         reports.append(made.report)
@@ -275,8 +271,7 @@ def bench(options: Namespace) -> int:
 
 def check(options: Namespace) -> int:
     """Run `sipit check`."""
-    from sipit.inversion import check_certificate
-    from sipit.inversion.evidence.certificate import read_certificate
+    from sipit.inversion import check_certificate, read_certificate
     from sipit.observations import read_observation
     from sipit.storage import require_writable, write_json
 
@@ -373,7 +368,7 @@ def cut_of(lm: LanguageModel, name: str) -> Cut:
     from sipit.observations import Cut
 
     if name == "final":
-        return Cut(lm.n_layers, "final")
+        return lm.final_cut
     return Cut(lm.checked_layer(int(name), "block"))
 
 

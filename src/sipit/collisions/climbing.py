@@ -173,7 +173,7 @@ class _Search:
 
     def measured(self, pair: Pair) -> tuple[float, float | None, bool]:
         """Return (distance, relative, whether equal) from ordinary passes; relative is None if not finite."""
-        cut = self.lm.cut(*self.cut)
+        cut = self.lm.cut(self.cut)
         a, b = (cut.ordinary(torch.tensor(ids))[-1].cpu() for ids in pair)  # (D,) each
         self.token_evaluations += len(pair[0]) + len(pair[1])
         distance, relative = _distances(a[None], b[None])

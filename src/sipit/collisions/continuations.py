@@ -138,7 +138,7 @@ def continued_states(
             "states; load it with quantize 'nf4' or 'fp4', or unquantised"
         )
     layer = max(layer for layer, _ in cuts)
-    model = lm.cut(layer, "final" if any(site == "final" for _, site in cuts) else "block")
+    model = lm.cut(Cut(layer, "final" if any(site == "final" for _, site in cuts) else "block"))
     cache = model.cache_of(prefix)
     flags = [(layer, site == "final") for layer, site in cuts]
     parts = []

@@ -191,7 +191,7 @@ def float64_distances(wide: LanguageModel, pairs: Sequence[tuple[Tensor, Tensor]
         pairs: token ids of two prompts each.
         cut: (layer, site).
     """
-    model = wide.cut(*cut)
+    model = wide.cut(cut)
     return [float((model.ordinary(a)[-1].double() - model.ordinary(b)[-1].double()).norm()) for a, b in pairs]
 
 

@@ -16,7 +16,7 @@ from sipit.experiments.record import record_head
 from sipit.inversion import Inversion, OnProgress, Progress, invert
 from sipit.inversion.judging.noise import noise_floor
 from sipit.models import LanguageModel
-from sipit.observations import Observation, Site
+from sipit.observations import Cut, Observation
 
 Method = Callable[..., Inversion]
 
@@ -90,7 +90,7 @@ def bench(
     lm: LanguageModel,
     prompts: Sequence[Tensor],
     *,
-    cuts: Sequence[tuple[int, Site]],
+    cuts: Sequence[Cut],
     methods: Sequence[str],
     seed: int = 0,
     max_seconds: float = float("inf"),
@@ -112,12 +112,12 @@ def bench(
         OptionError: an unknown method.
     """
     require_methods(methods)
-    for layer, site in cuts:
-        noise_floor(lm, layer, site)  # once a process, whatever the method
+    for cut in cuts:
+        noise_floor(lm, cut)  # once a process, whatever the method
         for number, ids in enumerate(prompts):
-            seen = lm.capture(input_ids=ids, layer=layer, site=site)
+            seen = lm.capture(input_ids=ids, layer=cut.layer, site=cut.site)
             started = time.perf_counter()
-            lm.cut(layer, site).ordinary(ids)
+            lm.cut(cut).ordinary(ids)
             prefill_seconds = time.perf_counter() - started
             for name in methods:
                 yield _run(lm, seen, ids, name, number, seed, max_seconds, prefill_seconds)

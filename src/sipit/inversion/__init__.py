@@ -1,10 +1,17 @@
 """From an observation to a prompt, with evidence; and back, to check the evidence."""
 
-from sipit.inversion.evidence.certificate import CertificateCheck, check_certificate, write_certificate
+from sipit.inversion.evidence.certificate import (
+    CertificateCheck,
+    certificate_of,
+    check_certificate,
+    read_certificate,
+    write_certificate,
+)
 from sipit.inversion.evidence.result import Candidate, Inversion, Miss, PositionEvidence, Verdict
 from sipit.inversion.invert import invert, invert_many
 from sipit.inversion.proposals import POLICIES, Policy
-from sipit.inversion.search.batching import OnProgress, Progress
+from sipit.inversion.search.belonging import require_belongs
+from sipit.inversion.search.options import OnProgress, Progress, SearchOptions
 from sipit.inversion.search.prefix_file import PrefixFile
 
 __all__ = [
@@ -18,9 +25,13 @@ __all__ = [
     "PositionEvidence",
     "PrefixFile",
     "Progress",
+    "SearchOptions",
     "Verdict",
+    "certificate_of",
     "check_certificate",
     "invert",
     "invert_many",
+    "read_certificate",
+    "require_belongs",
     "write_certificate",
 ]

@@ -16,11 +16,12 @@ from sipit.inversion.fitting import fit_inverse
 from sipit.inversion.fitting.fit import OnFitProgress
 from sipit.inversion.inverses.store import fit_path
 from sipit.inversion.proposals import Policy
-from sipit.inversion.search.batching import OnProgress, search, search_together
+from sipit.inversion.search.batching import search, search_together
+from sipit.inversion.search.options import OnProgress, SearchOptions
 from sipit.models import LanguageModel
 from sipit.observations import Cut, Observation, Site, read_observation
 
-N_LANES = 8  # prompts that share their packed passes
+N_SLOTS = 8  # prompts that share their packed passes
 FIT_PAYS_AFTER = 20_000  # observed tokens of one layer and site; see "when a fit pays" in the README
 
 
@@ -71,9 +72,7 @@ def invert(
         StorageError: the file cannot be read.
     """
     observation = _as_observation(lm, seen, layer, site)
-    return search(
-        lm,
-        observation,
+    options = SearchOptions(
         policy=policy,
         noise=noise,
         exhaustive=exhaustive,
@@ -83,6 +82,7 @@ def invert(
         hint=hint,
         on_progress=on_progress,
     )
+    return search(lm, observation, options)
 
 
 def _as_observation(lm: LanguageModel, seen: Any, layer: int | None, site: Site | None) -> Observation:
@@ -113,11 +113,10 @@ def _as_observation(lm: LanguageModel, seen: Any, layer: int | None, site: Site 
 def invert_many(
     lm: LanguageModel,
     observations: Sequence[Observation],
+    options: SearchOptions | None = None,
     *,
-    use_fit: bool = True,
     on_fit: Callable[[Cut, int], None] | None = None,
     on_fit_progress: OnFitProgress | None = None,
-    **options: Any,
 ) -> Iterator[Inversion]:
     """Yield the inversion of each observation, in their order, as it is done.
 
@@ -127,18 +126,17 @@ def invert_many(
     Args:
         lm: the model the states come from.
         observations: of any layers and sites.
-        use_fit: whether a fitted inverse may be used, and made.
+        options: how to search; with `use_fit` a fitted inverse may be used, and made.
         on_fit: told the (layer, site) and the number of tokens before a fit is made.
         on_fit_progress: told where that fit stands.
-        options: as for `sipit.invert`.
     """
-    if use_fit and options.get("policy", "auto") == "auto":
+    options = options or SearchOptions()
+    if options.use_fit and options.policy == "auto":
         for cut in worth_fitting(lm, observations):
             if on_fit is not None:
                 on_fit(cut, sum(o.seq_len for o in observations if o.cut == cut))
             fit_inverse(lm, [cut], on_progress=on_fit_progress)
-    n_lanes = N_LANES if options.get("policy", "auto") == "auto" else 1
-    yield from search_together(lm, observations, n_lanes=n_lanes, use_fit=use_fit, **options)
+    yield from search_together(lm, observations, options, n_slots=N_SLOTS if options.policy == "auto" else 1)
 
 
 def worth_fitting(lm: LanguageModel, observations: Sequence[Observation]) -> list[Cut]:
@@ -149,5 +147,5 @@ def worth_fitting(lm: LanguageModel, observations: Sequence[Observation]) -> lis
     return [
         cut
         for cut, count in tokens.items()
-        if count >= FIT_PAYS_AFTER and cut[0] > 0 and not fit_path(lm, *cut).is_file()
+        if count >= FIT_PAYS_AFTER and cut[0] > 0 and not fit_path(lm, cut).is_file()
     ]

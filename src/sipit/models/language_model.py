@@ -18,7 +18,7 @@ from sipit.models.generation import GenerationCache
 from sipit.models.prepacked import forget_layouts, prepacked
 from sipit.models.quantized import rounds_activations
 from sipit.models.truncated import TappedModel, TruncatedModel, UpperModel
-from sipit.observations import SITES, Observation, Site, dtype_named
+from sipit.observations import SITES, Cut, Observation, Site, dtype_named
 
 Prompt = str | Sequence[int] | Tensor | Sequence[Mapping[str, str]]
 
@@ -59,7 +59,6 @@ class LanguageModel:
             self.max_positions = int(table.weight.shape[0]) - int(getattr(table, "offset", 0))
         self._making = threading.RLock()
         self._derived: dict[Hashable, Any] = {}
-        self._cuts: dict[tuple[int, bool], TruncatedModel] = {}
         self._uppers: dict[int, UpperModel] = {}
         self._probe_ids = torch.arange(_PROBE_TOKENS) * 7919 % self.vocab_size
         self._probe_states = self._reference_states()
@@ -67,10 +66,10 @@ class LanguageModel:
         self.d_model = int(self._probe_states[0].shape[-1])
         self._final_width = int(self._probe_states[-1].shape[-1])
         for layer in {0, 1, self.n_layers // 2, self.n_layers - 1}:
-            self.cut(layer)
-        self.cut(self.n_layers, "final")
+            self.cut(Cut(layer))
+        self.cut(Cut(self.n_layers, "final"))
         if not rounds_activations(model):  # such a model is captured and refused only where it would be packed
-            self._check_packing(self.cut(max(1, self.n_layers // 2)))
+            self._check_packing(self.cut(Cut(max(1, self.n_layers // 2))))
 
     def derived(self, key: Hashable, make: Callable[[], _Made]) -> _Made:
         """Return what was made of this model under a key, making it once, whichever thread asks first.
@@ -105,7 +104,7 @@ class LanguageModel:
     def final_ignores_mean(self) -> bool:
         """Whether a constant added to every coordinate is gone after the final norm, as behind a LayerNorm."""
         with torch.no_grad():
-            before = self.cut(self.n_layers).ordinary(self._probe_ids)  # (T, D)
+            before = self.cut(Cut(self.n_layers)).ordinary(self._probe_ids)  # (T, D)
             shifted = before + before.abs().amax(dim=1, keepdim=True)
             return bool((self._normed(shifted) - self._normed(before)).norm() <= 0.05 * self._normed(before).norm())
 
@@ -182,7 +181,7 @@ class LanguageModel:
             raise OptionError("capture needs one prompt: pass either text or input_ids")
         ids = self._prompt_ids(cast(Prompt, text if input_ids is None else input_ids), chat)
         layer = self.checked_layer(layer, site)
-        states = self.cut(layer, site).ordinary(ids)  # (T, D)
+        states = self.cut(Cut(layer, site)).ordinary(ids)  # (T, D)
         stored = states if dtype is None else states.to(dtype_named(dtype))
         return Observation(states=stored, layer=layer, site=site, model=self.name, fingerprint=self.fingerprint)
 
@@ -211,14 +210,20 @@ class LanguageModel:
             raise OptionError(f"layer {layer} is out of range; model {self.name!r} has layers 0 to {self.n_layers}")
         return layer
 
-    def cut(self, layer: int, site: Site = "block") -> TruncatedModel:
-        """Return the model cut after `layer` blocks, checked once against `output_hidden_states`."""
-        key = (layer, site == "final")
-        if key not in self._cuts:
-            cut = TruncatedModel(self._trunk, self.family, layer=layer, is_final=key[1])
-            self._check_cut(cut)
-            self._cuts[key] = cut
-        return self._cuts[key]
+    def cut(self, cut: Cut) -> TruncatedModel:
+        """Return the model cut there, checked once against `output_hidden_states`."""
+
+        def made() -> TruncatedModel:
+            model = TruncatedModel(self._trunk, self.family, layer=cut.layer, is_final=cut.is_final)
+            self._check_cut(model)
+            return model
+
+        return self.derived(("cut", cut), made)
+
+    @property
+    def final_cut(self) -> Cut:
+        """The cut after the final norm."""
+        return Cut(self.n_layers, "final")
 
     @torch.no_grad()
     def final_states(self, seen: Tensor, layer: int, site: Site) -> tuple[Tensor, int]:
@@ -259,10 +264,10 @@ class LanguageModel:
         """Give back the copies of the weights that are laid out for fast products, until they are needed again."""
         forget_layouts(self.model)
 
-    def tapped(self, cuts: Sequence[tuple[int, Site]]) -> TappedModel:
-        """Return the model stopped after the last of several (layer, site) cuts, giving the states at all of them."""
+    def tapped(self, cuts: Sequence[Cut]) -> TappedModel:
+        """Return the model stopped after the last of several cuts, giving the states at all of them."""
         for layer, site in cuts:
-            self.cut(layer, site)  # checks it
+            self.cut(Cut(layer, site))  # checks it
         return TappedModel(self._trunk, self.family, [(layer, site == "final") for layer, site in cuts])
 
     def _trunk_of(self, model: nn.Module) -> nn.Module:

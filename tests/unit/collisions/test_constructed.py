@@ -17,6 +17,7 @@ from sipit.collisions.constructed import ConstructedCase, constructed_cases
 from sipit.collisions.constructions import Construction, constructions_on, tiny_llama
 from sipit.errors import OptionError
 from sipit.models.families import module_at
+from sipit.observations import Cut
 from tests.tiny_models import tiny_model, weights_digest
 
 
@@ -95,7 +96,7 @@ def test_each_order_of_the_prefix_collides_after_one_block_and_none_after_two() 
 
 def test_altered_states_reach_every_later_block() -> None:
     one = _constructions()["states of 4 bits, layer 1"]
-    states = one.lm.tapped([(layer, "block") for layer in (1, 2, 3)]).states(one.prompts[0][None])
+    states = one.lm.tapped([Cut(layer) for layer in (1, 2, 3)]).states(one.prompts[0][None])
     for part in states:
         assert len(part.unique()) <= 15
 

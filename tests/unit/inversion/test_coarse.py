@@ -102,7 +102,7 @@ def test_noise_as_large_as_the_gap_is_refused(monkeypatch: pytest.MonkeyPatch) -
         ),
     )
     with pytest.raises(ModelError, match="too coarse"):
-        noise_module.noise_floor(lm, LAYER, "block")
+        noise_module.noise_floor(lm, Cut(LAYER, "block"))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])

@@ -48,7 +48,7 @@ def _retouched(path: Path, **changes: torch.Tensor) -> bytes:
 
 
 def test_fit_ranks_the_right_token_far_better_than_chance(fitted: LanguageModel) -> None:
-    fit = load_fit(fitted, *_CUT)
+    fit = load_fit(fitted, _CUT)
     assert fit is not None
     assert fit.report["held_out"]["random ids"]["alone"]["mean_rank"] < VOCAB / 5  # chance: VOCAB / 2
 
@@ -60,7 +60,7 @@ def test_layer_named_twice_is_fitted_once(cache: Path) -> None:
 
 
 def test_work_files_are_gone_after_a_fit(fitted: LanguageModel) -> None:
-    assert sorted(p.name for p in fit_path(fitted, *_CUT).parent.iterdir()) == [
+    assert sorted(p.name for p in fit_path(fitted, _CUT).parent.iterdir()) == [
         "block-1.safetensors",
         f"final-{N_LAYERS}.safetensors",
     ]
@@ -78,7 +78,7 @@ def test_fitted_search_is_exact_and_cheaper(fitted: LanguageModel, cut: Cut) -> 
 
 @pytest.mark.parametrize("place", [1, 2, 5, 9])
 def test_query_of_the_observed_state_in_its_own_place(fitted: LanguageModel, place: int) -> None:
-    fit = load_fit(fitted, *_CUT)
+    fit = load_fit(fitted, _CUT)
     assert fit is not None
     states = fitted.capture(input_ids=random_ids(10, seed=2), layer=_CUT[0]).states
     at_place = fit.network.queries_at(states, place, states[[place, place]])
@@ -89,24 +89,24 @@ def test_inverse_that_is_off_is_amended_by_what_it_missed(
     fitted: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = fitted.capture(input_ids=random_ids(12, seed=8), layer=_CUT[0])
-    fit = load_fit(fitted, *_CUT)
+    fit = load_fit(fitted, _CUT)
     assert fit is not None
     noise = torch.randn(fit.network.linear.bias.shape, generator=torch.Generator().manual_seed(1))
     off = fit.network.linear.bias + noise
-    before = _retouched(fit_path(fitted, *_CUT), **{"network.linear.bias": off.half()})
+    before = _retouched(fit_path(fitted, _CUT), **{"network.linear.bias": off.half()})
     try:
         amended = invert(fitted, seen)
         monkeypatch.setattr("sipit.inversion.inverses.ridge._AMENDED", 0.0)
         as_it_was = invert(fitted, seen)
     finally:
-        fit_path(fitted, *_CUT).write_bytes(before)
+        fit_path(fitted, _CUT).write_bytes(before)
     assert amended.input_ids == as_it_was.input_ids
     assert amended.n_checked < 0.8 * as_it_was.n_checked
 
 
 @pytest.mark.parametrize("kind", ["shuffled", "zero", "huge", "backwards"])
 def test_hostile_fit_costs_time_but_never_correctness(fitted: LanguageModel, kind: str) -> None:
-    path = fit_path(fitted, *_CUT)
+    path = fit_path(fitted, _CUT)
     tensors = load_file(path)
     weight = tensors["network.linear.weight"]
     generator = torch.Generator().manual_seed(0)
@@ -128,32 +128,32 @@ def test_hostile_fit_costs_time_but_never_correctness(fitted: LanguageModel, kin
 
 @pytest.mark.parametrize("name", ["network.linear.weight", "first.weight", "first.mean", "network.bias"])
 def test_fit_with_a_nan_is_passed_over(fitted: LanguageModel, name: str) -> None:
-    path = fit_path(fitted, *_CUT)
+    path = fit_path(fitted, _CUT)
     damaged = load_file(path)[name].clone()
     damaged.view(-1)[0] = float("nan")
     before = _retouched(path, **{name: damaged})
     try:
-        assert load_fit(fitted, *_CUT) is None
+        assert load_fit(fitted, _CUT) is None
     finally:
         path.write_bytes(before)
 
 
 def test_truncated_fit_is_passed_over(fitted: LanguageModel) -> None:
-    path = fit_path(fitted, *_CUT)
+    path = fit_path(fitted, _CUT)
     before = path.read_bytes()
     path.write_bytes(before[: len(before) // 2])
     try:
-        assert load_fit(fitted, *_CUT) is None
+        assert load_fit(fitted, _CUT) is None
     finally:
         path.write_bytes(before)
 
 
 def test_fit_of_another_model_is_passed_over(fitted: LanguageModel) -> None:
     other = LanguageModel(tiny_model("llama", seed=6), name="other")
-    target = fit_path(other, *_CUT)
+    target = fit_path(other, _CUT)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(fit_path(fitted, *_CUT).read_bytes())
-    assert load_fit(other, *_CUT) is None
+    target.write_bytes(fit_path(fitted, _CUT).read_bytes())
+    assert load_fit(other, _CUT) is None
 
 
 class _StopError(Exception):
@@ -172,10 +172,10 @@ def test_interrupted_fit_goes_on_to_the_same_weights(cache: Path, fitted: Langua
 
     lm = LanguageModel(tiny_model("llama", seed=9), name="interrupted")
     whole = load_file(fit_inverse(lm, [_CUT], recipe=recipe)[_CUT])
-    fit_path(lm, *_CUT).unlink()
+    fit_path(lm, _CUT).unlink()
     with pytest.raises(_StopError):
         fit_inverse(lm, [_CUT], recipe=recipe, on_progress=watch)
-    assert not fit_path(lm, *_CUT).exists()
+    assert not fit_path(lm, _CUT).exists()
     resumed: list[tuple[str, int]] = []
     again = fit_inverse(lm, [_CUT], recipe=recipe, on_progress=lambda p: resumed.append((p.phase, p.done)))
     parts = load_file(again[_CUT])
@@ -189,7 +189,7 @@ def test_fit_uses_text_where_there_is_a_tokenizer(cache: Path) -> None:
     lm = text_model(bos=True)
     recipe = Recipe(n_windows=40, length=48, d_hidden=32, batch_size=128, epochs=1, n_negatives=64)
     fit_inverse(lm, [Cut(1, "block")], recipe=recipe, texts=["some words of the user " * 40])
-    fit = load_fit(lm, 1, "block")
+    fit = load_fit(lm, Cut(1, "block"))
     assert fit is not None
     assert set(fit.report["held_out"]) >= {"prose", "code", "random ids"}
     assert fit.report["fit_block_tokens"] > 0

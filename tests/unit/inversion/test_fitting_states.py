@@ -27,7 +27,7 @@ def _folder(lm: LanguageModel, path: Path, n_windows: int) -> StatesFolder:
 
 
 def _expected(lm: LanguageModel, cut: Cut, windows: Tensor) -> Tensor:
-    states = torch.stack([lm.cut(*cut).ordinary(ids) for ids in windows])
+    states = torch.stack([lm.cut(cut).ordinary(ids) for ids in windows])
     return states / states.square().mean(dim=-1, keepdim=True).sqrt()
 
 

@@ -88,7 +88,7 @@ def test_token_that_its_own_noise_does_not_explain_is_looked_at_once(
 
 
 def test_local_noise_looks_at_every_shape_and_no_observation(lm: LanguageModel) -> None:
-    cut = lm.cut(LAYER)
+    cut = lm.cut(Cut(LAYER))
     cache = cut.new_cache()
     prefix = IDS[:6]
     cut.packed(cache, prefix, torch.arange(6), torch.ones(6, 6, dtype=torch.bool).tril())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import sipit
 from sipit import LanguageModel, Observation
 from sipit.errors import MismatchError, OptionError
-from sipit.inversion import invert_many
+from sipit.inversion import SearchOptions, invert_many
 from sipit.inversion.search import batching as search_module
 from sipit.inversion.search.batching import search_together
 from sipit.models import TruncatedModel
@@ -37,13 +37,13 @@ def _ids(n: int) -> tuple[int, ...]:
 
 
 @given(
-    n_lanes=st.integers(1, 6), max_batch=st.sampled_from([1, 3, 16, 256]), policy=st.sampled_from(["auto", "likely"])
+    n_slots=st.integers(1, 6), max_batch=st.sampled_from([1, 3, 16, 256]), policy=st.sampled_from(["auto", "likely"])
 )
 @settings(max_examples=12, deadline=None)
 def test_however_they_share_every_prompt_is_recovered_in_order(
-    lm: LanguageModel, observations: list[Observation], n_lanes: int, max_batch: int, policy: str
+    lm: LanguageModel, observations: list[Observation], n_slots: int, max_batch: int, policy: str
 ) -> None:
-    found = list(search_together(lm, observations, n_lanes=n_lanes, max_batch=max_batch, policy=policy))
+    found = list(search_together(lm, observations, SearchOptions(max_batch=max_batch, policy=policy), n_slots=n_slots))
     assert [f.input_ids for f in found] == [_ids(n) for n in LENGTHS]
     assert {f.verdict for f in found} == {"recovered"}
     assert [f.observation for f in found] == [seen.digest() for seen in observations]
@@ -61,12 +61,12 @@ def test_sharing_neither_exceeds_the_batch_nor_runs_prompts_apart(
         return packed(cut, cache, token_ids, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(TruncatedModel, "packed", watched)
-    list(search_together(lm, observations, n_lanes=4, max_batch=32))
+    list(search_together(lm, observations, SearchOptions(max_batch=32), n_slots=4))
     shared = len(rows)
     assert max(n_tokens for n_tokens, _ in rows) <= 32
     assert max(n_prompts for _, n_prompts in rows) > 1
     rows.clear()
-    list(search_together(lm, observations, n_lanes=1, max_batch=32))
+    list(search_together(lm, observations, SearchOptions(max_batch=32), n_slots=1))
     assert {n_prompts for _, n_prompts in rows} == {1}
     assert shared < len(rows)
 
@@ -75,14 +75,14 @@ def test_one_prompt_of_another_model_is_unmatched_and_leaves_its_neighbours_alon
     lm: LanguageModel, observations: list[Observation]
 ) -> None:
     foreign = replace(observations[2], states=observations[2].states.flip(1))
-    found = list(search_together(lm, [observations[0], foreign, observations[4]], n_lanes=3))
+    found = list(search_together(lm, [observations[0], foreign, observations[4]], SearchOptions(), n_slots=3))
     assert [f.verdict for f in found] == ["recovered", "unmatched", "recovered"]
     assert [found[0].input_ids, found[2].input_ids] == [_ids(7), _ids(9)]
 
 
 def test_cost_of_each_is_its_own(lm: LanguageModel, observations: list[Observation]) -> None:
     list(invert_many(lm, observations))  # the anchors, once
-    for found in search_together(lm, observations, n_lanes=5, policy="vocabulary"):
+    for found in search_together(lm, observations, SearchOptions(policy="vocabulary"), n_slots=5):
         alone = sipit.invert(lm, next(o for o in observations if o.digest() == found.observation), policy="vocabulary")
         assert (found.block_tokens, found.n_checked) == (alone.block_tokens, alone.n_checked)
         assert found.seconds > 0
@@ -90,7 +90,7 @@ def test_cost_of_each_is_its_own(lm: LanguageModel, observations: list[Observati
 
 def test_refused_observation_is_named_after_those_before_it(lm: LanguageModel, observations: list[Observation]) -> None:
     foreign = replace(observations[1], fingerprint="sha256:0")
-    results = search_together(lm, [observations[0], foreign, observations[2]], n_lanes=3)
+    results = search_together(lm, [observations[0], foreign, observations[2]], SearchOptions(), n_slots=3)
     assert next(results).input_ids == _ids(7)
     with pytest.raises(MismatchError):
         next(results)
@@ -101,9 +101,9 @@ def test_layers_and_long_prompts_do_not_share(
 ) -> None:
     other = lm.capture(input_ids=random_ids(6, seed=6), layer=3)
     mixed = [observations[0], other, observations[1]]
-    assert [f.layer for f in search_together(lm, mixed, n_lanes=3)] == [LAYER, 3, LAYER]
+    assert [f.layer for f in search_together(lm, mixed, SearchOptions(), n_slots=3)] == [LAYER, 3, LAYER]
     monkeypatch.setattr(search_module, "_SHARED_TOKENS", 10)
-    assert [f.seq_len for f in search_together(lm, observations, n_lanes=5)] == list(LENGTHS)
+    assert [f.seq_len for f in search_together(lm, observations, SearchOptions(), n_slots=5)] == list(LENGTHS)
 
 
 def test_nothing_starts_before_it_is_among_the_next_to_be_yielded(
@@ -117,10 +117,10 @@ def test_nothing_starts_before_it_is_among_the_next_to_be_yielded(
         begin(scheduler, number, seen)
 
     monkeypatch.setattr(search_module.BatchScheduler, "begin", watched)
-    for n_yielded, _ in enumerate(search_together(lm, observations, n_lanes=2)):
+    for n_yielded, _ in enumerate(search_together(lm, observations, SearchOptions(), n_slots=2)):
         assert max(begun) - n_yielded < 2
 
 
 def test_options_are_refused_before_any_work(lm: LanguageModel, observations: list[Observation]) -> None:
     with pytest.raises(OptionError, match="max_batch"):
-        list(search_together(lm, observations, n_lanes=2, max_batch=0))
+        list(search_together(lm, observations, SearchOptions(max_batch=0), n_slots=2))

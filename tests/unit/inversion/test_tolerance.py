@@ -102,7 +102,7 @@ def test_excess_without_rounding_is_the_distance(llama: LanguageModel) -> None:
 
 def test_noise_floor_is_positive_and_far_below_the_gap(family_lm: LanguageModel) -> None:
     for layer in (0, 2, N_LAYERS):
-        floor = noise_floor(family_lm, layer, "block")
+        floor = noise_floor(family_lm, Cut(layer, "block"))
         assert 0 < floor.first < floor.first_gap
         assert 0 < floor.rest < floor.rest_gap
         assert math.isfinite(floor.rest_gap)
@@ -118,12 +118,12 @@ def test_first_position_has_a_noise_floor_of_its_own(llama: LanguageModel, monke
 
 
 def test_noise_floor_is_measured_once(llama: LanguageModel) -> None:
-    assert noise_floor(llama, 2, "block") is noise_floor(llama, 2, "block")
+    assert noise_floor(llama, Cut(2, "block")) is noise_floor(llama, Cut(2, "block"))
 
 
 @pytest.mark.parametrize("layer", [0, 2, N_LAYERS])
 def test_tolerance_covers_the_true_noise_on_fresh_prompts(family_lm: LanguageModel, layer: int) -> None:
-    cut = family_lm.cut(layer)
+    cut = family_lm.cut(Cut(layer))
     for seed in range(4):
         ids = random_ids(40, seed=100 + seed)
         seen = Observation(states=true_states(family_lm.model, family_lm.name, ids)[(layer, "block")], layer=layer)
@@ -186,7 +186,7 @@ def test_float64_observation_of_a_float32_model_is_recovered(llama: LanguageMode
 def test_packed_pass_that_computes_another_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = LanguageModel(tiny_model("llama"), name="llama")
     seen = lm.capture(input_ids=IDS, layer=2)
-    cut = lm.cut(2)
+    cut = lm.cut(Cut(2))
     real = cut.packed
     monkeypatch.setattr(cut, "packed", lambda *a, **k: real(*a, **k).flip(-1))  # unseeded noise fell short at times
     with pytest.raises(sipit.SipitError, match="packed check does not"):
@@ -208,7 +208,7 @@ def test_states_that_depend_on_the_length_of_the_pass_are_refused_not_booked_as_
     model = tiny_model("llama", seed=seed, max_position_embeddings=8, rope_parameters=rope)
     states = true_states(model, "llama", random_ids(18, seed=3))[(1, "block")]
     with pytest.raises(ModelError, match="packed"):  # at load, or when the noise is measured
-        noise_floor(LanguageModel(model, None), 1, "block")
+        noise_floor(LanguageModel(model, None), Cut(1))
     with pytest.raises((ModelError, MismatchError), match=r"packed|beyond 8"):
         sipit.invert(LanguageModel(model, None), states, layer=1)
 

@@ -15,6 +15,7 @@ from sipit import LanguageModel, Observation, SipitError
 from sipit.errors import MismatchError, NonFiniteError, OptionError, ShapeError, StorageError
 from sipit.inversion import POLICIES, Policy, Progress
 from sipit.inversion.proposals import vocabulary
+from sipit.observations import Cut
 from tests.tiny_models import VOCAB, embedding_rows, random_ids, text_model, tiny_model, twin_model
 
 FIRST, SECOND = 40, 97
@@ -204,7 +205,7 @@ def test_no_packed_pass_is_larger_than_max_batch(
 ) -> None:
     seen = llama.capture(input_ids=PLAIN[:4], layer=2)
     sipit.invert(llama, seen, policy=policy)  # whatever is measured once per model is measured here
-    cut = llama.cut(2)
+    cut = llama.cut(Cut(2))
     sizes: list[int] = []
     real = cut.packed
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sipit import LanguageModel
 from sipit.models.attention import attention, lean_attention
+from sipit.observations import Cut
 from tests.tiny_models import FAMILIES, random_ids, tiny_model
 
 _MASKS = ["none", "bool", "additive"]
@@ -74,7 +75,7 @@ def test_a_model_with_lean_attention_gives_its_states(family: str) -> None:
 
 def test_packed_passes_of_a_model_whose_heads_share_keys_copy_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
-    cut = LanguageModel(model, name="llama").cut(2)
+    cut = LanguageModel(model, name="llama").cut(Cut(2))
     cache = cut.cache_of(random_ids(4, seed=0))
     n_heads: list[int] = []  # of the keys of each call
     torchs = F.scaled_dot_product_attention

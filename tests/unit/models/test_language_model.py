@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BloomConfig, FalconCo
 import sipit
 from sipit import LanguageModel, SipitError
 from sipit.errors import InputError, ModelError, NonFiniteError, OptionError
-from sipit.inversion import arithmetic
+from sipit.inversion.inverses import arithmetic
 from sipit.models import families
 from sipit.models.families import Family
 from sipit.models.truncated import TruncatedModel

@@ -10,6 +10,7 @@ import torch
 import sipit
 from sipit import LanguageModel
 from sipit.models import PrefixCache
+from sipit.observations import Cut
 from tests.tiny_models import N_LAYERS, blocks_of, random_ids, tiny_model, weights_digest
 
 IDS = random_ids(8, seed=3)
@@ -34,7 +35,7 @@ def _runs(model: Any, run: Any) -> list[int]:
 
 @pytest.mark.parametrize("layer", range(N_LAYERS + 1))
 def test_cut_runs_its_blocks_once_and_none_above(family_lm: LanguageModel, layer: int) -> None:
-    cut = family_lm.cut(layer)
+    cut = family_lm.cut(Cut(layer))
     expected = [1] * layer + [0] * (N_LAYERS - layer)
     assert _runs(family_lm.model, lambda: cut.ordinary(IDS)) == expected
     if family_lm.name != "gpt_neo":  # its packed blocks are clones, which hooks of the originals do not see
@@ -102,7 +103,7 @@ def test_captured_states_carry_no_graph(llama: LanguageModel) -> None:
 
 
 def test_truncating_to_more_than_is_held_changes_nothing(llama: LanguageModel) -> None:
-    cut = llama.cut(2)
+    cut = llama.cut(Cut(2))
     cache: PrefixCache = cut.new_cache()
     cut.packed(cache, IDS, torch.arange(8), torch.ones(8, 8, dtype=torch.bool).tril())
     cache.keep(range(8))

@@ -127,7 +127,7 @@ def _fit_in(
             "seconds": shared_seconds / len(cuts) + time.perf_counter() - began,
             "n_windows": len(windows),
         }
-        fits[cut] = save_fit(lm, layer, site, replace(fit, report=report))
+        fits[cut] = save_fit(lm, cut, replace(fit, report=report))
     return fits
 
 
@@ -139,7 +139,7 @@ def _first_position(lm: LanguageModel, keys: TokenKeys, cut: Cut, seed: int) -> 
     In float64: the state can be 22,680 long and nearly constant, the token in its last digits.
     """
     tokens = frequent_and_other_ids(lm.vocab_size, _FIRSTS, torch.Generator().manual_seed(seed + 2))
-    model = lm.cut(*cut)
+    model = lm.cut(cut)
     states = [
         model.packed(model.new_cache(), part, torch.zeros_like(part)).double() for part in tokens.split(_FIRST_BATCH)
     ]
@@ -162,7 +162,7 @@ def _calibrated(
 ) -> Fit:
     """Choose temperature and likelihood weight on held-out windows, and measure the ranks there."""
     layer, site = cut
-    tapped = lm.tapped([cut, Cut(lm.n_layers, "final")])
+    tapped = lm.tapped([cut, lm.final_cut])
     firsts, first_mean, first_weight = _first_position(lm, keys, cut, seed)
     passes = {
         kind: [(ids, *(at_cut[0] for at_cut in tapped.states(ids[None]))) for ids in windows]

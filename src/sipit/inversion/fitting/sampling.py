@@ -12,7 +12,7 @@ from torch import Tensor
 from sipit.inversion.inverses.arithmetic import fast_arithmetic
 from sipit.inversion.inverses.network import compact
 from sipit.models import LanguageModel
-from sipit.observations import Site
+from sipit.observations import Cut
 
 _BLOCK = 128  # tokens of the vocabulary whose probabilities are summed first
 
@@ -32,14 +32,14 @@ def written_on(
     length: int,
     generator: torch.Generator,
     *,
-    cuts: Sequence[tuple[int, Site]] = (),
+    cuts: Sequence[Cut] = (),
     on_token: Callable[[int], None] = lambda _: None,
 ) -> Written:
     """Continue windows to `length` tokens, at temperature 1, all at once. (B, P) → (B, L).
 
     Runs in bfloat16 where the machine is fast at it. `on_token` is told the tokens each window has.
     """
-    tapped = lm.tapped([*cuts, (lm.n_layers, "final")])
+    tapped = lm.tapped([*cuts, lm.final_cut])
     step = windows = start.to(lm.device)
     cache = lm.generation_cache(length)
     found = [torch.empty(*start.shape[:1], length, lm.width(site), dtype=torch.float16) for _, site in cuts]

@@ -18,7 +18,7 @@ from sipit.inversion.inverses.sinks import alternative_kind, is_sink_like, is_si
 from sipit.inversion.inverses.token_keys import TokenKeys, token_keys
 from sipit.inversion.judging.meter import Meter
 from sipit.models import LanguageModel
-from sipit.observations import Cut, Site
+from sipit.observations import Cut
 
 _PROMPTS = ((16, 112), (64, 4))  # number and length of the anchor prompts; the short ones for early positions
 _BATCH = 512  # tokens run at once
@@ -65,21 +65,21 @@ class RidgeInverse:
         return self.keys.scores(queries)
 
 
-def ridge_inverse(lm: LanguageModel, layer: int, site: Site, meter: Meter) -> RidgeInverse:
+def ridge_inverse(lm: LanguageModel, cut: Cut, meter: Meter) -> RidgeInverse:
     """Return the anchors' inverse of a cut, made once; the search that needs it first pays for it."""
 
     def made() -> RidgeInverse:
-        inverse = _fit(lm, layer, site)
+        inverse = _fit(lm, cut)
         meter.block_tokens += inverse.block_tokens
         return inverse
 
-    return lm.derived(("ridge inverse", Cut(layer, site)), made)
+    return lm.derived(("ridge inverse", cut), made)
 
 
-def _fit(lm: LanguageModel, layer: int, site: Site) -> RidgeInverse:
+def _fit(lm: LanguageModel, cut: Cut) -> RidgeInverse:
     generator = torch.Generator().manual_seed(1)
     keys = token_keys(lm)
-    tapped = lm.tapped([(layer, site)])
+    tapped = lm.tapped([cut])
     states, tokens, spent = [], [], 0
     for n_prompts, wanted in _PROMPTS:
         length = min(wanted, lm.max_positions or wanted)
@@ -89,12 +89,12 @@ def _fit(lm: LanguageModel, layer: int, site: Site) -> RidgeInverse:
             tokens.append(batch[:, 1:].flatten())
         spent += n_prompts * length
     firsts = spread_ids(lm.vocab_size, _FIRSTS, generator)
-    cut = lm.cut(layer, site)
-    alone = cut.packed(cut.new_cache(), firsts, torch.zeros_like(firsts)).float()  # (N, D)
+    model = lm.cut(cut)
+    alone = model.packed(model.new_cache(), firsts, torch.zeros_like(firsts)).float()  # (N, D)
     return RidgeInverse(
         keys=keys,
         first=ridge(alone, keys.keys(firsts), strength=1e-3),
         rest=ridge(torch.cat(states), keys.keys(torch.cat(tokens))),
         sink_cosine=sink_cosine(alone, torch.cat(states)),
-        block_tokens=(spent + len(firsts)) * layer,
+        block_tokens=(spent + len(firsts)) * cut.layer,
     )

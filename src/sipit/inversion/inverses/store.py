@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sipit.inversion.inverses.network import InverseNetwork
 from sipit.models import LanguageModel
-from sipit.observations import Site
+from sipit.observations import Cut
 from sipit.storage import cache_dir, whole_file
 
 _FORMAT = "sipit.fit"
@@ -40,18 +40,18 @@ def fit_folder(lm: LanguageModel) -> Path:
     return cache_dir() / "fits" / lm.fingerprint.removeprefix("sha256:")[:16]
 
 
-def fit_path(lm: LanguageModel, layer: int, site: Site) -> Path:
+def fit_path(lm: LanguageModel, cut: Cut) -> Path:
     """Return the file of one fit."""
-    return fit_folder(lm) / f"{site}-{layer}.safetensors"
+    return fit_folder(lm) / f"{cut.site}-{cut.layer}.safetensors"
 
 
-def save_fit(lm: LanguageModel, layer: int, site: Site, fit: Fit) -> Path:
+def save_fit(lm: LanguageModel, cut: Cut, fit: Fit) -> Path:
     """Write a fit, whole or not at all; weights in float16.
 
     Raises:
         StorageError: the cache folder cannot be written.
     """
-    path = fit_path(lm, layer, site)
+    path = fit_path(lm, cut)
     tensors = {f"network.{k}": v.half().contiguous().cpu() for k, v in fit.network.state_dict().items()}
     tensors["network.bias"] = fit.network.bias.detach().float().contiguous().cpu()
     tensors |= {"first.mean": fit.first_mean.cpu(), "first.weight": fit.first_weight.float().contiguous().cpu()}
@@ -69,13 +69,13 @@ def save_fit(lm: LanguageModel, layer: int, site: Site, fit: Fit) -> Path:
     return path
 
 
-def load_fit(lm: LanguageModel, layer: int, site: Site) -> Fit | None:
+def load_fit(lm: LanguageModel, cut: Cut) -> Fit | None:
     """Return the fit of a cut, or None where there is none that can be used.
 
     A stale or damaged file is passed over: a fit only orders candidates, so its absence costs time,
     and using a wrong one would cost no more. The last one read is remembered while its file is the same.
     """
-    path = fit_path(lm, layer, site)
+    path = fit_path(lm, cut)
     try:
         found = path.stat()
     except OSError:

@@ -16,7 +16,7 @@ from torch import Tensor
 from sipit.errors import ModelError
 from sipit.inversion.judging.calibration import calibration_prompts
 from sipit.models import LanguageModel, PrefixCache, TruncatedModel
-from sipit.observations import Cut, Site
+from sipit.observations import Cut
 
 SAFETY = 8.0  # the tolerance is this many times the largest noise seen in calibration
 CLEAR = 0.25  # of the gap to wrong tokens that a tolerance stays below where noise allows
@@ -38,15 +38,14 @@ class NoiseFloor:
     rest_spread: float = 1.0  # and at later positions
 
 
-def noise_floor(lm: LanguageModel, layer: int, site: Site) -> NoiseFloor:
+def noise_floor(lm: LanguageModel, cut: Cut) -> NoiseFloor:
     """Return the measured noise of the packed check against the ordinary forward pass, once per cut.
 
     Raises:
         ModelError: packed states of right tokens are not far nearer than those of wrong ones, so
             the packed check does not compute this model.
     """
-    cut = Cut(layer, site)
-    return lm.derived(("noise floor", cut), lambda: _measure(lm, lm.cut(layer, site)))
+    return lm.derived(("noise floor", cut), lambda: _measure(lm, lm.cut(cut)))
 
 
 def _measure(lm: LanguageModel, cut: TruncatedModel) -> NoiseFloor:

@@ -43,7 +43,7 @@ class Tolerance:
 
 def tolerance_for(lm: LanguageModel, seen: Observation) -> Tolerance:
     """Return the tolerance at each position of an observation."""
-    floor = noise_floor(lm, seen.layer, seen.site)
+    floor = noise_floor(lm, seen.cut)
     norms = seen.states.double().norm(dim=1)  # (T,)
     first, rest = _allowed(floor.first, floor.first_gap), _allowed(floor.rest, floor.rest_gap)
     ratios = torch.full_like(norms, rest)

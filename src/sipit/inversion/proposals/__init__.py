@@ -47,10 +47,10 @@ def proposal_for(policy: str, view: SearchView, *, use_fit: bool = True) -> Prop
 
 def _best_inverse(view: SearchView, use_fit: bool) -> FusedProposal:
     """Read by a fitted inverse if there is one, else by anchors."""
-    lm, layer, site = view.lm, view.seen.layer, view.seen.site
-    fit = load_fit(lm, layer, site) if use_fit else None
+    lm, layer = view.lm, view.seen.layer
+    fit = load_fit(lm, view.seen.cut) if use_fit else None
     if fit is None:
-        return FusedProposal(view, ridge_inverse(lm, layer, site, view.meter), is_cautious=False)
+        return FusedProposal(view, ridge_inverse(lm, view.seen.cut, view.meter), is_cautious=False)
     is_long = view.seen.seq_len >= LONG  # the likelihood saves more time in passes than its blocks take
     is_dear = lm.n_layers - layer > _CHEAP_LIKELIHOOD * layer and not is_long
     return FusedProposal(view, FittedInverse(token_keys(lm), fit), is_cautious=is_dear)

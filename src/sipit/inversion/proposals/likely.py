@@ -26,7 +26,7 @@ class Likely(Ordered):
     def __init__(self, view: SearchView) -> None:
         super().__init__(view)
         self._finals: Tensor | None = None  # (T, D)
-        self._cache = None if view.seen.layer else view.lm.cut(view.lm.n_layers, "final").new_cache()
+        self._cache = None if view.seen.layer else view.lm.cut(view.lm.final_cut).new_cache()
 
     def order(self) -> Tensor:
         position = self.view.position
@@ -55,7 +55,7 @@ class Likely(Ordered):
         """Return the logits behind the accepted prefix, by the full model. (V,)."""
         view, cache = self.view, self._cache
         assert cache is not None
-        full = view.lm.cut(view.lm.n_layers, "final")
+        full = view.lm.cut(view.lm.final_cut)
         cache.truncate(min(cache.length, view.position - 1))
         new = torch.tensor(view.prefix[cache.length :])
         places = torch.arange(cache.length, view.position)
@@ -73,7 +73,7 @@ def opening_log_probabilities(lm: LanguageModel, meter: Meter) -> Tensor:
     """
 
     def made() -> Tensor:
-        full = lm.cut(lm.n_layers, "final")
+        full = lm.cut(lm.final_cut)
         logs = [torch.zeros(lm.vocab_size, device=lm.device)]
         if lm.tokenizer is not None:
             prompts = [lm.encode(text) for text in _OPENERS]

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from sipit.errors import MismatchError, OptionError, ShapeError
+from sipit.errors import OptionError
 from sipit.inversion.evidence.result import Inversion
 from sipit.inversion.judging.check import PackedCheck
 from sipit.inversion.judging.meter import Meter
@@ -24,81 +24,47 @@ from sipit.inversion.judging.noise import noise_floor
 from sipit.inversion.judging.tolerance import tolerance_for
 from sipit.inversion.proposals import Hinted, SearchView, proposal_for
 from sipit.inversion.proposals.price import pass_price
+from sipit.inversion.search.belonging import require_belongs
+from sipit.inversion.search.options import Progress, SearchOptions
 from sipit.inversion.search.prompt_search import PromptSearch
 from sipit.inversion.search.tree import Tree
 from sipit.models import LanguageModel, PrefixCache
-from sipit.models.rope import switch_length
 from sipit.observations import Observation
 
 _SHARED_TOKENS = 1024  # of all prompts that share a row: each packed token looks at the prefixes of all
 
 
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """Where a running search stands."""
-
-    seq_len: int
-    input_ids: tuple[int, ...]  # accepted so far
-    n_checked: int
-    block_tokens: int
-    seconds: float
-
-
-OnProgress = Callable[[Progress], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchOptions:
-    """How to search; see `sipit.invert`."""
-
-    policy: str = "auto"
-    noise: float = 0.0
-    exhaustive: bool = False
-    max_batch: int = 256
-    seed: int = 0
-    use_fit: bool = True
-    hint: Sequence[int] = ()
-    on_progress: OnProgress | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_batch < 1:
-            raise OptionError(f"max_batch is {self.max_batch}; a packed pass needs at least 1 candidate")
-        if not 0 <= self.noise < float("inf"):
-            raise OptionError(f"noise is {self.noise}; it is a finite L2 distance, 0 or more")
-
-
-def search(lm: LanguageModel, seen: Observation, **options: Any) -> Inversion:
-    """Invert one observation; the options are those of SearchOptions."""
-    return next(search_together(lm, [seen], n_lanes=1, **options))
+def search(lm: LanguageModel, seen: Observation, options: SearchOptions) -> Inversion:
+    """Invert one observation."""
+    return next(search_together(lm, [seen], options, n_slots=1))
 
 
 def search_together(
-    lm: LanguageModel, observations: Sequence[Observation], *, n_lanes: int, **options: Any
+    lm: LanguageModel, observations: Sequence[Observation], options: SearchOptions, *, n_slots: int
 ) -> Iterator[Inversion]:
-    """Yield the inversion of each observation, in their order; up to `n_lanes` share the passes.
+    """Yield the inversion of each observation, in their order; up to `n_slots` share the passes.
 
     Only observations of the same layer and site share them, and none starts before it is among the
-    n_lanes next to be yielded, so that an interruption loses little.
+    n_slots next to be yielded, so that an interruption loses little.
 
     Raises:
         ShapeError, MismatchError: an observation cannot be this model's; raised in its turn, after those before it.
     """
-    how = SearchOptions(**options)
-    crew = BatchScheduler(lm, how, n_lanes)
+    scheduler = BatchScheduler(lm, options, n_slots)
     waiting = deque(observations)
     done: dict[int, Inversion] = {}
     n_begun = n_yielded = 0
     refused: Exception | None = None
     while n_yielded < len(observations):
-        while waiting and refused is None and n_begun - n_yielded < n_lanes and crew.has_room_for(waiting[0]):
+        while waiting and refused is None and n_begun - n_yielded < n_slots and scheduler.has_room_for(waiting[0]):
             try:
-                crew.begin(n_begun, waiting.popleft())
+                scheduler.begin(n_begun, waiting.popleft())
             except Exception as error:  # noqa: BLE001  raised again below, in its turn
                 refused = error
             n_begun += refused is None
         if refused is not None and n_yielded == n_begun:
             raise refused
-        done |= crew.step()
+        done |= scheduler.step()
         while n_yielded in done:
             yield done.pop(n_yielded)
             n_yielded += 1
@@ -120,45 +86,45 @@ class _Slot:
 class BatchScheduler:
     """Searches that share one row of packed passes."""
 
-    def __init__(self, lm: LanguageModel, how: SearchOptions, n_lanes: int) -> None:
+    def __init__(self, lm: LanguageModel, options: SearchOptions, n_slots: int) -> None:
         self._lm = lm
-        self._how = how
-        self._n_lanes = n_lanes
-        self._lanes: deque[_Slot] = deque()  # those that waited longest first
+        self._options = options
+        self._n_slots = n_slots
+        self._slots: deque[_Slot] = deque()  # those that waited longest first
         self._cache = PrefixCache(0)
 
     def has_room_for(self, seen: Observation) -> bool:
         """Whether a search may join those under way."""
-        if not self._lanes:
+        if not self._slots:
             return True
-        others = [lane.seen for lane in self._lanes]
+        others = [slot.seen for slot in self._slots]
         return (
-            len(others) < self._n_lanes
+            len(others) < self._n_slots
             and (seen.layer, seen.site) == (others[0].layer, others[0].site)
             and seen.seq_len + sum(other.seq_len for other in others) <= _SHARED_TOKENS
         )
 
     def begin(self, number: int, seen: Observation) -> None:
         """Start a search."""
-        lm, how = self._lm, self._how
-        _check_fit(lm, seen)
-        if any(not 0 <= token_id < lm.vocab_size for token_id in how.hint):
+        lm, options = self._lm, self._options
+        require_belongs(lm, seen)
+        if any(not 0 <= token_id < lm.vocab_size for token_id in options.hint):
             raise OptionError(f"hint holds a token id outside the vocabulary (0 to {lm.vocab_size - 1})")
         started = time.perf_counter()
         tolerance = tolerance_for(lm, seen)
-        if not self._lanes:
-            self._cache = lm.cut(seen.layer, seen.site).new_cache()
-        lane = next(i for i in range(self._n_lanes) if i not in {other.lane for other in self._lanes})
+        if not self._slots:
+            self._cache = lm.cut(seen.cut).new_cache()
+        lane = next(i for i in range(self._n_slots) if i not in {other.lane for other in self._slots})
         meter = Meter()
-        check = PackedCheck(lm, seen, tolerance, meter, noise=how.noise, cache=self._cache, lane=lane)
-        generator = torch.Generator().manual_seed(how.seed)
-        price = pass_price(seen.seq_len, self._n_lanes)
+        check = PackedCheck(lm, seen, tolerance, meter, noise=options.noise, cache=self._cache, lane=lane)
+        generator = torch.Generator().manual_seed(options.seed)
+        price = pass_price(seen.seq_len, self._n_slots)
         view = SearchView(lm=lm, seen=seen, check=check, meter=meter, generator=generator, price=price)
-        proposal = proposal_for(how.policy, view, use_fit=how.use_fit)
-        if len(how.hint):
-            proposal = Hinted(view, proposal, how.hint)
-        run = PromptSearch(view=view, proposal=proposal, exhaustive=how.exhaustive, max_batch=how.max_batch)
-        self._lanes.append(
+        proposal = proposal_for(options.policy, view, use_fit=options.use_fit)
+        if len(options.hint):
+            proposal = Hinted(view, proposal, options.hint)
+        run = PromptSearch(view=view, proposal=proposal, exhaustive=options.exhaustive, max_batch=options.max_batch)
+        self._slots.append(
             _Slot(
                 number=number,
                 lane=lane,
@@ -172,37 +138,37 @@ class BatchScheduler:
     def step(self) -> dict[int, Inversion]:
         """PromptSearch one packed pass; return the searches that came to their end, by number."""
         found = {}
-        for lane in list(self._lanes):
-            with _timed(lane):
-                lane.tree = lane.tree or lane.run.plan()
-            if lane.tree is None:
-                self._lanes.remove(lane)
-                self._cache.drop(lane.lane)
-                found[lane.number] = self._inversion(lane)
-        if self._lanes:
+        for slot in list(self._slots):
+            with _timed(slot):
+                slot.tree = slot.tree or slot.run.plan()
+            if slot.tree is None:
+                self._slots.remove(slot)
+                self._cache.drop(slot.lane)
+                found[slot.number] = self._inversion(slot)
+        if self._slots:
             self._pass(self._fill_batch())
         return found
 
     def _fill_batch(self) -> list[_Slot]:
-        """Take the lanes whose planned tokens fit in one pass; at least one."""
+        """Take the slots whose planned tokens fit in one pass; at least one."""
         chosen: list[_Slot] = []
         n_tokens = 0
-        while self._lanes:
-            tree = self._lanes[0].tree
+        while self._slots:
+            tree = self._slots[0].tree
             assert tree is not None
             n_tokens += len(tree.token_ids)
-            if chosen and n_tokens > self._how.max_batch:
+            if chosen and n_tokens > self._options.max_batch:
                 break
-            chosen.append(self._lanes.popleft())
-        self._lanes.extend(chosen)
+            chosen.append(self._slots.popleft())
+        self._slots.extend(chosen)
         return chosen
 
-    def _pass(self, lanes: list[_Slot]) -> None:
+    def _pass(self, slots: list[_Slot]) -> None:
         started = time.perf_counter()
-        trees = [lane.tree for lane in lanes if lane.tree is not None]
+        trees = [slot.tree for slot in slots if slot.tree is not None]
         sizes = [len(tree.token_ids) for tree in trees]
-        lane_ids = torch.cat([lane.run.view.check.lanes(n) for lane, n in zip(lanes, sizes, strict=True)])
-        states = lanes[0].run.view.check.cut.packed(
+        lane_ids = torch.cat([slot.run.view.check.lanes(n) for slot, n in zip(slots, sizes, strict=True)])
+        states = slots[0].run.view.check.cut.packed(
             self._cache,
             torch.cat([tree.token_ids for tree in trees]),
             torch.cat([tree.positions for tree in trees]),
@@ -212,50 +178,50 @@ class BatchScheduler:
         seconds = time.perf_counter() - started
         kept: list[int] = []
         first = 0
-        for lane, tree, part in zip(lanes, trees, states.split(sizes), strict=True):
-            lane.seconds += seconds * len(part) / len(states)
-            with _timed(lane):
-                kept += [first + column for column in lane.run.walk(tree, part)]
-            lane.tree = None
+        for slot, tree, part in zip(slots, trees, states.split(sizes), strict=True):
+            slot.seconds += seconds * len(part) / len(states)
+            with _timed(slot):
+                kept += [first + column for column in slot.run.walk(tree, part)]
+            slot.tree = None
             first += len(part)
         self._cache.keep(kept)
-        for lane in lanes:
-            with _timed(lane):
-                lane.run.settle()
-            self._tell(lane)
+        for slot in slots:
+            with _timed(slot):
+                slot.run.settle()
+            self._tell(slot)
 
-    def _tell(self, lane: _Slot) -> None:
-        if self._how.on_progress is not None:
-            meter = lane.run.view.meter
-            self._how.on_progress(
+    def _tell(self, slot: _Slot) -> None:
+        if self._options.on_progress is not None:
+            meter = slot.run.view.meter
+            self._options.on_progress(
                 Progress(
-                    seq_len=lane.seen.seq_len,
-                    input_ids=tuple(lane.run.view.prefix),
+                    seq_len=slot.seen.seq_len,
+                    input_ids=tuple(slot.run.view.prefix),
                     n_checked=meter.n_checked,
                     block_tokens=meter.block_tokens,
-                    seconds=lane.seconds,
+                    seconds=slot.seconds,
                 )
             )
 
-    def _inversion(self, lane: _Slot) -> Inversion:
-        lm, seen, run = self._lm, lane.seen, lane.run
+    def _inversion(self, slot: _Slot) -> Inversion:
+        lm, seen, run = self._lm, slot.seen, slot.run
         meter, prefix = run.view.meter, run.view.prefix
         return Inversion(
             model=lm.name,
             fingerprint=lm.fingerprint,
             layer=seen.layer,
             site=seen.site,
-            policy=self._how.policy,
+            policy=self._options.policy,
             verdict=run.verdict(),
             text=lm.decode(prefix),
             input_ids=tuple(prefix),
             seq_len=seen.seq_len,
-            tolerance=lane.tolerance,
-            noise=self._how.noise,
-            seconds=lane.seconds,
+            tolerance=slot.tolerance,
+            noise=self._options.noise,
+            seconds=slot.seconds,
             block_tokens=meter.block_tokens,
             prefill_ratio=meter.block_tokens / (seen.seq_len * max(seen.layer, 1)),
-            calibration_block_tokens=noise_floor(lm, seen.layer, seen.site).block_tokens,
+            calibration_block_tokens=noise_floor(lm, seen.cut).block_tokens,
             n_checked=meter.n_checked,
             observation=seen.digest(),
             dtype=seen.dtype,
@@ -266,11 +232,11 @@ class BatchScheduler:
 
 
 @contextmanager
-def _timed(lane: _Slot) -> Iterator[None]:
+def _timed(slot: _Slot) -> Iterator[None]:
     """Charge the time of some work to one search."""
     started = time.perf_counter()
     yield
-    lane.seconds += time.perf_counter() - started
+    slot.seconds += time.perf_counter() - started
 
 
 def _side_by_side(trees: Sequence[Tree]) -> Tensor | None:
@@ -279,37 +245,3 @@ def _side_by_side(trees: Sequence[Tree]) -> Tensor | None:
         return None
     blocks = [torch.eye(len(t.token_ids), dtype=torch.bool) if t.attends is None else t.attends for t in trees]
     return cast(Tensor, torch.block_diag(*blocks))
-
-
-def _check_fit(lm: LanguageModel, seen: Observation) -> None:
-    """Refuse an observation that cannot have come from this model."""
-    lm.checked_layer(seen.layer, seen.site)
-    width = lm.width(seen.site)
-    if seen.d_model != width:
-        raise ShapeError(
-            f"states are {seen.d_model} wide, but site {seen.site!r} of model {lm.name!r} is {width} wide; "
-            "name the model they were captured from"
-        )
-    if seen.fingerprint is not None and seen.fingerprint != lm.fingerprint:
-        raise MismatchError(
-            f"the states come from the model {seen.model!r} with fingerprint {seen.fingerprint[:19]}…, but "
-            f"{lm.name!r} in {lm.dtype} has {lm.fingerprint[:19]}…; load that model in the dtype it was captured "
-            "in, or drop the fingerprint from the observation to try anyway"
-        )
-    if lm.max_positions is not None and seen.seq_len > lm.max_positions:
-        raise ShapeError(
-            f"the observation has {seen.seq_len} positions, model {lm.name!r} only {lm.max_positions}; "
-            "name the model the states were captured from"
-        )
-    switch = switch_length(lm.model.config)
-    if switch is not None and seen.seq_len > switch:
-        raise MismatchError(
-            f"the observation has {seen.seq_len} positions, and the rotary embedding of model {lm.name!r} changes "
-            f"beyond {switch}: its states then depend on the length of the whole pass, not on their prefix alone, "
-            f"which this version does not invert; capture at most {switch} tokens"
-        )
-    if not seen.is_complete:
-        raise MismatchError(
-            f"the states start at or skip positions ({seen.seq_len} rows up to position {seen.positions[-1]}); "
-            "this version needs every position from 0 on"
-        )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sipit.errors import InputError
-from sipit.inversion.search.batching import Progress
+from sipit.inversion.search.options import Progress
 from sipit.observations import Observation
 from sipit.storage import read_json, write_json
 

@@ -1,0 +1,42 @@
+"""How to search, declared once, and what is told while a search runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from sipit.errors import OptionError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a running search stands."""
+
+    seq_len: int
+    input_ids: tuple[int, ...]  # accepted so far
+    n_checked: int
+    block_tokens: int
+    seconds: float
+
+
+OnProgress = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """How to search; see `sipit.invert`."""
+
+    policy: str = "auto"
+    noise: float = 0.0
+    exhaustive: bool = False
+    max_batch: int = 256
+    seed: int = 0
+    use_fit: bool = True
+    hint: Sequence[int] = ()
+    on_progress: OnProgress | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_batch < 1:
+            raise OptionError(f"max_batch is {self.max_batch}; a packed pass needs at least 1 candidate")
+        if not 0 <= self.noise < float("inf"):
+            raise OptionError(f"noise is {self.noise}; it is a finite L2 distance, 0 or more")
