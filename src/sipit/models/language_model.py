@@ -326,11 +326,17 @@ class LanguageModel:
     @torch.no_grad()
     def _reference_states(self) -> tuple[Tensor, ...]:
         """Return what the model itself calls its hidden states, on the probe prompt: n_layers + 1 of (T, D)."""
-        output = cast(Any, self.model)(
-            input_ids=self._probe_ids.to(self.device)[None],
-            output_hidden_states=True,
-            use_cache=False,
-        )
+        try:
+            output = cast(Any, self.model)(
+                input_ids=self._probe_ids.to(self.device)[None],
+                output_hidden_states=True,
+                use_cache=False,
+            )
+        except (RuntimeError, NotImplementedError) as error:
+            raise ModelError(
+                f"model {self.name!r} cannot run its own forward pass in {self.dtype} on {self.device} "
+                f"({str(error).strip()[:200]}); load it in another dtype or on another device"
+            ) from error
         states = tuple(h[0] for h in output.hidden_states)
         if len(states) != self.n_layers + 1:
             raise self._refusal(

@@ -183,7 +183,7 @@ def local_noise(
     ids = torch.cat([prefix.cpu(), token.repeat(seq_len - len(prefix))])  # what follows changes no state before it
     state = cut.ordinary(ids)[len(prefix)]  # (D,)
     expected = state.double()
-    largest = 0.0
+    largest = torch.finfo(state.dtype).eps * float(expected.norm())  # one rounding of it: less is luck
     most = noise_ceiling(state.dtype) * float(expected.norm())
     for width in _WIDTHS:
         tokens = token.repeat(width)
