@@ -64,7 +64,7 @@ class PackedCheck:
         cache: PrefixCache,
         lane: int = 0,
     ) -> None:
-        self.cut = lm.cut(seen.layer, seen.site)
+        self.cut = lm.cut(seen.layer, seen.site, seq_len=seen.seq_len)
         self.cache = cache
         self._lane = lane
         device = self.cut.device
@@ -72,7 +72,7 @@ class PackedCheck:
         self.observed = seen.states.to(device, wide)  # (T, D)
         self._seq_len = seen.seq_len
         self._tolerance = tolerance
-        self._measured = noise_floor(lm, seen.layer, seen.site)
+        self._measured = noise_floor(lm, seen.layer, seen.site, seen.seq_len)
         self._floor = tolerance.noise.to(device, copy=True)  # (T,)
         self._limit = tolerance.total.to(device, copy=True)  # (T,)
         self.noise = noise

@@ -24,7 +24,6 @@ from sipit.inversion.run import Run
 from sipit.inversion.tolerance import noise_floor, tolerance_for
 from sipit.inversion.tree import Tree, pass_price
 from sipit.models import LanguageModel, PrefixCache
-from sipit.models.rope import switch_length
 from sipit.observations import Observation
 
 _SHARED_TOKENS = 1024  # of all prompts that share a row: each packed token looks at the prefixes of all
@@ -132,6 +131,7 @@ class _Crew:
         return (
             len(others) < self._n_lanes
             and (seen.layer, seen.site) == (others[0].layer, others[0].site)
+            and self._lm.regime(seen.seq_len) == self._lm.regime(others[0].seq_len)
             and seen.seq_len + sum(other.seq_len for other in others) <= _SHARED_TOKENS
         )
 
@@ -144,7 +144,7 @@ class _Crew:
         started = time.perf_counter()
         tolerance = tolerance_for(lm, seen)
         if not self._lanes:
-            self._cache = lm.cut(seen.layer, seen.site).new_cache()
+            self._cache = lm.cut(seen.layer, seen.site, seq_len=seen.seq_len).new_cache()
         lane = next(i for i in range(self._n_lanes) if i not in {other.lane for other in self._lanes})
         meter = Meter()
         check = PackedCheck(lm, seen, tolerance, meter, noise=how.noise, cache=self._cache, lane=lane)
@@ -252,7 +252,7 @@ class _Crew:
             seconds=lane.seconds,
             block_tokens=meter.block_tokens,
             prefill_ratio=meter.block_tokens / (seen.seq_len * max(seen.layer, 1)),
-            calibration_block_tokens=noise_floor(lm, seen.layer, seen.site).block_tokens,
+            calibration_block_tokens=noise_floor(lm, seen.layer, seen.site, seen.seq_len).block_tokens,
             n_checked=meter.n_checked,
             observation=seen.digest(),
             dtype=seen.dtype,
@@ -297,13 +297,6 @@ def _check_fit(lm: LanguageModel, seen: Observation) -> None:
         raise ShapeError(
             f"the observation has {seen.seq_len} positions, model {lm.name!r} only {lm.max_positions}; "
             "name the model the states were captured from"
-        )
-    switch = switch_length(lm.model.config)
-    if switch is not None and seen.seq_len > switch:
-        raise MismatchError(
-            f"the observation has {seen.seq_len} positions, and the rotary embedding of model {lm.name!r} changes "
-            f"beyond {switch}: its states then depend on the length of the whole pass, not on their prefix alone, "
-            f"which this version does not invert; capture at most {switch} tokens"
         )
     if not seen.is_complete:
         raise MismatchError(

@@ -65,12 +65,14 @@ class Tolerance:
         return length
 
 
-_measured: weakref.WeakKeyDictionary[LanguageModel, dict[tuple[int, Site], NoiseFloor]] = weakref.WeakKeyDictionary()
+_measured: weakref.WeakKeyDictionary[LanguageModel, dict[tuple[int, Site, int], NoiseFloor]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def tolerance_for(lm: LanguageModel, seen: Observation) -> Tolerance:
     """Return the tolerance at each position of an observation."""
-    floor = noise_floor(lm, seen.layer, seen.site)
+    floor = noise_floor(lm, seen.layer, seen.site, seen.seq_len)
     norms = seen.states.double().norm(dim=1)  # (T,)
     first, rest = _allowed(floor.first, floor.first_gap), _allowed(floor.rest, floor.rest_gap)
     ratios = torch.full_like(norms, rest)
@@ -104,17 +106,20 @@ def half_ulp(values: Tensor) -> Tensor:
     return torch.ldexp(torch.full_like(exponent, info.eps / 4, dtype=torch.float64), exponent)
 
 
-def noise_floor(lm: LanguageModel, layer: int, site: Site) -> NoiseFloor:
+def noise_floor(lm: LanguageModel, layer: int, site: Site, seq_len: int | None = None) -> NoiseFloor:
     """Return the measured noise of the packed check against the ordinary forward pass, once per cut.
+
+    `seq_len` is the length of the pass that is judged, as in `LanguageModel.cut`.
 
     Raises:
         ModelError: packed states of right tokens are not far nearer than those of wrong ones, so
             the packed check does not compute this model.
     """
     known = _measured.setdefault(lm, {})
-    if (layer, site) not in known:
-        known[(layer, site)] = _measure(lm, lm.cut(layer, site))
-    return known[(layer, site)]
+    key = (layer, site, lm.regime(seq_len))
+    if key not in known:
+        known[key] = _measure(lm, lm.cut(layer, site, seq_len=seq_len))
+    return known[key]
 
 
 def _measure(lm: LanguageModel, cut: TruncatedModel) -> NoiseFloor:

@@ -16,6 +16,7 @@ from sipit.models.fingerprint import fingerprint
 from sipit.models.generation import GenerationCache
 from sipit.models.prepacked import forget_layouts, prepacked
 from sipit.models.quantized import rounds_activations
+from sipit.models.rope import fresh, frozen, regime, switch_length
 from sipit.models.truncated import TappedModel, TruncatedModel, UpperModel
 from sipit.observations import SITES, Observation, Site, dtype_named
 
@@ -54,18 +55,19 @@ class LanguageModel:
         self.max_positions: int | None = None  # longest prompt; None where positions are computed, not looked up
         if table is not None:
             self.max_positions = int(table.weight.shape[0]) - int(getattr(table, "offset", 0))
-        self._cuts: dict[tuple[int, bool], TruncatedModel] = {}
-        self._uppers: dict[int, UpperModel] = {}
+        self._cuts: dict[tuple[int, bool, int], TruncatedModel] = {}  # by layer, is_final and regime
+        self._uppers: dict[tuple[int, int], UpperModel] = {}  # by layer and regime
+        self._trunks: dict[int, nn.Module] = {}  # by regime
         self._probe_ids = torch.arange(_PROBE_TOKENS) * 7919 % self.vocab_size
         self._probe_states = self._reference_states()
         self._returns_tuple = self._blocks_return_tuples()
         self.d_model = int(self._probe_states[0].shape[-1])
         self._final_width = int(self._probe_states[-1].shape[-1])
         for layer in {0, 1, self.n_layers // 2, self.n_layers - 1}:
-            self.cut(layer)
-        self.cut(self.n_layers, "final")
+            self.cut(layer, seq_len=_PROBE_TOKENS)
+        self.cut(self.n_layers, "final", seq_len=_PROBE_TOKENS)
         if not rounds_activations(model):  # such a model is captured and refused only where it would be packed
-            self._check_packing(self.cut(max(1, self.n_layers // 2)))
+            self._check_packing(self.cut(max(1, self.n_layers // 2), seq_len=_PROBE_TOKENS))
 
     @property
     def device(self) -> torch.device:
@@ -167,7 +169,7 @@ class LanguageModel:
             raise OptionError("capture needs one prompt: pass either text or input_ids")
         ids = self._prompt_ids(cast(Prompt, text if input_ids is None else input_ids), chat)
         layer = self.checked_layer(layer, site)
-        states = self.cut(layer, site).ordinary(ids)  # (T, D)
+        states = self.cut(layer, site, seq_len=len(ids)).ordinary(ids)  # (T, D)
         stored = states if dtype is None else states.to(dtype_named(dtype))
         return Observation(states=stored, layer=layer, site=site, model=self.name, fingerprint=self.fingerprint)
 
@@ -196,14 +198,40 @@ class LanguageModel:
             raise OptionError(f"layer {layer} is out of range; model {self.name!r} has layers 0 to {self.n_layers}")
         return layer
 
-    def cut(self, layer: int, site: Site = "block") -> TruncatedModel:
-        """Return the model cut after `layer` blocks, checked once against `output_hidden_states`."""
-        key = (layer, site == "final")
+    def regime(self, seq_len: int | None) -> int:
+        """Return a key of the passes that compute as one of `seq_len` tokens does; one for all in most models.
+
+        Rotary embeddings of the types "dynamic" and "longrope" are other ones in passes beyond a length.
+        """
+        return regime(cast(Any, self._trunk).config, seq_len)
+
+    def cut(self, layer: int, site: Site = "block", *, seq_len: int | None = None) -> TruncatedModel:
+        """Return the model cut after `layer` blocks, checked once against `output_hidden_states`.
+
+        Args:
+            layer: number of blocks run.
+            site: "block" or "final".
+            seq_len: of the pass whose states are wanted: every pass through the cut computes as that one
+                does, whatever its own length; None: as a short one.
+        """
+        key = (layer, site == "final", self.regime(seq_len))
         if key not in self._cuts:
-            cut = TruncatedModel(self._trunk, self.family, layer=layer, is_final=key[1])
-            self._check_cut(cut)
+            if key[2] != self.regime(_PROBE_TOKENS):
+                self.cut(layer, site, seq_len=_PROBE_TOKENS)  # checks it
+            cut = TruncatedModel(self._trunk_at(seq_len), self.family, layer=layer, is_final=key[1])
+            if key[2] == self.regime(_PROBE_TOKENS):
+                self._check_cut(cut)
             self._cuts[key] = cut
         return self._cuts[key]
+
+    def _trunk_at(self, seq_len: int | None) -> nn.Module:
+        """Return the trunk as it computes in a pass of so many tokens; the caller's own where that is all one."""
+        if switch_length(cast(Any, self._trunk).config) is None:
+            return self._trunk
+        key = self.regime(seq_len)
+        if key not in self._trunks:
+            self._trunks[key] = frozen(self._trunk, key)
+        return self._trunks[key]
 
     @torch.no_grad()
     def final_states(self, seen: Tensor, layer: int, site: Site) -> tuple[Tensor, int]:
@@ -217,9 +245,11 @@ class LanguageModel:
             return seen, 0
         if layer == 0:  # an embedding is not a state of the running text; there is no entry block
             raise OptionError("layer 0 has no block to enter after; recover the prefix first")
-        if layer not in self._uppers:
-            self._uppers[layer] = UpperModel(self._trunk, self.family, layer=layer, returns_tuple=self._returns_tuple)
-        upper = self._uppers[layer]
+        key = (layer, self.regime(len(seen)))
+        if key not in self._uppers:
+            trunk = self._trunk_at(len(seen))
+            self._uppers[key] = UpperModel(trunk, self.family, layer=layer, returns_tuple=self._returns_tuple)
+        upper = self._uppers[key]
         return upper.final_states(seen), upper.n_blocks
 
     @torch.no_grad()
@@ -244,11 +274,14 @@ class LanguageModel:
         """Give back the copies of the weights that are laid out for fast products, until they are needed again."""
         forget_layouts(self.model)
 
-    def tapped(self, cuts: Sequence[tuple[int, Site]]) -> TappedModel:
-        """Return the model stopped after the last of several (layer, site) cuts, giving the states at all of them."""
+    def tapped(self, cuts: Sequence[tuple[int, Site]], *, seq_len: int | None = None) -> TappedModel:
+        """Return the model stopped after the last of several (layer, site) cuts, giving the states at all of them.
+
+        `seq_len` is as in `cut`.
+        """
         for layer, site in cuts:
-            self.cut(layer, site)  # checks it
-        return TappedModel(self._trunk, self.family, [(layer, site == "final") for layer, site in cuts])
+            self.cut(layer, site, seq_len=seq_len)  # checks it
+        return TappedModel(self._trunk_at(seq_len), self.family, [(layer, site == "final") for layer, site in cuts])
 
     def _trunk_of(self, model: nn.Module) -> nn.Module:
         """Return the module that owns the blocks, of a model that has a head as well."""
@@ -306,7 +339,7 @@ class LanguageModel:
     @torch.no_grad()
     def _reference_states(self) -> tuple[Tensor, ...]:
         """Return what the model itself calls its hidden states, on the probe prompt: n_layers + 1 of (T, D)."""
-        output = cast(Any, self.model)(
+        output = cast(Any, fresh(self.model))(
             input_ids=self._probe_ids.to(self.device)[None],
             output_hidden_states=True,
             use_cache=False,
@@ -321,7 +354,7 @@ class LanguageModel:
     def _blocks_return_tuples(self) -> bool:
         """Return whether a block of this family returns its states in a tuple."""
         try:
-            tapped = TappedModel(self._trunk, self.family, [(1, False)])
+            tapped = TappedModel(self._trunk_at(_PROBE_TOKENS), self.family, [(1, False)])
             tapped.states(self._probe_ids[None])
         except (TypeError, RuntimeError, ValueError, AttributeError, IndexError) as error:
             raise self._refusal(f"cannot be cut after one block ({error})") from error

@@ -31,7 +31,7 @@ def lm() -> LanguageModel:
 def low_floor(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pretend that calibration saw far less noise than there is."""
     floor = tolerance.NoiseFloor(first=2e-9, rest=2e-9, first_gap=1.0, rest_gap=1.0, block_tokens=0)
-    monkeypatch.setitem(tolerance._measured, lm, {(LAYER, "block"): floor})
+    monkeypatch.setitem(tolerance._measured, lm, {(LAYER, "block", 0): floor})
 
 
 @pytest.mark.usefixtures("low_floor")

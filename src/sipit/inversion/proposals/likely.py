@@ -56,7 +56,7 @@ class Likely(Ordered):
         """Return the logits behind the accepted prefix, by the full model. (V,)."""
         scene, cache = self.scene, self._cache
         assert cache is not None
-        full = scene.lm.cut(scene.lm.n_layers, "final")
+        full = scene.lm.cut(scene.lm.n_layers, "final", seq_len=scene.seen.seq_len)
         cache.truncate(min(cache.length, scene.position - 1))
         new = torch.tensor(scene.prefix[cache.length :])
         places = torch.arange(cache.length, scene.position)
