@@ -66,6 +66,7 @@ class LanguageModel:
         for layer in {0, 1, self.n_layers // 2, self.n_layers - 1}:
             self.cut(layer, seq_len=_PROBE_TOKENS)
         self.cut(self.n_layers, "final", seq_len=_PROBE_TOKENS)
+        self._check_upper()
         if not rounds_activations(model):  # such a model is captured and refused only where it would be packed
             self._check_packing(self.cut(max(1, self.n_layers // 2), seq_len=_PROBE_TOKENS))
 
@@ -256,7 +257,7 @@ class LanguageModel:
     def next_token_logits(self, final_states: Tensor) -> Tensor:
         """Return the language-model head's logits, in float32. (N, D) → (N, vocab_size)."""
         logits: Tensor = self._fast_head(final_states).float()
-        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        cap = getattr(self._trunk.config, "final_logit_softcapping", None)
         if cap:
             logits = torch.tanh(logits / cap) * cap
         missing = self.vocab_size - logits.shape[1]  # a head may have fewer rows than the embedding, or more
@@ -339,11 +340,14 @@ class LanguageModel:
     @torch.no_grad()
     def _reference_states(self) -> tuple[Tensor, ...]:
         """Return what the model itself calls its hidden states, on the probe prompt: n_layers + 1 of (T, D)."""
-        output = cast(Any, fresh(self.model))(
-            input_ids=self._probe_ids.to(self.device)[None],
-            output_hidden_states=True,
-            use_cache=False,
-        )
+        try:
+            output = cast(Any, fresh(self.model))(
+                input_ids=self._probe_ids.to(self.device)[None],
+                output_hidden_states=True,
+                use_cache=False,
+            )
+        except (TypeError, RuntimeError, ValueError, AttributeError, LookupError) as error:
+            raise self._refusal(f"cannot run a plain prompt ({error})") from error
         states = tuple(h[0] for h in output.hidden_states)
         if len(states) != self.n_layers + 1:
             raise self._refusal(
@@ -378,6 +382,17 @@ class LanguageModel:
         gap = float((got.float() - expected.float()).abs().max()) if got.shape == expected.shape else float("inf")
         if not gap <= 64 * unit:  # the same kernels on the same shapes: a few roundings at most
             raise self._refusal(f"cut after {cut.layer} blocks differs from its output_hidden_states by {gap:.2g}")
+
+    def _check_upper(self) -> None:
+        """Refuse a model whose last block cannot run without those below it: it reads their keys, say."""
+        if self.n_layers < 2:
+            return
+        try:
+            self.final_states(self._probe_states[self.n_layers - 1], self.n_layers - 1, "block")
+        except (TypeError, RuntimeError, ValueError, AttributeError, LookupError) as error:
+            raise self._refusal(f"cannot run its last block on states alone ({error})") from error
+        finally:
+            self.forget_layouts()
 
     def _check_packing(self, cut: TruncatedModel) -> None:
         """Refuse a model whose packed pass, with wrong tokens between the right ones, gives other states."""
