@@ -60,7 +60,7 @@ class Tolerance:
         """
         gap = (states - observed).abs_()
         if self.half_ulp is not None:
-            gap = (gap - self.half_ulp[rows].to(gap)).clamp_(min=0)
+            gap = (gap - self.half_ulp[rows.to(self.half_ulp.device)].to(gap)).clamp_(min=0)
         length: Tensor = torch.linalg.vector_norm(gap, dim=1)
         return length
 

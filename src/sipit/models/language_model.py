@@ -412,11 +412,11 @@ class LanguageModel:
             raise self._refusal(f"cannot run a packed pass ({error})") from error
         finally:
             self.forget_layouts()
-        expected = self._probe_states[cut.layer].double()
+        expected = self._probe_states[cut.layer].cpu().double()
         if cut.layer == self.n_layers:
-            expected = cut.ordinary(self._probe_ids).double()
+            expected = cut.ordinary(self._probe_ids).cpu().double()
         norms = expected.norm(dim=1)
-        gaps = (torch.cat(got).double() - expected).norm(dim=1) / norms.clamp(min=1e-30)  # (T,)
+        gaps = (torch.cat(got).cpu().double() - expected).norm(dim=1) / norms.clamp(min=1e-30)  # (T,)
         gaps = gaps[gaps.isfinite()]  # a model made to overflow is none of this check's business
         gap = float(gaps.median()) if len(gaps) else 0.0  # a rounding may send a few tokens to other experts
         if not gap <= _PACKED_GAP:
