@@ -100,7 +100,8 @@ MODELS: dict[str, Callable[[Any, random.Random], None]] = {
 def _noisy(rng: random.Random, lm: LanguageModel, cut: Cut, ids: Tensor, states: Tensor) -> Tensor:
     share = 10 ** rng.uniform(-7, 0)
     error = torch.randn(states.shape, generator=torch.Generator().manual_seed(rng.randrange(99)))
-    return states + (share * states.float().norm(dim=1, keepdim=True) / states.shape[1] ** 0.5 * error).to(states)
+    length = states.float().norm(dim=1, keepdim=True) / states.shape[1] ** 0.5
+    return torch.add(states, (share * length * error).to(states))
 
 
 def _swapped(rng: random.Random, lm: LanguageModel, cut: Cut, ids: Tensor, states: Tensor) -> Tensor:

@@ -113,11 +113,11 @@ def bench(
     """
     require_methods(methods)
     for cut in cuts:
-        noise_floor(lm, cut)  # once a process, whatever the method
         for number, ids in enumerate(prompts):
+            noise_floor(lm, cut, len(ids))  # once a process, whatever the method
             seen = lm.capture(input_ids=ids, layer=cut.layer, site=cut.site)
             started = time.perf_counter()
-            lm.cut(cut).ordinary(ids)
+            lm.cut(cut, seq_len=len(ids)).ordinary(ids)
             prefill_seconds = time.perf_counter() - started
             for name in methods:
                 yield _run(lm, seen, ids, name, number, seed, max_seconds, prefill_seconds)

@@ -106,8 +106,8 @@ class EmbeddingRows:
         """Keep the pairs whose rows really are near. (N,), (N,) → token → its twins by distance."""
         near: dict[int, list[tuple[float, int]]] = defaultdict(list)
         for a, b in zip(torch.split(left, _SLICE), torch.split(right, _SLICE), strict=True):
-            rows = self.rows(a).double()
-            gaps = (rows - self.rows(b).double()).norm(dim=1)
+            rows = self.rows(a).cpu().double()
+            gaps = (rows - self.rows(b).cpu().double()).norm(dim=1)
             keep = gaps <= _NEAR * rows.norm(dim=1)
             for one, two, gap in zip(a[keep].tolist(), b[keep].tolist(), gaps[keep].tolist(), strict=True):
                 near[one].append((gap, two))

@@ -38,6 +38,9 @@ _GPT_NEO = Family(trunk="transformer", blocks="h", final=("ln_f",), masking="buf
 _GPT_NEOX = Family(trunk="gpt_neox", final=("final_layer_norm",))
 _OPT = Family(trunk="model.decoder", final=("final_layer_norm", "project_out"), positions="embed_positions")
 
+_TEXT_PART = Family(trunk="model.language_model")  # of a model that takes images as well
+_TEXT_PART_TYPES = Family(trunk="model.language_model", masking="by_layer_type")
+
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -46,6 +49,8 @@ FAMILIES: dict[str, Family] = {
     "olmo2": _LLAMA,
     "gemma2": _LAYER_TYPES,
     "gemma3_text": _LAYER_TYPES,
+    "gemma3": _TEXT_PART_TYPES,
+    "mistral3": _TEXT_PART,
     "qwen2": _LAYER_TYPES,
     "qwen3": _LAYER_TYPES,
     "gpt2": _GPT2,
@@ -65,8 +70,8 @@ def family_of(model: nn.Module) -> Family:
     row = FAMILIES.get(config.model_type)
     if row is not None:
         return row
-    has_window = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    for candidate in (_LAYER_TYPES if has_window else _LLAMA, _GPT2, _GPT_NEOX):
+    by_kind = {"sliding_attention", "chunked_attention"} & set(getattr(config, "layer_types", None) or ())
+    for candidate in (_LAYER_TYPES if by_kind else _LLAMA, _GPT2, _GPT_NEOX):
         if _fits(model, candidate):
             return candidate
     raise ModelError(

@@ -17,6 +17,7 @@ from sipit.models.fingerprint import fingerprint
 from sipit.models.generation import GenerationCache
 from sipit.models.prepacked import forget_layouts, prepacked
 from sipit.models.quantized import rounds_activations
+from sipit.models.rope import fresh, frozen, regime, switch_length
 from sipit.models.truncated import TappedModel, TruncatedModel, UpperModel
 from sipit.observations import SITES, Cut, Observation, Site, dtype_named
 
@@ -59,17 +60,17 @@ class LanguageModel:
             self.max_positions = int(table.weight.shape[0]) - int(getattr(table, "offset", 0))
         self._making = threading.RLock()
         self._derived: dict[Hashable, Any] = {}
-        self._uppers: dict[int, UpperModel] = {}
         self._probe_ids = torch.arange(_PROBE_TOKENS) * 7919 % self.vocab_size
         self._probe_states = self._reference_states()
         self._returns_tuple = self._blocks_return_tuples()
         self.d_model = int(self._probe_states[0].shape[-1])
         self._final_width = int(self._probe_states[-1].shape[-1])
         for layer in {0, 1, self.n_layers // 2, self.n_layers - 1}:
-            self.cut(Cut(layer))
-        self.cut(Cut(self.n_layers, "final"))
+            self.cut(Cut(layer), seq_len=_PROBE_TOKENS)
+        self.cut(Cut(self.n_layers, "final"), seq_len=_PROBE_TOKENS)
+        self._check_upper()
         if not rounds_activations(model):  # such a model is captured and refused only where it would be packed
-            self._check_packing(self.cut(Cut(max(1, self.n_layers // 2))))
+            self._check_packing(self.cut(Cut(max(1, self.n_layers // 2)), seq_len=_PROBE_TOKENS))
 
     def derived(self, key: Hashable, make: Callable[[], _Made]) -> _Made:
         """Return what was made of this model under a key, making it once, whichever thread asks first.
@@ -181,7 +182,7 @@ class LanguageModel:
             raise OptionError("capture needs one prompt: pass either text or input_ids")
         ids = self._prompt_ids(cast(Prompt, text if input_ids is None else input_ids), chat)
         layer = self.checked_layer(layer, site)
-        states = self.cut(Cut(layer, site)).ordinary(ids)  # (T, D)
+        states = self.cut(Cut(layer, site), seq_len=len(ids)).ordinary(ids)  # (T, D)
         stored = states if dtype is None else states.to(dtype_named(dtype))
         return Observation(states=stored, layer=layer, site=site, model=self.name, fingerprint=self.fingerprint)
 
@@ -210,20 +211,44 @@ class LanguageModel:
             raise OptionError(f"layer {layer} is out of range; model {self.name!r} has layers 0 to {self.n_layers}")
         return layer
 
-    def cut(self, cut: Cut) -> TruncatedModel:
-        """Return the model cut there, checked once against `output_hidden_states`."""
+    def regime(self, seq_len: int | None) -> int:
+        """Return a key of the passes that compute as one of `seq_len` tokens does; one for all in most models.
+
+        Rotary embeddings of the types "dynamic" and "longrope" are other ones in passes beyond a length.
+        """
+        return regime(cast(Any, self._trunk).config, seq_len)
+
+    def cut(self, cut: Cut, *, seq_len: int | None = None) -> TruncatedModel:
+        """Return the model cut there, checked once against `output_hidden_states`.
+
+        Args:
+            cut: where.
+            seq_len: of the pass whose states are wanted: every pass through the cut computes as that one
+                does, whatever its own length; None: as a short one.
+        """
+        is_probed = self.regime(seq_len) == self.regime(_PROBE_TOKENS)
 
         def made() -> TruncatedModel:
-            model = TruncatedModel(self._trunk, self.family, layer=cut.layer, is_final=cut.is_final)
-            self._check_cut(model)
+            if not is_probed:
+                self.cut(cut, seq_len=_PROBE_TOKENS)  # checks it
+            model = TruncatedModel(self._trunk_at(seq_len), self.family, layer=cut.layer, is_final=cut.is_final)
+            if is_probed:
+                self._check_cut(model)
             return model
 
-        return self.derived(("cut", cut), made)
+        return self.derived(("cut", cut, self.regime(seq_len)), made)
 
     @property
     def final_cut(self) -> Cut:
         """The cut after the final norm."""
         return Cut(self.n_layers, "final")
+
+    def _trunk_at(self, seq_len: int | None) -> nn.Module:
+        """Return the trunk as it computes in a pass of so many tokens; the caller's own where that is all one."""
+        if switch_length(cast(Any, self._trunk).config) is None:
+            return self._trunk
+        key = self.regime(seq_len)
+        return self.derived(("trunk", key), lambda: frozen(self._trunk, key))
 
     @torch.no_grad()
     def final_states(self, seen: Tensor, layer: int, site: Site) -> tuple[Tensor, int]:
@@ -237,16 +262,18 @@ class LanguageModel:
             return seen, 0
         if layer == 0:  # an embedding is not a state of the running text; there is no entry block
             raise OptionError("layer 0 has no block to enter after; recover the prefix first")
-        if layer not in self._uppers:
-            self._uppers[layer] = UpperModel(self._trunk, self.family, layer=layer, returns_tuple=self._returns_tuple)
-        upper = self._uppers[layer]
+        trunk = self._trunk_at(len(seen))
+        upper = self.derived(
+            ("upper", layer, self.regime(len(seen))),
+            lambda: UpperModel(trunk, self.family, layer=layer, returns_tuple=self._returns_tuple),
+        )
         return upper.final_states(seen), upper.n_blocks
 
     @torch.no_grad()
     def next_token_logits(self, final_states: Tensor) -> Tensor:
         """Return the language-model head's logits, in float32. (N, D) → (N, vocab_size)."""
         logits: Tensor = self._fast_head(final_states).float()
-        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        cap = getattr(self._trunk.config, "final_logit_softcapping", None)
         if cap:
             logits = torch.tanh(logits / cap) * cap
         missing = self.vocab_size - logits.shape[1]  # a head may have fewer rows than the embedding, or more
@@ -264,11 +291,14 @@ class LanguageModel:
         """Give back the copies of the weights that are laid out for fast products, until they are needed again."""
         forget_layouts(self.model)
 
-    def tapped(self, cuts: Sequence[Cut]) -> TappedModel:
-        """Return the model stopped after the last of several cuts, giving the states at all of them."""
-        for layer, site in cuts:
-            self.cut(Cut(layer, site))  # checks it
-        return TappedModel(self._trunk, self.family, [(layer, site == "final") for layer, site in cuts])
+    def tapped(self, cuts: Sequence[Cut], *, seq_len: int | None = None) -> TappedModel:
+        """Return the model stopped after the last of several cuts, giving the states at all of them.
+
+        `seq_len` is as in `cut`.
+        """
+        for cut in cuts:
+            self.cut(cut, seq_len=seq_len)  # checks it
+        return TappedModel(self._trunk_at(seq_len), self.family, [(cut.layer, cut.is_final) for cut in cuts])
 
     def _trunk_of(self, model: nn.Module) -> nn.Module:
         """Return the module that owns the blocks, of a model that has a head as well."""
@@ -327,12 +357,12 @@ class LanguageModel:
     def _reference_states(self) -> tuple[Tensor, ...]:
         """Return what the model itself calls its hidden states, on the probe prompt: n_layers + 1 of (T, D)."""
         try:
-            output = cast(Any, self.model)(
+            output = cast(Any, fresh(self.model))(
                 input_ids=self._probe_ids.to(self.device)[None],
                 output_hidden_states=True,
                 use_cache=False,
             )
-        except (RuntimeError, NotImplementedError) as error:
+        except (TypeError, RuntimeError, ValueError, AttributeError, LookupError) as error:
             raise ModelError(
                 f"model {self.name!r} cannot run its own forward pass in {self.dtype} on {self.device} "
                 f"({str(error).strip()[:200]}); load it in another dtype or on another device"
@@ -347,7 +377,7 @@ class LanguageModel:
     def _blocks_return_tuples(self) -> bool:
         """Return whether a block of this family returns its states in a tuple."""
         try:
-            tapped = TappedModel(self._trunk, self.family, [(1, False)])
+            tapped = TappedModel(self._trunk_at(_PROBE_TOKENS), self.family, [(1, False)])
             tapped.states(self._probe_ids[None])
         except (TypeError, RuntimeError, ValueError, AttributeError, IndexError) as error:
             raise self._refusal(f"cannot be cut after one block ({error})") from error
@@ -372,6 +402,17 @@ class LanguageModel:
         if not gap <= 64 * unit:  # the same kernels on the same shapes: a few roundings at most
             raise self._refusal(f"cut after {cut.layer} blocks differs from its output_hidden_states by {gap:.2g}")
 
+    def _check_upper(self) -> None:
+        """Refuse a model whose last block cannot run without those below it: it reads their keys, say."""
+        if self.n_layers < 2:
+            return
+        try:
+            self.final_states(self._probe_states[self.n_layers - 1], self.n_layers - 1, "block")
+        except (TypeError, RuntimeError, ValueError, AttributeError, LookupError) as error:
+            raise self._refusal(f"cannot run its last block on states alone ({error})") from error
+        finally:
+            self.forget_layouts()
+
     def _check_packing(self, cut: TruncatedModel) -> None:
         """Refuse a model whose packed pass, with wrong tokens between the right ones, gives other states."""
         cache = cut.new_cache()
@@ -390,11 +431,11 @@ class LanguageModel:
             raise self._refusal(f"cannot run a packed pass ({error})") from error
         finally:
             self.forget_layouts()
-        expected = self._probe_states[cut.layer].double()
+        expected = self._probe_states[cut.layer].cpu().double()
         if cut.layer == self.n_layers:
-            expected = cut.ordinary(self._probe_ids).double()
+            expected = cut.ordinary(self._probe_ids).cpu().double()
         norms = expected.norm(dim=1)
-        gaps = (torch.cat(got).double() - expected).norm(dim=1) / norms.clamp(min=1e-30)  # (T,)
+        gaps = (torch.cat(got).cpu().double() - expected).norm(dim=1) / norms.clamp(min=1e-30)  # (T,)
         gaps = gaps[gaps.isfinite()]  # a model made to overflow is none of this check's business
         gap = float(gaps.median()) if len(gaps) else 0.0  # a rounding may send a few tokens to other experts
         if not gap <= _PACKED_GAP:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
+from sipit.errors import OptionError
 from sipit.models.attention import lean_attention
 from sipit.models.families import Family
 from sipit.models.generation import GenerationCache
@@ -235,6 +236,7 @@ class TruncatedModel:
         cache.packed_lanes = lanes = torch.zeros(n_packed, dtype=torch.long) if lanes is None else lanes.cpu()
         if sees is None:
             sees = torch.eye(n_packed, dtype=torch.bool)
+        self._check_scale(n_packed + cache.length)
         visible = torch.cat([lanes[:, None] == cache.lanes, sees.cpu()], dim=1).to(self.device)  # (Q, P + Q)
         positions = positions.to(self.device)
         places = torch.cat([cache.positions.to(self.device), positions])  # (P + Q,)
@@ -247,6 +249,15 @@ class TruncatedModel:
         )
         return cast(Tensor, output[0])[0]  # (Q, D)
 
+    def _check_scale(self, n_keys: int) -> None:
+        """Refuse a row in which Llama-4 would scale queries by their place in the row, not in their prompt."""
+        config = self._config
+        if getattr(config, "attn_temperature_tuning", False) and n_keys >= config.floor_scale:
+            raise OptionError(
+                f"a packed pass over {n_keys} tokens is longer than the {config.floor_scale - 1} up to which "
+                f"{config.model_type!r} scales no query; invert a shorter prompt, or pass a smaller max_batch"
+            )
+
     def _masks(self, visible: Tensor, positions: Tensor, places: Tensor) -> Tensor | dict[str, Tensor]:
         """Return what this family's forward pass takes as attention_mask: additive, (1, 1, Q, P + Q)."""
         family, config = self._family, self._config
@@ -254,13 +265,17 @@ class TruncatedModel:
             self._fill_buffers(visible, positions, places)
             return self._additive(visible)
         window = _window_of(config)
-        if family.masking == "by_layer_type" and "sliding_attention" in (config.layer_types or ()):
-            return {
-                "full_attention": self._additive(visible),
-                "sliding_attention": self._additive(
-                    visible if window is None else _windowed(visible, positions, places, window)
-                ),
-            }
+        kinds = set(config.layer_types or ()) if family.masking == "by_layer_type" else set()
+        if kinds & {"sliding_attention", "chunked_attention"}:
+            masks = {"full_attention": self._additive(visible)}
+            if "sliding_attention" in kinds:
+                seen = visible if window is None else _windowed(visible, positions, places, window)
+                masks["sliding_attention"] = self._additive(seen)
+            if "chunked_attention" in kinds:
+                masks["chunked_attention"] = self._additive(
+                    _chunked(visible, positions, places, config.attention_chunk_size)
+                )
+            return masks
         if family.masking == "one_mask" and window is not None:
             visible = _windowed(visible, positions, places, window)
         return self._additive(visible)
@@ -416,3 +431,8 @@ class _Inject(_Skip):
 def _windowed(visible: Tensor, positions: Tensor, places: Tensor, window: int) -> Tensor:
     """Hide keys `window` or more positions back. (Q, P + Q), (Q,), (P + Q,) → (Q, P + Q)."""
     return visible & (positions[:, None] - places[None, :] < window)
+
+
+def _chunked(visible: Tensor, positions: Tensor, places: Tensor, chunk: int) -> Tensor:
+    """Hide keys of earlier chunks of positions. (Q, P + Q), (Q,), (P + Q,) → (Q, P + Q)."""
+    return visible & (positions[:, None] // chunk == places[None, :] // chunk)

@@ -31,7 +31,7 @@ def lm(monkeypatch: pytest.MonkeyPatch) -> LanguageModel:
     rows[NEAR] = rows[RIGHT] + 0.01 * rows[NEAR]
     lm = LanguageModel(model, name="llama")
     floor = noise_module.NoiseFloor(first=1e-6, rest=0.04, first_gap=0.5, rest_gap=0.5, block_tokens=0)
-    monkeypatch.setitem(lm._derived, ("noise floor", Cut(LAYER)), floor)
+    monkeypatch.setitem(lm._derived, ("noise floor", Cut(LAYER), 0), floor)
     return lm
 
 
@@ -73,7 +73,7 @@ def test_coarse_first_position_is_judged_over_the_whole_vocabulary(
     lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     floor = noise_module.NoiseFloor(first=0.04, rest=1e-6, first_gap=0.5, rest_gap=0.5, block_tokens=0)
-    monkeypatch.setitem(lm._derived, ("noise floor", Cut(LAYER)), floor)
+    monkeypatch.setitem(lm._derived, ("noise floor", Cut(LAYER), 0), floor)
     found = sipit.invert(lm, lm.capture(input_ids=IDS, layer=LAYER))
     assert found.input_ids == tuple(IDS.tolist())
     assert found.positions[0].n_checked == VOCAB

@@ -34,7 +34,7 @@ def lm() -> LanguageModel:
 def low_floor(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pretend that calibration saw far less noise than there is."""
     floor = noise_module.NoiseFloor(first=2e-9, rest=2e-9, first_gap=1.0, rest_gap=1.0, block_tokens=0)
-    monkeypatch.setitem(lm._derived, ("noise floor", Cut(LAYER)), floor)
+    monkeypatch.setitem(lm._derived, ("noise floor", Cut(LAYER), 0), floor)
 
 
 @pytest.mark.usefixtures("low_floor")

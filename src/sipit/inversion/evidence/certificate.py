@@ -160,7 +160,8 @@ def check_certificate(
     if not reasons:
         ids = torch.tensor(record["input_ids"], dtype=torch.long)
         limits = tolerance_for(lm, seen)
-        states = lm.cut(seen.cut).ordinary(ids)  # (T, D)
+        cut = lm.cut(seen.cut, seq_len=seen.seq_len)
+        states = cut.ordinary(ids)  # (T, D)
         block_tokens = len(ids) * seen.layer
         observed = seen.states.to(states.device)
         wide = torch.promote_types(states.dtype, observed.dtype)
@@ -173,7 +174,7 @@ def check_certificate(
         over = torch.maximum(distances - allowed, excess - noises)  # (T,)
         for place in over.argsort(descending=True)[:_REMEASURED].tolist():
             if over[place] > 0:  # a state may amplify rounding: measure its own
-                more, spent = local_noise(lm.cut(seen.cut), ids[:place], int(ids[place]), len(ids))
+                more, spent = local_noise(cut, ids[:place], int(ids[place]), len(ids))
                 block_tokens += spent * seen.layer
                 more = max(0.0, SAFETY * more - float(limits.noise[place]))
                 allowed[place] += more
@@ -204,7 +205,7 @@ def _too_much_noise(lm: LanguageModel, seen: Observation, noise: float, is_neede
 
     How near other tokens come is measured with the noise floor, so the record has no part in it.
     """
-    floor = noise_floor(lm, seen.cut)
+    floor = noise_floor(lm, seen.cut, seen.seq_len)
     norms = seen.states.double().norm(dim=1).cpu()
     gaps = norms * floor.rest_gap  # (T,)
     gaps[0] = norms[0] * floor.first_gap

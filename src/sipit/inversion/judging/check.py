@@ -65,7 +65,7 @@ class PackedCheck:
         cache: PrefixCache,
         lane: int = 0,
     ) -> None:
-        self.cut = lm.cut(seen.cut)
+        self.cut = lm.cut(seen.cut, seq_len=seen.seq_len)
         self.cache = cache
         self._lane = lane
         device = self.cut.device
@@ -73,7 +73,7 @@ class PackedCheck:
         self.observed = seen.states.to(device, wide)  # (T, D)
         self._seq_len = seen.seq_len
         self._tolerance = tolerance
-        self._measured = noise_floor(lm, seen.cut)
+        self._measured = noise_floor(lm, seen.cut, seen.seq_len)
         self._floor = tolerance.noise.to(device, copy=True)  # (T,)
         self._limit = tolerance.total.to(device, copy=True)  # (T,)
         self.noise = noise

@@ -38,14 +38,17 @@ class NoiseFloor:
     rest_spread: float = 1.0  # and at later positions
 
 
-def noise_floor(lm: LanguageModel, cut: Cut) -> NoiseFloor:
+def noise_floor(lm: LanguageModel, cut: Cut, seq_len: int | None = None) -> NoiseFloor:
     """Return the measured noise of the packed check against the ordinary forward pass, once per cut.
+
+    `seq_len` is the length of the pass that is judged, as in `LanguageModel.cut`.
 
     Raises:
         ModelError: packed states of right tokens are not far nearer than those of wrong ones, so
             the packed check does not compute this model.
     """
-    return lm.derived(("noise floor", cut), lambda: _measure(lm, lm.cut(cut)))
+    key = ("noise floor", cut, lm.regime(seq_len))
+    return lm.derived(key, lambda: _measure(lm, lm.cut(cut, seq_len=seq_len)))
 
 
 def _measure(lm: LanguageModel, cut: TruncatedModel) -> NoiseFloor:

@@ -36,14 +36,14 @@ class Tolerance:
         """
         gap = (states - observed).abs_()
         if self.half_ulp is not None:
-            gap = (gap - self.half_ulp[rows].to(gap)).clamp_(min=0)
+            gap = (gap - self.half_ulp[rows.to(self.half_ulp.device)].to(gap)).clamp_(min=0)
         length: Tensor = torch.linalg.vector_norm(gap, dim=1)
         return length
 
 
 def tolerance_for(lm: LanguageModel, seen: Observation) -> Tolerance:
     """Return the tolerance at each position of an observation."""
-    floor = noise_floor(lm, seen.cut)
+    floor = noise_floor(lm, seen.cut, seen.seq_len)
     norms = seen.states.double().norm(dim=1)  # (T,)
     first, rest = _allowed(floor.first, floor.first_gap), _allowed(floor.rest, floor.rest_gap)
     ratios = torch.full_like(norms, rest)

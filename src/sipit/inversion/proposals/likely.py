@@ -55,7 +55,7 @@ class Likely(Ordered):
         """Return the logits behind the accepted prefix, by the full model. (V,)."""
         view, cache = self.view, self._cache
         assert cache is not None
-        full = view.lm.cut(view.lm.final_cut)
+        full = view.lm.cut(view.lm.final_cut, seq_len=view.seen.seq_len)
         cache.truncate(min(cache.length, view.position - 1))
         new = torch.tensor(view.prefix[cache.length :])
         places = torch.arange(cache.length, view.position)

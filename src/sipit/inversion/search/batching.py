@@ -100,7 +100,8 @@ class BatchScheduler:
         others = [slot.seen for slot in self._slots]
         return (
             len(others) < self._n_slots
-            and (seen.layer, seen.site) == (others[0].layer, others[0].site)
+            and seen.cut == others[0].cut
+            and self._lm.regime(seen.seq_len) == self._lm.regime(others[0].seq_len)
             and seen.seq_len + sum(other.seq_len for other in others) <= _SHARED_TOKENS
         )
 
@@ -113,7 +114,7 @@ class BatchScheduler:
         started = time.perf_counter()
         tolerance = tolerance_for(lm, seen)
         if not self._slots:
-            self._cache = lm.cut(seen.cut).new_cache()
+            self._cache = lm.cut(seen.cut, seq_len=seen.seq_len).new_cache()
         lane = next(i for i in range(self._n_slots) if i not in {other.lane for other in self._slots})
         meter = Meter()
         check = PackedCheck(lm, seen, tolerance, meter, noise=options.noise, cache=self._cache, lane=lane)
@@ -221,7 +222,7 @@ class BatchScheduler:
             seconds=slot.seconds,
             block_tokens=meter.block_tokens,
             prefill_ratio=meter.block_tokens / (seen.seq_len * max(seen.layer, 1)),
-            calibration_block_tokens=noise_floor(lm, seen.cut).block_tokens,
+            calibration_block_tokens=noise_floor(lm, seen.cut, seen.seq_len).block_tokens,
             n_checked=meter.n_checked,
             observation=seen.digest(),
             dtype=seen.dtype,

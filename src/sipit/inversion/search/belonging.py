@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from sipit.errors import MismatchError, ShapeError
 from sipit.models import LanguageModel
-from sipit.models.rope import switch_length
 from sipit.observations import Observation
 
 
@@ -33,13 +32,6 @@ def require_belongs(lm: LanguageModel, seen: Observation) -> None:
         raise ShapeError(
             f"the observation has {seen.seq_len} positions, model {lm.name!r} only {lm.max_positions}; "
             "name the model the states were captured from"
-        )
-    switch = switch_length(lm.model.config)
-    if switch is not None and seen.seq_len > switch:
-        raise MismatchError(
-            f"the observation has {seen.seq_len} positions, and the rotary embedding of model {lm.name!r} changes "
-            f"beyond {switch}: its states then depend on the length of the whole pass, not on their prefix alone, "
-            f"which this version does not invert; capture at most {switch} tokens"
         )
     if not seen.is_complete:
         raise MismatchError(
