@@ -56,12 +56,13 @@ def damaged_header(rng: random.Random, raw: bytes) -> Damaged:
         ("a model with a line break", lambda: about.update(model="a\nb\x1b[2J", fingerprint="sha256:0")),
         ("many tensors", lambda: header.update({f"t{i}": header[tensor] for i in range(500)})),
     ]
-    for field, values in {
+    fields: dict[str, list[Any]] = {
         "dtype": ["I32", "BOOL", "F8_E4M3", "F64", "BF16", "nonsense", 3, None],
         "shape": [[], [0], [0, 32], [4, -32], [2**63, 2**63], [2**32, 2**32], "4", [1.5, 2]],
         "data_offsets": [[0, 0], [0, 1], [8, 4], [0, 2**63], [2**62, 2**63], [-1, 5], []],
-    }.items():
-        value = rng.choice(values)  # type: ignore[arg-type]
+    }
+    for field, values in fields.items():
+        value = rng.choice(values)
         edits += [(f"{field} {value}", lambda f=field, v=value: header[tensor].update({f: v}))] * 4  # type: ignore[misc]
     what, edit = rng.choice(edits)
     edit()

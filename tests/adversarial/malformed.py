@@ -174,7 +174,7 @@ def _certificate(rng: random.Random, scene: Scene) -> Plan:
             return "an edited certificate holds"
         return None
 
-    argv = ["check", "bad", str(scene.folder / "seen")] + rng.choice(([], ["--model", scene.model]))
+    argv = ["check", "bad", str(scene.folder / "seen"), *rng.choice(([], ["--model", scene.model]))]
     return Plan(what=f"certificate, {how}", argv=argv, named=None if len(argv) == 3 else "bad", judge=judge)
 
 
@@ -433,7 +433,7 @@ def _outcome(plan: Plan) -> tuple[str, str | None]:
     except BaseException as error:  # noqa: BLE001  whatever it is, a panic of native code too, it is a fault
         return "crashed", f"{type(error).__name__}: {error}"[:300]
     out.flush()
-    printed = out.buffer.getvalue().decode("utf-8", "surrogatepass")  # type: ignore[attr-defined]
+    printed = out.buffer.getvalue().decode("utf-8", "surrogatepass")
     after = _listing()
     growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
     if growth > _GROWTH:
@@ -493,7 +493,7 @@ def _limited() -> Iterator[None]:
 
     old = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, _SECONDS)
-    faulthandler.dump_traceback_later(3 * _SECONDS, exit=True, file=sys.__stderr__)  # native code hears no signal
+    faulthandler.dump_traceback_later(3 * _SECONDS, exit=True, file=2)  # native code hears no signal
     try:
         yield
     finally:

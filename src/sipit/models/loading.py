@@ -86,7 +86,7 @@ def _from_pretrained(
             )
     except OptionError:
         raise
-    except Exception as error:  # noqa: BLE001  the library checks little, and nonsense in a config fails anywhere
+    except Exception as error:
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"{named!r} is a model by code of its own (auto_map in its config), which is never run here; "

@@ -59,7 +59,8 @@ def read_observation(path: Path | str) -> Observation:
             if keys != ["states"] or metadata.get("format") != _FORMAT:
                 raise InputError(
                     f"{path} is not an observation file: it holds {_named(keys)} and the format "
-                    f"{str(metadata.get('format'))[:40]!r}, expected ['states'] and {_FORMAT!r}; make one with 'sipit capture'"
+                    f"{str(metadata.get('format'))[:40]!r}, expected ['states'] and {_FORMAT!r}; make one with "
+                    "'sipit capture'"
                 )
             states = stream.get_tensor("states")
     except SafetensorError as error:
