@@ -47,7 +47,7 @@ def damaged_header(rng: random.Random, raw: bytes) -> Damaged:
     edits: list[tuple[str, Callable[[], Any]]] = [
         ("without metadata", lambda: header.pop("__metadata__")),
         (f"without {key}", lambda: about.pop(key)),
-        *[(f"{key} = {value[:20]!r}", lambda value=value: about.update({key: value})) for value in odd],  # type: ignore[misc]
+        *[(f"{key} = {value[:20]!r}", lambda value=value: about.update({key: value})) for value in odd],
         (f"{key} a number", lambda: about.update({key: 3})),
         (f"{key} an object", lambda: about.update({key: {"a": []}})),
         ("one key more", lambda: about.update({"note" * rng.choice((1, 10_000)): "x"})),
