@@ -111,8 +111,9 @@ def _false_claim(lm: LanguageModel, seen: Observation, record: dict[str, Any], t
         allowed = limit + (record["noise"] if record["verdict"] == "ambiguous" else 0.0)
         if distances[token_id] > _CLEARLY * allowed:
             return f"position {place}: {float(distances[token_id]):.3g} away, {allowed:.3g} allowed"
-        named = {token_id, *(rival["token_id"] for rival in record["positions"][place]["rivals"])}
-        equal = (distances <= distances[token_id]).nonzero()[:, 0].tolist()
+        rivals = record["positions"][place]["rivals"] if record["verdict"] == "ambiguous" else []
+        named = {token_id, *(rival["token_id"] for rival in rivals)}
+        equal = (distances <= distances[token_id] * (1 + 1e-9)).nonzero()[:, 0].tolist()
         left_out = [v for v in equal if v not in named and distances[v] <= limit / _CLEARLY]
         if left_out:
             return f"position {place}: tokens {left_out} fit as well and are not named"
