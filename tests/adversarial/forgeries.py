@@ -114,7 +114,7 @@ def _false_claim(lm: LanguageModel, seen: Observation, record: dict[str, Any], t
         rivals = record["positions"][place]["rivals"] if record["verdict"] == "ambiguous" else []
         named = {token_id, *(rival["token_id"] for rival in rivals)}
         equal = (distances <= distances[token_id] * (1 + 1e-9)).nonzero()[:, 0].tolist()
-        left_out = [v for v in equal if v not in named and distances[v] <= limit / _CLEARLY]
+        left_out = [v for v in equal if v not in named and distances[v] <= limit]
         if left_out:
             return f"position {place}: tokens {left_out} fit as well and are not named"
     return None
