@@ -265,3 +265,15 @@ def test_broken_or_foreign_file_in_a_folder_is_named_and_the_others_inverted(
     assert lines["b.safetensors"]["verdict"] == "recovered"
     assert {name for name, line in lines.items() if "refused" in line} == {"a.safetensors", "c.safetensors"}
     assert "recovered 1 of 3 prompts, refused 2" in err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a device file")
+@pytest.mark.parametrize("option", ["--text-file", "--lines-file"])
+def test_text_from_a_device_without_end_is_refused(
+    text_folder: Path, tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["capture", option, "/dev/zero", "--layer", "1", "--out", str(out), "--model", str(text_folder)]
+    assert main(arguments) == 2
+    assert "/dev/zero" in capsys.readouterr().err
+    assert not out.exists()

@@ -324,6 +324,10 @@ def _inverted(lm: LanguageModel, seen: Observation, options: Namespace) -> Inver
     from sipit.inversion import invert as run
 
     kept = None if options.resume is None else PrefixFile(options.resume, seen)
+    if kept is not None and not all(0 <= i < lm.vocab_size for i in kept.input_ids):
+        raise InputError(
+            f"{options.resume} holds a token id outside the vocabulary (0 to {lm.vocab_size - 1}); name another file"
+        )
     with SearchDisplay(lm, seen.seq_len) as display:
         try:
             found = run(
@@ -391,6 +395,9 @@ def _model_of(options: Namespace, seen: Observation) -> str:
 
 
 def _text_of(path: Path) -> str:
+    from sipit.storage import require_file
+
+    require_file(path)  # a device without end would fill the memory, a pipe would block
     try:
         return path.read_bytes().decode("utf-8")
     except OSError as error:

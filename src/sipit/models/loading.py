@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from sipit.errors import ModelError, OptionError
 from sipit.models.language_model import LanguageModel
@@ -22,11 +20,6 @@ from sipit.models.quantized import (
 )
 from sipit.models.quiet import quiet_transformers
 from sipit.observations import dtype_named
-
-_LOADING_ERRORS = (
-    *(OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError),
-    *(SafetensorError, struct.error),  # damaged weights, a damaged GGUF file
-)
 
 
 def load(
@@ -81,8 +74,11 @@ def _from_pretrained(
 ) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    named = str(Path(source) / options["gguf_file"]) if options else str(source)
     try:
         with quiet_transformers():
+            if options:
+                _require_plausible(Path(named))
             quantizing = {} if options else _quantizing(source, dtype, place, quantize)
             read: Any = AutoModelForCausalLM.from_pretrained
             model, loaded = read(
@@ -90,30 +86,40 @@ def _from_pretrained(
             )
     except OptionError:
         raise
-    except _LOADING_ERRORS as error:
+    except Exception as error:
         if "trust_remote_code" in str(error):
             raise ModelError(
-                f"{str(source)!r} is a model by code of its own (auto_map in its config), which is never run here; "
+                f"{named!r} is a model by code of its own (auto_map in its config), which is never run here; "
                 "pass a model of a family that transformers has"
             ) from error
         raise ModelError(
-            f"cannot load a causal language model from {str(source)!r} ({_first_sentence(error)}); pass a pinned name "
+            f"cannot load a causal language model from {named!r} ({_first_sentence(error)}); pass a pinned name "
             f"({', '.join(PINNED)}), a folder with config.json, a .gguf file, or a hub id that is "
             "reachable or already downloaded"
         ) from error
     if loaded["missing_keys"] or loaded["mismatched_keys"]:
         absent = sorted([*loaded["missing_keys"], *(key[0] for key in loaded["mismatched_keys"])])
         raise ModelError(
-            f"{str(source)!r} lacks {len(absent)} of the model's weights (first: {absent[0]}), which would be drawn at "
+            f"{named!r} lacks {len(absent)} of the model's weights (first: {absent[0]}), which would be drawn at "
             "random; fetch or save the whole model again"
         )
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
             is_usable = _can_encode(tokenizer, model.get_input_embeddings().weight.shape[0])
-    except (*_LOADING_ERRORS, AttributeError):
+    except Exception:  # noqa: BLE001  as above
         is_usable = False
     return model, tokenizer if is_usable else None  # weights without a tokenizer are useful: ids in, ids out
+
+
+def _require_plausible(path: Path) -> None:
+    """Refuse a GGUF file that claims more blocks than it holds tensors: the library would build them all first."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    for key, field in reader.fields.items():
+        if key.endswith(".block_count") and int(field.contents()) > len(reader.tensors):
+            raise ValueError(f"it claims {field.contents()} blocks and holds {len(reader.tensors)} tensors")
 
 
 def _can_encode(tokenizer: Any, vocab_size: int) -> bool:
@@ -152,4 +158,4 @@ def _device(name: str) -> torch.device:
 
 def _first_sentence(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200].rstrip(". ")
+    return lines[0][:120].rstrip(". ")

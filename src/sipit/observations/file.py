@@ -59,7 +59,8 @@ def read_observation(path: Path | str) -> Observation:
             if keys != ["states"] or metadata.get("format") != _FORMAT:
                 raise InputError(
                     f"{path} is not an observation file: it holds {_named(keys)} and the format "
-                    f"{metadata.get('format')!r}, expected ['states'] and {_FORMAT!r}; make one with 'sipit capture'"
+                    f"{str(metadata.get('format'))[:40]!r}, expected ['states'] and {_FORMAT!r}; make one with "
+                    "'sipit capture'"
                 )
             states = stream.get_tensor("states")
     except SafetensorError as error:
@@ -75,10 +76,11 @@ def _observation(path: Path | str, metadata: dict[str, str], states: object) -> 
     absent = [key for key in _REQUIRED if key not in metadata]
     unknown = sorted(set(metadata) - set(_REQUIRED) - set(_OPTIONAL))
     if absent or unknown:
-        raise InputError(f"{path}: metadata keys missing {absent}, unknown {unknown}; see docs/observation-file.md")
+        named = [key[:40] for key in unknown[:3]]
+        raise InputError(f"{path}: metadata keys missing {absent}, unknown {named}; see docs/observation-file.md")
     if metadata["version"] != _VERSION:
         raise InputError(
-            f"{path} has format version {metadata['version']!r}, this sipit reads {_VERSION!r}; "
+            f"{path} has format version {metadata['version'][:40]!r}, this sipit reads {_VERSION!r}; "
             "capture it again or use the sipit that wrote it"
         )
     try:
@@ -90,7 +92,7 @@ def _observation(path: Path | str, metadata: dict[str, str], states: object) -> 
             f"{metadata['layer'][:40]!r} and {metadata['positions'][:40]!r}; capture it again"
         ) from error
     if metadata["site"] not in SITES:
-        raise InputError(f"{path}: site {metadata['site']!r} is unknown; expected one of {', '.join(SITES)}")
+        raise InputError(f"{path}: site {metadata['site'][:40]!r} is unknown; expected one of {', '.join(SITES)}")
     try:
         return Observation(
             states=cast(Tensor, states),
@@ -105,7 +107,7 @@ def _observation(path: Path | str, metadata: dict[str, str], states: object) -> 
 
 
 def _named(keys: list[str]) -> str:
-    shown = ", ".join(keys[:3])
+    shown = ", ".join(ascii(key[:40]) for key in keys[:3])
     return f"the tensors {shown}{', …' if len(keys) > 3 else ''}" if keys else "no tensors"
 
 

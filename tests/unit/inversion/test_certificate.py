@@ -15,7 +15,7 @@ import sipit
 from sipit import Inversion, LanguageModel, Observation
 from sipit.errors import CertificateError, StorageError
 from sipit.inversion import CertificateCheck, check_certificate, write_certificate
-from tests.tiny_models import VOCAB, blocks_of, copy_of, embedding_rows, text_model, tiny_model
+from tests.tiny_models import VOCAB, blocks_of, copy_of, embedding_rows, text_model, tiny_model, twin_model
 
 TEXT = "sworn 🦔\n"
 KEYS = (
@@ -420,3 +420,17 @@ def test_declared_noise_below_the_distance_of_other_tokens_holds(llama: Language
     assert (found.verdict, found.input_ids) == ("ambiguous", (4, 90, 33))
     write_certificate(found, tmp_path / "c.json")
     assert check_certificate(tmp_path / "c.json", noisy, llama).holds
+
+
+def test_token_with_an_equal_row_cannot_be_left_out_of_a_certificate(tmp_path: Path) -> None:
+    lm = LanguageModel(twin_model("llama", 4, 90))
+    seen = lm.capture(input_ids=[7, 4, 33], layer=2)
+    found = sipit.invert(lm, seen)
+    assert found.verdict == "ambiguous"
+    path = tmp_path / "c.json"
+    write_certificate(found, path)
+    assert check_certificate(path, seen, lm).holds
+    _forge(path, verdict="recovered")
+    assert not check_certificate(path, seen, lm).holds
+    _forge(path, positions=[{**p, "rivals": []} for p in _read(path)["positions"]])
+    assert "same embedding row" in check_certificate(path, seen, lm).reasons[0]

@@ -109,6 +109,36 @@ def test_damaged_gguf_file_is_refused(tmp_path: Path) -> None:
         sipit.load(tmp_path / "model.gguf")
 
 
+@pytest.mark.parametrize(
+    "change", [{"dtype": 1.5}, {"vocab_size": {}}, {"attention_bias": 10**40}, {"model_type": "x"}]
+)
+def test_nonsense_in_a_config_is_refused_in_one_short_sentence(
+    ids_folder: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(ids_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(ModelError, match="damaged") as caught:
+        sipit.load(folder)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400 + len(str(folder))
+
+
+def test_gguf_file_that_claims_more_blocks_than_tensors_is_refused_at_once(tmp_path: Path) -> None:
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_block_count(2**30)
+    writer.add_tensor("token_embd.weight", torch.zeros(4, 32).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match=r"model\.gguf.*claims 1073741824 blocks"):
+        sipit.load(tmp_path / "model.gguf")
+
+
 def test_folder_with_weights_missing_is_not_filled_at_random(ids_folder: Path, tmp_path: Path) -> None:
     """The library would draw the absent weights anew at each load, and warn where nobody reads."""
     from safetensors.torch import load_file, save_file

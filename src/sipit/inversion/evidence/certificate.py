@@ -27,6 +27,7 @@ from sipit.storage import read_json, write_json
 _FORMAT = "sipit.certificate"
 _VERSION = 1
 _REMEASURED = 16  # positions whose own noise a replay measures, at most
+_MOST_RIVALS = 16  # tokens that an inversion names beside the accepted one, at most
 _LARGEST = 1e300  # a number beyond it is no distance, no count and no time
 _TEXTS = ("digest", "model", "fingerprint", "site", "observation", "dtype", "model_dtype")
 _COUNTS = ("layer", "seq_len", "block_tokens", "calibration_block_tokens", "n_checked")  # whole numbers, 0 or more
@@ -188,6 +189,7 @@ def check_certificate(
             )
         if noise:
             reasons += _too_much_noise(lm, seen, noise, distances > limits.total.cpu())
+        reasons += _unnamed_equals(lm, record)
         if record["text"] != lm.decode(record["input_ids"]):
             reasons.append("the text is not what the claimed tokens decode to")
     return CertificateCheck(
@@ -198,6 +200,26 @@ def check_certificate(
         tolerance=tolerance,
         block_tokens=block_tokens,
     )
+
+
+def _unnamed_equals(lm: LanguageModel, record: dict[str, Any]) -> list[str]:
+    """Return why a claim is too narrow: a token with the same embedding row gives the same states, and is not named."""
+    for place, evidence in enumerate(record["positions"]):
+        named = {rival.get("token_id") for rival in evidence["rivals"] if isinstance(rival, dict)}
+        if record["verdict"] == "recovered" and evidence["rivals"]:
+            return [f"position {place} names other tokens that fit, so the verdict is not 'recovered'"]
+        if len(named) >= _MOST_RIVALS:
+            continue
+        twins = lm.embeddings.twins(evidence["token_id"])
+        rows = lm.embeddings.rows(torch.tensor([evidence["token_id"], *twins]))  # (1 + N, D)
+        equal = [twin for twin, row in zip(twins, rows[1:], strict=True) if torch.equal(row, rows[0])]
+        left_out = [twin for twin in equal if twin not in named]
+        if left_out:
+            return [
+                f"position {place}: token {left_out[0]} has the same embedding row as {evidence['token_id']}, so its "
+                "state is the same, but the certificate does not name it"
+            ]
+    return []
 
 
 def _too_much_noise(lm: LanguageModel, seen: Observation, noise: float, is_needed: Tensor) -> list[str]:
