@@ -12,6 +12,7 @@ from typing import Protocol
 
 from sipit.errors import InputError, SipitError, StorageError
 from sipit.observations.formats.dump import Dump, Wanted, brief, file_name
+from sipit.observations.formats.torch_files import TorchFormat
 from sipit.observations.formats.vllm import VllmFormat
 from sipit.storage import require_file
 
@@ -37,7 +38,7 @@ class ObservationFormat(Protocol):
         ...
 
 
-FORMATS: tuple[ObservationFormat, ...] = (VllmFormat(),)
+FORMATS: tuple[ObservationFormat, ...] = (VllmFormat(), TorchFormat())
 
 
 def read_dumps(path: Path, wanted: Wanted) -> Iterator[Dump | SipitError]:
