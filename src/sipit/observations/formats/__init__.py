@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sipit.errors import InputError, SipitError, StorageError
+from sipit.observations.formats.arrays import NumpyArchiveFormat, NumpyFormat, SafetensorsFormat
 from sipit.observations.formats.dump import Dump, Wanted, brief, file_name
 from sipit.observations.formats.torch_files import TorchFormat
 from sipit.observations.formats.vllm import VllmFormat
@@ -38,7 +39,13 @@ class ObservationFormat(Protocol):
         ...
 
 
-FORMATS: tuple[ObservationFormat, ...] = (VllmFormat(), TorchFormat())
+FORMATS: tuple[ObservationFormat, ...] = (
+    VllmFormat(),
+    TorchFormat(),
+    NumpyFormat(),
+    NumpyArchiveFormat(),
+    SafetensorsFormat(),
+)
 
 
 def read_dumps(path: Path, wanted: Wanted) -> Iterator[Dump | SipitError]:

@@ -28,6 +28,8 @@ def require_plain(tensor: object, name: str) -> Tensor:
     Raises:
         InputError: it is no tensor, or is sparse, quantised, on no device, or repeats its storage.
     """
+    if isinstance(tensor, InputError):  # of a reader, in the place of a tensor it could not read
+        raise tensor
     if not isinstance(tensor, Tensor):
         raise InputError(f"{name} is {_a(type(tensor).__name__)}, expected a tensor of states; name another with --key")
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:

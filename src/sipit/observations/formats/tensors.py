@@ -249,13 +249,20 @@ def named(name: str, tensors: Mapping[Any, Any], wanted: Wanted) -> Iterator[Mak
         hooks = [key for key in keys if (place := place_of_hook(key)) and is_wanted(place, wanted)]
         if not hooks and any(place_of_hook(key) for key in keys):
             raise OptionError(f"{name} holds no hook of the layer and site asked for; ask for another, or say --key")
-        floats = [key for key in keys if (t := tensors[key], isinstance(t, Tensor) and t.is_floating_point())[1]]
-        chosen = hooks or [key for key in floats if getattr(tensors[key], "ndim", 0) in (2, 3)] or floats
+        floats = [] if hooks else [key for key in keys if _may_be_states(key, tensors[key])]
+        chosen = hooks or [key for key in floats if getattr(tensors[key], "ndim", 2) in (2, 3)] or floats
     if not chosen:
         raise InputError(f"{name} holds no tensor of states among {', '.join(keys)[:120] or 'nothing'}; say --key")
     for key in chosen:
         title = f"{name}: {key[:80]}" if len(keys) > 1 else name
         yield from _safely(partial(stacked, title, tensors[key], wanted, place_of_hook(key), tensors))
+
+
+def _may_be_states(key: str, stored: object) -> bool:
+    """Return whether a tensor, or an error in its place, may be states: floats, or numbers that floats were put in."""
+    if isinstance(stored, Tensor):
+        return stored.is_floating_point() or (stored.dtype in (torch.uint16, torch.int16) and key not in (*_IDS, _MASK))
+    return isinstance(stored, InputError)
 
 
 def stacked(

@@ -52,7 +52,7 @@ def test_specforge_last_states_are_normed_and_joined_ones_are_cut(tmp_path: Path
 
 
 def test_eagle_states_are_the_normed_last_ones(tmp_path: Path) -> None:
-    hidden = states(N, 4).half()
+    hidden: Tensor = states(N, 4).half()
     value = {"input_ids": IDS, "hidden_state": hidden, "loss_mask": torch.ones(N)}
     dump = dump_of(saved(tmp_path / "data_0.ckpt", value))
     assert (dump.layer, dump.site, dump.choices) == (None, "final", ())
