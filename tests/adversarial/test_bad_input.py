@@ -113,7 +113,9 @@ def test_text_file_is_refused(refused: Refused, here: Path) -> None:
 
 
 def test_other_safetensors_file_is_refused(refused: Refused, text_folder: Path) -> None:
-    assert "not an observation file" in refused("invert", text_folder / "model.safetensors")
+    sentence = refused("invert", text_folder / "model.safetensors")
+    assert "lm_head.weight does not say after how many blocks" in sentence
+    assert "say --layer" in sentence
 
 
 def test_unknown_metadata_is_refused(refused: Refused) -> None:

@@ -106,12 +106,15 @@ def parser() -> argparse.ArgumentParser:
         add,
         "invert",
         commands.invert,
-        "recover the prompt from an observation file",
+        "recover the prompt from an observation file, or from a file that another tool wrote",
         "Verdicts: recovered (every token within tolerance, no other checked token is), ambiguous (two tokens "
         "fit, or one only within --noise), unmatched (the whole vocabulary was tried at a position: usually "
         "another model, layer, site or dtype than the states came from).",
     )
-    invert.add_argument("file", type=Path, help="observation file, a file of many, or a folder of them")
+    invert.add_argument(
+        "file", type=Path, help="observation file, a file of many, a folder of them, or another tool's file"
+    )
+    _dump_options(invert)
     invert.add_argument("--policy", choices=_POLICIES, default="auto", help="order of candidates (default: auto)")
     invert.add_argument("--noise", type=float, default=0.0, metavar="L2", help="noise added to each state, if known")
     invert.add_argument("--exhaustive", action="store_true", help="check the whole vocabulary at every position")
@@ -138,7 +141,8 @@ def parser() -> argparse.ArgumentParser:
         "replay a certificate by one ordinary forward pass, trusting nothing of the search",
     )
     check.add_argument("certificate", type=Path, help="file written by sipit invert --json")
-    check.add_argument("file", type=Path, help="observation file")
+    check.add_argument("file", type=Path, help="observation file, or the other tool's file that was inverted")
+    _dump_options(check)
     check.add_argument("--json", type=Path, metavar="OUT", help="write the outcome")
     _model_options(check, default=None)
     check.set_defaults(dtype=None)
@@ -197,6 +201,17 @@ def _command(
     made: _Parser = add.add_parser(name, help=summary, description=summary.capitalize() + ".", epilog=epilog)
     made.set_defaults(run=run)
     return made
+
+
+def _dump_options(command: argparse.ArgumentParser) -> None:
+    """Add what a user says of another tool's file where the file itself does not."""
+    group = command.add_argument_group("another tool's file (see docs/other-tools.md)")
+    group.add_argument("--layer", type=layer_text, metavar="L", help="blocks run before these states, or 'final'")
+    group.add_argument("--site", choices=("block", "final"), help="where they were taken, if the file does not say")
+    group.add_argument("--layers", metavar="A,B,C", help="layers of the columns joined in the file, in their order")
+    group.add_argument("--key", metavar="K", help="name of the tensor in a file of several")
+    group.add_argument("--prompt", type=int, metavar="N", help="number of the prompt in a batch, from 0")
+    group.add_argument("--states-dtype", metavar="D", help="dtype of raw values whose file lost it, such as bfloat16")
 
 
 def _model_options(command: argparse.ArgumentParser, *, default: str | None) -> None:

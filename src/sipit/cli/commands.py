@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sipit.inversion import Inversion
     from sipit.models import LanguageModel
     from sipit.observations import Cut, Observation
+    from sipit.observations.formats import Wanted
 
 _PARAGRAPH = (
     "Dear Maria, the results came back this morning and they are better than we feared. "
@@ -99,22 +100,35 @@ def capture(options: Namespace) -> int:
 def invert(options: Namespace) -> int:
     """Run `sipit invert`."""
     from sipit.inversion import SearchOptions
-    from sipit.observations import holds_many, read_observation
+    from sipit.observations import holds_many, read_each, read_observation
+    from sipit.observations.formats import is_foreign
     from sipit.storage import require_writable
 
     SearchOptions(**_search_options(options))  # refuses what no search can run with
     if options.resume is not None:
         require_writable(options.resume)
+    if is_foreign(options.file):
+        return _invert_dumps(options)
     if holds_many(options.file):
-        return _invert_all(options)
+        return _invert_all(options, list(read_each(options.file)))
     seen = read_observation(options.file)
+    said = _wanted(options)
+    if (said.layer or seen.layer, said.site or seen.site) != (seen.layer, seen.site):
+        raise OptionError(f"{options.file} was captured at {seen.cut} and says so; leave --layer and --site out")
     if options.json is not None:
         require_writable(options.json)
     if options.any_model:
         seen = replace(seen, fingerprint=None)
-    lm = loaded(_model_of(options, seen), options)
+    return _invert_one(options, loaded(_model_of(options, seen), options), seen)
+
+
+def _invert_one(options: Namespace, lm: LanguageModel, seen: Observation, truth: tuple[int, ...] | None = None) -> int:
+    """Invert one observation; `truth` is what lay beside it, which only the answer is compared with."""
     found = _inverted(lm, seen, options)
     _print_text(found)
+    if truth is not None:
+        is_exact = found.input_ids == truth
+        say(f"exact     {'yes' if is_exact else 'NO'}: compared with the token ids that lie beside the states")
     if options.json is not None:
         from sipit.inversion import write_certificate
 
@@ -122,14 +136,64 @@ def invert(options: Namespace) -> int:
     return 0 if found.verdict == "recovered" else 1
 
 
-def _invert_all(options: Namespace) -> int:
+def _invert_dumps(options: Namespace) -> int:
+    """Invert what another tool wrote, at the place that the file or the user names."""
+    from sipit.observations.formats import Dump, observation_of, read_dumps, settled_dumps
+    from sipit.storage import require_writable
+
+    wanted = _wanted(options)
+    entries = settled_dumps(list(read_dumps(options.file, wanted)), wanted)
+    dumps = [dump for dump in entries if isinstance(dump, Dump)]
+    if not dumps:
+        raise next(error for error in entries if isinstance(error, SipitError))
+    if options.model is None:
+        raise OptionError(f"{options.file} does not say which model it came from; name one with --model")
+    for dump in dumps:
+        say(f"{dump.name}: {'; '.join(dump.notes)}")
+    if options.json is not None and len(entries) == 1:
+        require_writable(options.json)
+    lm = loaded(options.model, options)
+    if len(entries) == 1:
+        return _invert_one(options, lm, observation_of(dumps[0], lm.n_layers), dumps[0].input_ids)
+    named: list[tuple[str, Observation | SipitError]] = []
+    for number, entry in enumerate(entries):
+        if isinstance(entry, SipitError):
+            named.append((f"{options.file}: entry {number}", entry))
+            continue
+        try:
+            named.append((entry.name, observation_of(entry, lm.n_layers)))
+        except SipitError as error:
+            named.append((entry.name, error))
+    return _invert_all(options, named, lm)
+
+
+def _wanted(options: Namespace, layer: int | None = None, site: str | None = None) -> Wanted:
+    """Return what the user said of a file; `layer` and `site` where a certificate says it instead."""
+    from sipit.observations.formats import Wanted
+
+    if options.layer == "final":
+        site = "final"
+    elif options.layer is not None:
+        layer = int(options.layer)
+    return Wanted(
+        layer=layer,
+        site=options.site or site,
+        key=options.key,
+        prompt=options.prompt,
+        layers=None if options.layers is None else tuple(_ids_of(options.layers, "--layers")),
+        dtype=options.states_dtype,
+    )
+
+
+def _invert_all(
+    options: Namespace, entries: list[tuple[str, Observation | SipitError]], lm: LanguageModel | None = None
+) -> int:
     """Invert many observations: a line of JSON each, those already in the output passed over."""
     from sipit.cli.display import CountDisplay
     from sipit.inversion import SearchOptions, certificate_of, invert_many
-    from sipit.observations import Observation, read_each
+    from sipit.observations import Observation
     from sipit.storage import LineLog
 
-    entries = list(read_each(options.file))
     for name, entry in entries:
         if isinstance(entry, SipitError):
             _refuse(name, entry)
@@ -152,7 +216,7 @@ def _invert_all(options: Namespace) -> int:
     n_refused = len(entries) - len(named)
     if waiting:
         naming = next((seen for _, seen in waiting if seen.model is not None), waiting[0][1])
-        lm = loaded(_model_of(options, naming), options)
+        lm = lm or loaded(_model_of(options, naming), options)
         fitting = _fitting(lm, waiting)
         n_refused += len(waiting) - len(fitting)
         with CountDisplay(len(fitting)) as display:
@@ -273,10 +337,11 @@ def check(options: Namespace) -> int:
     """Run `sipit check`."""
     from sipit.inversion import check_certificate, read_certificate
     from sipit.observations import read_observation
+    from sipit.observations.formats import is_foreign
     from sipit.storage import require_writable, write_json
 
     record = read_certificate(options.certificate)
-    seen = read_observation(options.file)
+    seen = _recorded_dump(options, record) if is_foreign(options.file) else read_observation(options.file)
     if options.json is not None:
         require_writable(options.json)
     if options.dtype is None:
@@ -298,6 +363,24 @@ def check(options: Namespace) -> int:
         return 0
     print(f"does not hold: {'; '.join(outcome.reasons)}")
     return 1
+
+
+def _recorded_dump(options: Namespace, record: dict[str, Any]) -> Observation:
+    """Return the observation in another tool's file that a certificate is about, by its digest."""
+    from sipit.observations.formats import Dump, observation_of, read_dumps, settled_dumps
+
+    layer, site = record.get("layer"), record.get("site")
+    if type(layer) is not int or not isinstance(site, str):
+        raise InputError(f"{options.certificate} names no layer and site; it is not what 'sipit invert --json' writes")
+    wanted = _wanted(options, None if site == "final" else layer, site)
+    found = []
+    for entry in settled_dumps(list(read_dumps(options.file, wanted)), wanted):
+        if isinstance(entry, Dump):
+            found.append(observation_of(entry, layer))
+        elif not found:
+            raise entry
+    named = [seen for seen in found if seen.digest() == record.get("observation")]
+    return (named or found)[0]
 
 
 def _recorded_dtype(record: dict[str, Any]) -> str:
@@ -418,11 +501,11 @@ def _valid(text: str | None) -> str | None:
     return text
 
 
-def _ids_of(text: str) -> list[int]:
+def _ids_of(text: str, option: str = "--ids") -> list[int]:
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
-        raise OptionError(f"--ids takes whole numbers separated by commas, got {text[:40]!r}") from error
+        raise OptionError(f"{option} takes whole numbers separated by commas, got {text[:40]!r}") from error
 
 
 def _print_text(found: Inversion) -> None:

@@ -20,9 +20,10 @@ from sipit.inversion.search.batching import search, search_together
 from sipit.inversion.search.options import OnProgress, SearchOptions
 from sipit.models import LanguageModel
 from sipit.observations import Cut, Observation, Site, read_observation
+from sipit.observations.formats import Wanted, is_foreign, observed, read_dumps
 
 N_SLOTS = 8  # prompts that share their packed passes
-FIT_PAYS_AFTER = 20_000  # observed tokens of one layer and site; see "when a fit pays" in the README
+FIT_PAYS_AFTER = 20_000  # observed tokens of one layer and site; see "when a fit pays" in docs/figures.md
 
 
 def invert(
@@ -47,7 +48,8 @@ def invert(
 
     Args:
         lm: the model the states come from.
-        seen: an Observation, the path of an observation file, or an array or tensor of shape
+        seen: an Observation, the path of an observation file or of another tool's file of one prompt (see
+            docs/other-tools.md), or an array or tensor of shape
             (seq_len, d_model), which needs `layer` or site "final".
         layer: number of blocks run, for a bare array; an Observation brings its own.
         site: "block" (the default) or "final", for a bare array.
@@ -86,6 +88,9 @@ def invert(
 
 
 def _as_observation(lm: LanguageModel, seen: Any, layer: int | None, site: Site | None) -> Observation:
+    if isinstance(seen, str | Path) and is_foreign(Path(seen)):
+        wanted = Wanted(layer=layer, site=site)
+        return observed(read_dumps(Path(seen), wanted), wanted, lm.n_layers)
     if isinstance(seen, str | Path):
         seen = read_observation(seen)
     if isinstance(seen, Observation):

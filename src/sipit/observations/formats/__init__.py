@@ -10,14 +10,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+from safetensors import SafetensorError, safe_open
+
 from sipit.errors import InputError, SipitError, StorageError
 from sipit.observations.formats.arrays import NumpyArchiveFormat, NumpyFormat, SafetensorsFormat
 from sipit.observations.formats.dump import Dump, Wanted, brief, file_name
+from sipit.observations.formats.observed import observation_of, observed, settled_dumps
 from sipit.observations.formats.torch_files import TorchFormat
 from sipit.observations.formats.vllm import VllmFormat
 from sipit.storage import require_file
 
-__all__ = ["FORMATS", "Dump", "ObservationFormat", "Wanted", "read_dumps"]
+__all__ = [
+    "FORMATS",
+    "Dump",
+    "ObservationFormat",
+    "Wanted",
+    "is_foreign",
+    "observation_of",
+    "observed",
+    "read_dumps",
+    "settled_dumps",
+]
 
 # Endings of files that hold values. Others in a folder (locks, settings, logs) are passed over unless a format knows
 # them by content.
@@ -59,6 +72,28 @@ def read_dumps(path: Path, wanted: Wanted) -> Iterator[Dump | SipitError]:
         yield item
     if empty:
         yield InputError(f"{file_name(path)} holds no file that sipit can read; see docs for the tools it knows")
+
+
+def is_foreign(path: Path) -> bool:
+    """Return whether a path holds what another tool wrote: a known format, or a folder of files without one of ours."""
+    if _is_own(path):
+        return False
+    if _format_of(path) is not None:
+        return True
+    try:
+        files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else []
+    except OSError:
+        return False
+    return not any(_is_own(file) for file in files) and any(_format_of(file) is not None for file in files)
+
+
+def _is_own(path: Path) -> bool:
+    try:
+        require_file(path)
+        with safe_open(path, framework="pt") as stream:
+            return str((stream.metadata() or {}).get("format")).startswith("sipit.")
+    except (SafetensorError, OSError):
+        return False
 
 
 def _format_of(path: Path) -> ObservationFormat | None:

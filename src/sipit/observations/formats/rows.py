@@ -67,9 +67,9 @@ def raw_as(tensor: Tensor, dtype: str | None, name: str) -> Tensor:
     known = {**DTYPES, **{name_of(kind): kind for kind in _FLOAT8}}
     fitting = [each for each, kind in known.items() if kind.itemsize == size]
     if dtype not in fitting:
-        said = "no dtype" if dtype is None else f"--dtype {dtype[:20]}"
+        said = "no dtype" if dtype is None else f"--states-dtype {dtype[:20]}"
         raise OptionError(
-            f"{name} holds raw values of {size} bytes and {said} tells their type; say --dtype "
+            f"{name} holds raw values of {size} bytes and {said} tells their type; say --states-dtype "
             f"{' or '.join(fitting) if fitting else dtype_named('float32')}"
         )
     return tensor.view(known[dtype])

@@ -82,13 +82,16 @@ def test_old_speculators_last_entry_may_be_normed_or_not(tmp_path: Path) -> None
     assert [dump.layer for dump in found] == [3, 16, 28, None]
     assert found[3].choices == ((30, "block"), (30, "final"))
     assert "declared id 15, +1" in " ".join(found[1].notes)
-    assert all(torch.equal(dump.values, entry) for dump, entry in zip(found, entries, strict=True))
+    assert all(
+        torch.equal(dump.values, torch.as_tensor(entry, dtype=torch.float32))
+        for dump, entry in zip(found, entries, strict=True)
+    )
     told = dump_of(path, layers=(3, 16, 28, 30), layer=30, site="block")
     assert (told.layer, told.site) == (30, "block")
 
 
 def test_tensorrt_list_of_prompts_is_one_dump_each(tmp_path: Path) -> None:
-    entries = [{"id": i, "input_ids": IDS, "hidden_states": states(N, 4) + i} for i in range(3)]
+    entries: list[dict[str, Any]] = [{"id": i, "input_ids": IDS, "hidden_states": states(N, 4) + i} for i in range(3)]
     path = saved(tmp_path / "x_0.pt", entries)
     assert len(dumps_of(path)) == 3
     assert torch.equal(dump_of(path, prompt=2).values, entries[2]["hidden_states"])

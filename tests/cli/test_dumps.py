@@ -1,0 +1,158 @@
+"""Files that other tools wrote, inverted and checked from the command line without any code of one's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import sipit
+from sipit import LanguageModel
+from sipit.cli import main
+from sipit.errors import OptionError
+
+TEXT = "the prompt of another tool"
+
+Run = tuple[int, str, str]
+
+
+def _run(capfd: pytest.CaptureFixture[str], *arguments: str | Path) -> Run:
+    capfd.readouterr()
+    code = main([str(argument) for argument in arguments])
+    return code, *capfd.readouterr()
+
+
+@pytest.fixture
+def states(text_lm: LanguageModel) -> tuple[Tensor, ...]:
+    """What transformers itself returns as hidden_states: (1, T, D) each, the last behind the final norm."""
+    with torch.no_grad():
+        output: Any = text_lm.model(text_lm.encode(TEXT)[None], output_hidden_states=True)
+    found: tuple[Tensor, ...] = output.hidden_states
+    return found
+
+
+@pytest.mark.parametrize("layer", ["1", "2", "final"])
+def test_tuple_of_transformers_comes_back(
+    tmp_path: Path, text_folder: Path, states: tuple[Tensor, ...], capfd: pytest.CaptureFixture[str], layer: str
+) -> None:
+    torch.save(states, tmp_path / "dump.pt")
+    record = tmp_path / "record.json"
+    where = ("--layer", layer)
+    code, out, err = _run(
+        capfd, "invert", tmp_path / "dump.pt", "--model", text_folder, *where, "--json", record, "--no-fit"
+    )
+    assert (code, out.strip()) == (0, TEXT)
+    assert "layer" in err or "final" in err
+    assert json.loads(record.read_text())["verdict"] == "recovered"
+    assert _run(capfd, "check", record, tmp_path / "dump.pt")[0] == 0
+    torch.save(tuple(entry.flip(1) for entry in states), tmp_path / "dump.pt")
+    code, out, _ = _run(capfd, "check", record, tmp_path / "dump.pt")
+    assert (code, out.startswith("does not hold")) == (1, True)
+
+
+def test_vllm_file_is_scored_against_the_ids_beside_it(
+    tmp_path: Path,
+    text_folder: Path,
+    text_lm: LanguageModel,
+    states: tuple[Tensor, ...],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    ids = text_lm.encode(TEXT)
+    rows = torch.stack([states[1][0], states[2][0]], dim=1)  # (T, 2, D)
+    save_file({"hidden_states": rows, "token_ids": ids}, tmp_path / "a.safetensors")
+    told = ("--model", text_folder, "--layers", "1,2", "--layer", "2")
+    code, out, err = _run(capfd, "invert", tmp_path / "a.safetensors", *told)
+    assert (code, out.strip()) == (0, TEXT)
+    assert "exact     yes" in err
+    save_file({"hidden_states": rows, "token_ids": ids.flip(0)}, tmp_path / "a.safetensors")
+    code, out, err = _run(capfd, "invert", tmp_path / "a.safetensors", *told)
+    assert (code, out.strip()) == (0, TEXT)  # what lies beside is never read by the search
+    assert "exact     NO" in err
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+def test_widened_rows_are_inverted_with_the_rounding_they_once_had(
+    tmp_path: Path, text_lm: LanguageModel, states: tuple[Tensor, ...], stored: str
+) -> None:
+    rows = states[2][0].to(getattr(torch, stored)).float().numpy()
+    np.save(tmp_path / "rows.npy", rows)
+    found = sipit.invert(text_lm, tmp_path / "rows.npy", layer=2)
+    assert (found.verdict, found.text) == ("recovered", TEXT)
+    assert found.dtype == stored
+
+
+def test_folder_of_other_files_goes_past_a_broken_one(
+    tmp_path: Path, text_folder: Path, states: tuple[Tensor, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "dumps"
+    folder.mkdir()
+    np.save(folder / "a.npy", states[2][0].numpy())
+    np.save(folder / "b.npy", np.full((3, 4), np.nan, np.float32))
+    torch.save(states[2], folder / "c.pt")
+    code, out, err = _run(capfd, "invert", folder, "--model", text_folder, "--layer", "2")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert code == 1
+    assert [line["text"] for line in lines if "text" in line] == [TEXT, TEXT]
+    assert sum("NaN" in line.get("refused", "") for line in lines) == 1
+    assert "recovered 2 of 3" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "choose with --layer"),
+        (["--layer", "99"], "holds layers 0 to 2"),
+        (["--layer", "2", "--prompt", "4"], "--prompt 4 is not there"),
+        (["--layers", "1,x"], "--layers takes"),
+    ],
+)
+def test_ambiguous_or_wrong_word_is_refused(
+    tmp_path: Path,
+    text_folder: Path,
+    states: tuple[Tensor, ...],
+    capfd: pytest.CaptureFixture[str],
+    arguments: list[str],
+    sentence: str,
+) -> None:
+    torch.save(states, tmp_path / "dump.pt")
+    code, out, err = _run(capfd, "invert", tmp_path / "dump.pt", "--model", text_folder, *arguments)
+    assert (code, out) == (2, "")
+    assert sentence in err
+
+
+def test_array_without_a_layer_and_a_file_without_a_model_are_refused(
+    tmp_path: Path, text_lm: LanguageModel, states: tuple[Tensor, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "rows.npy", states[2][0].numpy())
+    with pytest.raises(OptionError, match="--layer"):
+        sipit.invert(text_lm, tmp_path / "rows.npy")
+    code, _, err = _run(capfd, "invert", tmp_path / "rows.npy", "--layer", "2")
+    assert code == 2
+    assert "--model" in err
+
+
+def test_own_file_is_not_overruled(
+    tmp_path: Path, text_folder: Path, text_lm: LanguageModel, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sipit.write_observation(text_lm.capture(TEXT, layer=1), tmp_path / "own")
+    code, _, err = _run(capfd, "invert", tmp_path / "own", "--model", text_folder, "--layer", "2")
+    assert code == 2
+    assert "leave --layer" in err
+
+
+def test_rounding_without_a_tolerance_is_refused(
+    tmp_path: Path, text_folder: Path, states: tuple[Tensor, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = states[2][0]
+    scales = rows.abs().amax(dim=1, keepdim=True) / 448
+    stored = {"hidden_states": (rows / scales).to(torch.float8_e4m3fn)[:, None], "hidden_states_scales": scales}
+    save_file({**stored, "token_ids": torch.arange(len(rows))}, tmp_path / "f8.safetensors")
+    code, _, err = _run(capfd, "invert", tmp_path / "f8.safetensors", "--model", text_folder, "--layer", "2")
+    assert code == 2
+    assert "float8_e4m3fn" in err
