@@ -85,13 +85,16 @@ def _placed(dump: Dump) -> Dump | SipitError:
         )
     site = dump.site or ("block" if dump.layer is not None else None)
     if site is None or (dump.layer is None and site != "final"):
-        return OptionError(f"{dump.name} does not say after how many blocks its states were taken; say --layer")
+        return OptionError(
+            f"{dump.name} does not say after how many blocks its states were taken; say --layer, or --layers of "
+            "all that are joined in it"
+        )
     if site not in _READY:
         return InputError(f"{dump.name} holds {site}, which this version does not invert; capture hidden states")
     if dump.scales is not None or (dump.rounded or "").startswith(("float8", "int")):
         return InputError(
             f"{dump.name} was rounded to {dump.rounded}, and this version has no tolerance for that rounding; "
-            "save the states in float32, bfloat16 or float16, or declare their error with --noise in such a file"
+            "save the states in float32, bfloat16 or float16"
         )
     return replace(dump, site=site)
 
