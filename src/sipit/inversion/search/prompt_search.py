@@ -28,6 +28,9 @@ _NARROW = 2e-4  # tolerance, over the state's norm, at which none but twins can 
 _ALIKE = 0.8  # cosine of keys from which a token may fit beside another where the tolerance is not coarse
 _RIVALS = 48  # tokens checked beside one that fits by a tolerance that is not narrow, at most
 _MAX_RIVALS = 16  # tokens that fit as well, named in the evidence of one position
+# Behind a token that may be another one, the observed state may have another prefix than the accepted one, and the
+# right token lies by some tolerances too far: up to this many, what was checked is named as well.
+_BEHIND_RIVALS = 4.0
 
 
 @dataclass
@@ -220,6 +223,8 @@ class PromptSearch:
             own = view.check.own_limit(view.prefix, best.token_id)
             if best.distance <= own < limit:  # its own noise tells it from tokens that the coarse tolerance does not
                 limit, rivals = own, [(i, d) for i, d in rivals if d <= own + view.check.noise]
+        if any(evidence.rivals for evidence in self.evidence):
+            rivals = tried.rivals(best.token_id, within=_BEHIND_RIVALS * view.check.limit(view.position))
         self.accepted_by_noise |= not best.fits
         self.evidence.append(
             PositionEvidence(

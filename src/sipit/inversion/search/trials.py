@@ -51,11 +51,11 @@ class Trials:
             return None
         return float(self._distances[self._ids != token_id].min())
 
-    def rivals(self, token_id: int) -> list[tuple[int, float]]:
-        """Return other tokens that may be accepted too, the nearest first."""
+    def rivals(self, token_id: int, *, within: float = 0.0) -> list[tuple[int, float]]:
+        """Return other tokens that may be accepted too, or lie within a distance, the nearest first."""
         if self.n_checked < 2:
             return []
-        keep = self._near & (self._ids != token_id)
+        keep = (self._near | (self._distances <= within)) & (self._ids != token_id)
         order = self._distances[keep].argsort(stable=True)
         found: dict[int, float] = {}  # a token that was run again beside others stands here once, as it was nearest
         for i, d in zip(self._ids[keep][order].tolist(), self._distances[keep][order].tolist(), strict=True):
