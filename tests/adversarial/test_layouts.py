@@ -21,6 +21,7 @@ from transformers import (
 
 import sipit
 from sipit import LanguageModel, SipitError
+from sipit.observations import Cut
 from tests.tiny_models import tiny_model, true_states
 
 _SHAPE: dict[str, Any] = {
@@ -71,7 +72,7 @@ def test_opt_with_projections_is_recovered_behind_them() -> None:
     """OPT-350m projects out after the last block: site final is narrower than d_model."""
     model = tiny_model("opt", word_embed_proj_dim=16, do_layer_norm_before=False)
     lm = LanguageModel(model, name="opt")
-    assert (lm.width("block"), lm.width("final")) == (32, 16)
+    assert (lm.width(Cut(1)), lm.width(lm.final_cut)) == (32, 16)
     with torch.no_grad():
         output = model(input_ids=torch.tensor([IDS]), output_hidden_states=True)
     for layer, site in ((2, "block"), (4, "final")):

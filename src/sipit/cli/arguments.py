@@ -18,6 +18,10 @@ from sipit.errors import OptionError
 
 _MODEL = "pinned model (smollm2-135m, gemma-3-270m), folder, .gguf file or hub id"
 _POLICIES = ("auto", "likely", "gradient", "random", "vocabulary")
+_SITES = (
+    *("block", "final", "kv", "keys", "values", "logits", "log_probs"),
+    *("block_unit", "block_centred", "final_unit"),
+)
 _METHODS = ("auto", "auto-no-fit", "vocabulary-matching", "reference-sipit", "random")
 _QUANTIZERS = ("int8", "int8-vectorwise", "nf4", "fp4")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -90,9 +94,10 @@ def parser() -> argparse.ArgumentParser:
     capture.add_argument("--layer", type=layer_text, metavar="L", help="blocks run, 0 to n_layers, or 'final'")
     capture.add_argument(
         "--site",
-        choices=("block", "final"),
+        choices=_SITES,
         default="block",
-        help="block (residual stream) or final (after the final norm; as --layer final)",
+        metavar="S",
+        help=f"what to write: {', '.join(_SITES)} (default: block, the residual stream; see docs/sites.md)",
     )
     capture.add_argument(
         "--store-dtype",
@@ -115,6 +120,7 @@ def parser() -> argparse.ArgumentParser:
         "file", type=Path, help="observation file, a file of many, a folder of them, or another tool's file"
     )
     _dump_options(invert)
+    _prefix_options(invert)
     invert.add_argument("--policy", choices=_POLICIES, default="auto", help="order of candidates (default: auto)")
     invert.add_argument("--noise", type=float, default=0.0, metavar="L2", help="noise added to each state, if known")
     invert.add_argument("--exhaustive", action="store_true", help="check the whole vocabulary at every position")
@@ -207,11 +213,28 @@ def _dump_options(command: argparse.ArgumentParser) -> None:
     """Add what a user says of another tool's file where the file itself does not."""
     group = command.add_argument_group("another tool's file (see docs/other-tools.md)")
     group.add_argument("--layer", type=layer_text, metavar="L", help="blocks run before these states, or 'final'")
-    group.add_argument("--site", choices=("block", "final"), help="where they were taken, if the file does not say")
+    group.add_argument(
+        "--site", choices=_SITES, metavar="S", help=f"what they are, if the file does not say: {', '.join(_SITES)}"
+    )
     group.add_argument("--layers", metavar="A,B,C", help="layers of the columns joined in the file, in their order")
     group.add_argument("--key", metavar="K", help="name of the tensor in a file of several")
     group.add_argument("--prompt", type=int, metavar="N", help="number of the prompt in a batch, from 0")
     group.add_argument("--states-dtype", metavar="D", help="dtype of raw values whose file lost it, such as bfloat16")
+
+
+def _prefix_options(command: argparse.ArgumentParser) -> None:
+    """Add what a user knows of the tokens before the first row."""
+    group = command.add_argument_group("tokens before the first row, where they are known and have no rows")
+    known = group.add_mutually_exclusive_group()
+    known.add_argument("--prefix-text", metavar="T", help="their text, as the model's tokenizer reads it")
+    known.add_argument("--prefix-ids", metavar="IDS", help="their token ids, separated by commas")
+    known.add_argument(
+        "--prefix-template",
+        nargs="?",
+        const="",
+        metavar="SYSTEM",
+        help="what the model's chat template writes before a user's message, behind this system prompt if one is given",
+    )
 
 
 def _model_options(command: argparse.ArgumentParser, *, default: str | None) -> None:

@@ -65,7 +65,7 @@ def demo(options: Namespace) -> int:
 
 def capture(options: Namespace) -> int:
     """Run `sipit capture`."""
-    from sipit.observations import dtype_named, write_observation, write_observations
+    from sipit.observations import OF_ONE_LAYER, dtype_named, write_observation, write_observations
     from sipit.storage import require_writable
 
     require_writable(options.out)
@@ -73,8 +73,11 @@ def capture(options: Namespace) -> int:
         raise OptionError("--chat wraps a text, but --ids gives token ids; leave one of them out")
     if options.store_dtype is not None:
         dtype_named(options.store_dtype)
-    if options.layer is None and options.site == "block":
-        raise OptionError("capture needs a layer: pass --layer with a number of blocks run, or 'final'")
+    if options.layer is None and options.site not in OF_ONE_LAYER:
+        raise OptionError(
+            f"site {options.site!r} needs a layer: pass --layer with a number of blocks run"
+            + (", or 'final'" if options.site == "block" else "")
+        )
     if options.layer == "final":
         options.site, options.layer = "final", None
     layer = None if options.layer is None else int(options.layer)
@@ -119,7 +122,8 @@ def invert(options: Namespace) -> int:
         require_writable(options.json)
     if options.any_model:
         seen = replace(seen, fingerprint=None)
-    return _invert_one(options, loaded(_model_of(options, seen), options), seen)
+    lm = loaded(_model_of(options, seen), options)
+    return _invert_one(options, lm, seen.behind(_known_prefix(options, lm)))
 
 
 def _invert_one(options: Namespace, lm: LanguageModel, seen: Observation, truth: tuple[int, ...] | None = None) -> int:
@@ -154,17 +158,32 @@ def _invert_dumps(options: Namespace) -> int:
         require_writable(options.json)
     lm = loaded(options.model, options)
     if len(entries) == 1:
-        return _invert_one(options, lm, observation_of(dumps[0], lm.n_layers), dumps[0].input_ids)
+        seen, truth = observation_of(dumps[0], lm.n_layers), dumps[0].input_ids
+        prefix = _known_prefix(options, lm)
+        if truth is not None and len(truth) == len(prefix) + seen.seq_len:
+            truth = truth[len(prefix) :]  # the ids that lie beside a suffix are often those of the whole prompt
+        return _invert_one(options, lm, seen.behind(prefix), truth)
     named: list[tuple[str, Observation | SipitError]] = []
     for number, entry in enumerate(entries):
         if isinstance(entry, SipitError):
             named.append((f"{options.file}: entry {number}", entry))
             continue
         try:
-            named.append((entry.name, observation_of(entry, lm.n_layers)))
+            named.append((entry.name, observation_of(entry, lm.n_layers).behind(_known_prefix(options, lm))))
         except SipitError as error:
             named.append((entry.name, error))
     return _invert_all(options, named, lm)
+
+
+def _known_prefix(options: Namespace, lm: LanguageModel) -> list[int]:
+    """Return the token ids that the user says stand before the first row."""
+    if options.prefix_ids is not None:
+        return _ids_of(options.prefix_ids, "--prefix-ids")
+    if options.prefix_text is not None:
+        return [int(i) for i in lm.encode(_valid(options.prefix_text) or "")]
+    if options.prefix_template is not None:
+        return [int(i) for i in lm.encode_template_prefix(_valid(options.prefix_template) or None)]
+    return []
 
 
 def _wanted(options: Namespace, layer: int | None = None, site: str | None = None) -> Wanted:

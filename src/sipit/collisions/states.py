@@ -44,7 +44,7 @@ def last_states(
         by_length[len(ids)].append(number)
     if mixes_rows(lm.model):
         max_tokens = 1
-    found = [torch.empty(len(prompts), lm.width(site), dtype=lm.dtype) for _, site in cuts]
+    found = [torch.empty(len(prompts), lm.width(cut), dtype=lm.dtype) for cut in cuts]
     done = 0
     for length, numbers in sorted(by_length.items()):
         size = max(1, max_tokens // length)

@@ -32,6 +32,7 @@ def invert(
     *,
     layer: int | None = None,
     site: Site | None = None,
+    known_prefix: Sequence[int] | Tensor = (),
     policy: Policy = "auto",
     noise: float = 0.0,
     exhaustive: bool = False,
@@ -52,7 +53,9 @@ def invert(
             docs/other-tools.md), or an array or tensor of shape
             (seq_len, d_model), which needs `layer` or site "final".
         layer: number of blocks run, for a bare array; an Observation brings its own.
-        site: "block" (the default) or "final", for a bare array.
+        site: what leaked, "block" by default, for a bare array; see docs/sites.md.
+        known_prefix: token ids before the first row, whose states need not be there: (P,). The rows then
+            start at position P; one pass of the prefix is their price.
         policy: order in which candidates are tried: "auto", "likely", "gradient", "random", "vocabulary".
         noise: L2 distance added to the states on the way here, if any is known. A token that fits
             only thanks to it is the nearest one checked, and the verdict is "ambiguous".
@@ -60,7 +63,7 @@ def invert(
         max_batch: most candidates in one packed pass; bounds the memory.
         seed: of the random draws of the policies "random" and "gradient".
         use_fit: whether "auto" may use a fitted inverse that is in the cache directory; see `sipit fit`.
-        hint: token ids to try first, from position 0 on: an earlier run's prefix, a known template. A
+        hint: token ids to try first, from the first row on: an earlier run's prefix, a known template. A
             right hint costs one forward pass; a wrong one, at most one packed pass.
         on_progress: called after each packed pass.
 
@@ -73,7 +76,7 @@ def invert(
         OptionError: an argument is out of range.
         StorageError: the file cannot be read.
     """
-    observation = _as_observation(lm, seen, layer, site)
+    observation = _as_observation(lm, seen, layer, site).behind(known_prefix)
     options = SearchOptions(
         policy=policy,
         noise=noise,

@@ -9,22 +9,26 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 
 from sipit.errors import InputError, ModelError, OptionError
 from sipit.models.embeddings import EmbeddingRows
 from sipit.models.families import family_of, module_at
 from sipit.models.fingerprint import fingerprint
 from sipit.models.generation import GenerationCache
+from sipit.models.head import LogitsHead
 from sipit.models.prepacked import forget_layouts, prepacked
 from sipit.models.quantized import rounds_activations
 from sipit.models.rope import fresh, frozen, regime, switch_length
+from sipit.models.sites import SITES, SiteSpec
 from sipit.models.truncated import TappedModel, TruncatedModel, UpperModel
-from sipit.observations import SITES, Cut, Observation, Site, dtype_named
+from sipit.observations import Cut, Observation, Site, dtype_named
 
 Prompt = str | Sequence[int] | Tensor | Sequence[Mapping[str, str]]
 
 _Made = TypeVar("_Made")
 
+_MESSAGE = "QXJ7zv"  # stands for a user's message where only what is written before it is wanted
 _PROBE_TOKENS = 12  # length of the prompt a cut is checked on
 _PACKED_GAP = 0.05  # of a state's norm: above every rounding of bfloat16, below a key seen or missed
 
@@ -49,12 +53,12 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.name = name
         self.family = family_of(model)
-        self._trunk = self._trunk_of(model)
-        self.n_layers = len(cast(nn.ModuleList, getattr(self._trunk, self.family.blocks)))
+        self.trunk = self._trunk_of(model)
+        self.n_layers = len(cast(nn.ModuleList, getattr(self.trunk, self.family.blocks)))
         embedding = cast(nn.Embedding, cast(Any, model).get_input_embeddings())
         self.vocab_size = int(embedding.weight.shape[0])
         self.embeddings = EmbeddingRows(embedding, self.vocab_size)
-        table = getattr(self._trunk, self.family.positions or "", None)
+        table = getattr(self.trunk, self.family.positions or "", None)
         self.max_positions: int | None = None  # longest prompt; None where positions are computed, not looked up
         if table is not None:
             self.max_positions = int(table.weight.shape[0]) - int(getattr(table, "offset", 0))
@@ -64,7 +68,6 @@ class LanguageModel:
         self._probe_states = self._reference_states()
         self._returns_tuple = self._blocks_return_tuples()
         self.d_model = int(self._probe_states[0].shape[-1])
-        self._final_width = int(self._probe_states[-1].shape[-1])
         for layer in {0, 1, self.n_layers // 2, self.n_layers - 1}:
             self.cut(Cut(layer), seq_len=_PROBE_TOKENS)
         self.cut(Cut(self.n_layers, "final"), seq_len=_PROBE_TOKENS)
@@ -90,20 +93,34 @@ class LanguageModel:
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights, and of the states the model computes."""
-        return next(self._trunk.parameters()).dtype
+        return next(self.trunk.parameters()).dtype
 
     @property
     def sites(self) -> tuple[Site, ...]:
         """Sites this version can capture and invert."""
-        return ("block", "final")
+        return tuple(SITES)
 
-    def width(self, site: Site) -> int:
-        """Width of a state at a site: d_model, but for models that project after the last block."""
-        return self._final_width if site == "final" else self.d_model
+    def width(self, cut: Cut) -> int:
+        """Width of what leaks at a cut: d_model at most sites, the vocabulary's size for logits."""
+        return self.derived(("width", cut), lambda: int(self.cut(cut).ordinary(self._probe_ids[:1]).shape[-1]))
+
+    @torch.no_grad()
+    def head(self, states: Tensor) -> Tensor:
+        """Return the model's own logits for states after the final norm. (…, T, D) → (…, T, W)."""
+        logits: Tensor = self._head(states)
+        return logits
 
     @cached_property
-    def final_ignores_mean(self) -> bool:
-        """Whether a constant added to every coordinate is gone after the final norm, as behind a LayerNorm."""
+    def _head(self) -> LogitsHead:
+        return LogitsHead(self.model, self.family.trunk)
+
+    def ignores_mean(self, spec: SiteSpec) -> bool:
+        """Whether a constant added to every coordinate of a token's row is gone at a site."""
+        return not spec.sees_mean and (spec.ends == "block" or self._norm_ignores_mean)
+
+    @cached_property
+    def _norm_ignores_mean(self) -> bool:
+        """Whether it is gone after the final norm, as behind a LayerNorm."""
         with torch.no_grad():
             before = self.cut(Cut(self.n_layers)).ordinary(self._probe_ids)  # (T, D)
             shifted = before + before.abs().amax(dim=1, keepdim=True)
@@ -112,7 +129,7 @@ class LanguageModel:
     def _normed(self, states: Tensor) -> Tensor:
         """Run the modules behind the last block on its states. (T, D) → (T, D')."""
         for name in self.family.final:
-            module = getattr(self._trunk, name)
+            module = getattr(self.trunk, name)
             states = states if module is None else module(states)
         return states
 
@@ -146,6 +163,26 @@ class LanguageModel:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes its own
         return self._checked_ids(torch.tensor(ids, dtype=torch.long))
 
+    def encode_template_prefix(self, system: str | None = None) -> Tensor:
+        """Return the token ids that the chat template writes before a user's message. (P,).
+
+        Args:
+            system: a system prompt to stand before it; None: the template's own, if it has one.
+
+        Raises:
+            ModelError: there is no tokenizer, no chat template, or one that changes the message.
+        """
+        tokenizer = self._require_tokenizer()
+        if not getattr(tokenizer, "chat_template", None):
+            raise ModelError(f"the tokenizer of {self.name!r} has no chat template; pass the prefix as text or ids")
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        messages.append({"role": "user", "content": _MESSAGE})
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        before, found, _ = text.partition(_MESSAGE)
+        if not found:
+            raise ModelError(f"the chat template of {self.name!r} changes the message; pass the prefix as text or ids")
+        return self._checked_ids(torch.tensor(tokenizer(before, add_special_tokens=False)["input_ids"]).long())
+
     def decode(self, input_ids: Sequence[int] | Tensor) -> str | None:
         """Return the text of some tokens, special ones kept, nothing cleaned up; None without a tokenizer."""
         if self.tokenizer is None:
@@ -169,8 +206,8 @@ class LanguageModel:
         Args:
             text: a string, a list of chat messages, or token ids.
             input_ids: token ids, instead of `text`. (T,)
-            layer: number of blocks run, 0 .. n_layers; may be left out with site "final".
-            site: "block" (residual stream) or "final" (after the final norm).
+            layer: number of blocks run, 0 .. n_layers; may be left out where one layer alone has the site.
+            site: what leaks; see docs/sites.md.
             dtype: dtype to store the states in; default: the model's own.
             chat: wrap a string in the tokenizer's chat template.
 
@@ -192,23 +229,26 @@ class LanguageModel:
         Raises:
             OptionError: the layer is out of range, or the model lacks the site.
         """
-        if site not in self.sites:
-            known = ", ".join(self.sites)
-            end = "is not supported yet" if site in SITES else "is unknown"
-            raise OptionError(f"site {site!r} {end}; model {self.name!r} offers {known}")
-        if layer is None and site == "final":
-            return self.n_layers
+        if site not in SITES:
+            raise OptionError(f"site {site!r} is unknown; choose one of {', '.join(SITES)}")
+        spec = SITES[site]
+        lowest, highest = spec.first_layer(self.n_layers), spec.last_layer(self.n_layers)
+        if layer is None and lowest == highest:
+            return lowest
         if layer is None:
-            raise OptionError(f"site {site!r} needs a layer: pass 0 to {self.n_layers}")
+            raise OptionError(f"site {site!r} needs a layer: pass {lowest} to {highest}")
         if isinstance(layer, bool) or not isinstance(layer, int):
-            raise OptionError(f"layer {layer!r} is not a whole number; pass 0 to {self.n_layers}")
-        if site == "final" and layer != self.n_layers:
+            raise OptionError(f"layer {layer!r} is not a whole number; pass {lowest} to {highest}")
+        if spec.is_behind_all and layer != lowest:
             raise OptionError(
-                f"site 'final' lies after all blocks, so its layer is {self.n_layers}, not {layer}; "
+                f"site {site!r} lies after all blocks, so its layer is {lowest}, not {layer}; "
                 "leave the layer out, or pass site 'block'"
             )
-        if not 0 <= layer <= self.n_layers:
-            raise OptionError(f"layer {layer} is out of range; model {self.name!r} has layers 0 to {self.n_layers}")
+        if not lowest <= layer <= highest:
+            ends = f", and site {site!r} {lowest} to {highest}" if highest < self.n_layers else ""
+            raise OptionError(
+                f"layer {layer} is out of range; model {self.name!r} has layers 0 to {self.n_layers}{ends}"
+            )
         return layer
 
     def regime(self, seq_len: int | None) -> int:
@@ -216,7 +256,7 @@ class LanguageModel:
 
         Rotary embeddings of the types "dynamic" and "longrope" are other ones in passes beyond a length.
         """
-        return regime(cast(Any, self._trunk).config, seq_len)
+        return regime(cast(Any, self.trunk).config, seq_len)
 
     def cut(self, cut: Cut, *, seq_len: int | None = None) -> TruncatedModel:
         """Return the model cut there, checked once against `output_hidden_states`.
@@ -231,7 +271,9 @@ class LanguageModel:
         def made() -> TruncatedModel:
             if not is_probed:
                 self.cut(cut, seq_len=_PROBE_TOKENS)  # checks it
-            model = TruncatedModel(self._trunk_at(seq_len), self.family, layer=cut.layer, is_final=cut.is_final)
+            spec = SITES[cut.site]
+            head = self._head if spec.ends == "logits" else None
+            model = TruncatedModel(self._trunk_at(seq_len), self.family, layer=cut.layer, spec=spec, head=head)
             if is_probed:
                 self._check_cut(model)
             return model
@@ -245,10 +287,10 @@ class LanguageModel:
 
     def _trunk_at(self, seq_len: int | None) -> nn.Module:
         """Return the trunk as it computes in a pass of so many tokens; the caller's own where that is all one."""
-        if switch_length(cast(Any, self._trunk).config) is None:
-            return self._trunk
+        if switch_length(cast(Any, self.trunk).config) is None:
+            return self.trunk
         key = self.regime(seq_len)
-        return self.derived(("trunk", key), lambda: frozen(self._trunk, key))
+        return self.derived(("trunk", key), lambda: frozen(self.trunk, key))
 
     @torch.no_grad()
     def final_states(self, seen: Tensor, layer: int, site: Site) -> tuple[Tensor, int]:
@@ -273,7 +315,7 @@ class LanguageModel:
     def next_token_logits(self, final_states: Tensor) -> Tensor:
         """Return the language-model head's logits, in float32. (N, D) → (N, vocab_size)."""
         logits: Tensor = self._fast_head(final_states).float()
-        cap = getattr(self._trunk.config, "final_logit_softcapping", None)
+        cap = getattr(self.trunk.config, "final_logit_softcapping", None)
         if cap:
             logits = torch.tanh(logits / cap) * cap
         missing = self.vocab_size - logits.shape[1]  # a head may have fewer rows than the embedding, or more
@@ -294,11 +336,13 @@ class LanguageModel:
     def tapped(self, cuts: Sequence[Cut], *, seq_len: int | None = None) -> TappedModel:
         """Return the model stopped after the last of several cuts, giving the states at all of them.
 
-        `seq_len` is as in `cut`.
+        They are of the sites "block" and "final"; `seq_len` is as in `cut`.
         """
         for cut in cuts:
             self.cut(cut, seq_len=seq_len)  # checks it
-        return TappedModel(self._trunk_at(seq_len), self.family, [(cut.layer, cut.is_final) for cut in cuts])
+        return TappedModel(
+            self._trunk_at(seq_len), self.family, [(cut.layer, SITES[cut.site].is_behind_all) for cut in cuts]
+        )
 
     def _trunk_of(self, model: nn.Module) -> nn.Module:
         """Return the module that owns the blocks, of a model that has a head as well."""
@@ -389,18 +433,35 @@ class LanguageModel:
 
     @torch.no_grad()
     def _check_cut(self, cut: TruncatedModel) -> None:
-        """Refuse a cut that does not reproduce the model's own hidden states."""
+        """Refuse a cut that does not reproduce what the model itself gives out."""
         try:
-            got = cut.ordinary(self._probe_ids)  # (T, D)
-            if cut.layer == self.n_layers and not cut.is_final:  # not among them: run the final modules on it
-                got = self._normed(got)
-        except (TypeError, RuntimeError, ValueError, AttributeError, IndexError) as error:
+            got = cut.ordinary(self._probe_ids)  # (T, W)
+            if cut.layer == self.n_layers and cut.spec.ends == "block":  # not given out: run the final modules on it
+                got, expected = self._normed(got), self._probe_states[-1]
+                if not cut.spec.is_plain:
+                    return  # read from the plain cut, which is checked
+            else:
+                expected = cut.spec.read(*self._given_out(cut))
+        except (TypeError, RuntimeError, ValueError, AttributeError, LookupError) as error:
             raise self._refusal(f"cannot be cut after {cut.layer} blocks ({error})") from error
-        expected = self._probe_states[cut.layer]
         unit = torch.finfo(self.dtype).eps * float(expected.float().abs().max())
         gap = float((got.float() - expected.float()).abs().max()) if got.shape == expected.shape else float("inf")
         if not gap <= 64 * unit:  # the same kernels on the same shapes: a few roundings at most
             raise self._refusal(f"cut after {cut.layer} blocks differs from its output_hidden_states by {gap:.2g}")
+
+    def _given_out(self, cut: TruncatedModel) -> tuple[Tensor, ...]:
+        """Return what the model itself gives out on the probe prompt where a cut's pass ends. (T, …) each."""
+        if cut.spec.ends in ("block", "final"):
+            return (self._probe_states[cut.layer],)
+        output = cast(Any, fresh(self.model))(
+            input_ids=self._probe_ids.to(self.device)[None],
+            past_key_values=DynamicCache(),  # of no config: one that slides would drop rows
+            use_cache=True,
+        )
+        if cut.spec.ends == "logits":
+            return (output.logits[0],)
+        layer = output.past_key_values.layers[cut.layer]
+        return tuple(heads[0].transpose(0, 1).flatten(1) for heads in (layer.keys, layer.values))
 
     def _check_upper(self) -> None:
         """Refuse a model whose last block cannot run without those below it: it reads their keys, say."""

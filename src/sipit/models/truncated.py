@@ -8,6 +8,7 @@ The cut is a shallow clone: it shares every weight with the caller's model and c
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from sipit.models.families import Family
 from sipit.models.generation import GenerationCache
 from sipit.models.prepacked import prepacked
 from sipit.models.shallow import clone
+from sipit.models.sites import SiteSpec
 
 _ROOM = 512  # cache columns added at a time, at least
 _NO_LANE = -1  # of tokens that were dropped: no packed token is of it
@@ -32,10 +34,16 @@ class PrefixCache(Cache):
     A packed pass writes its keys behind what is kept without copying it; `keep` then moves the
     accepted ones there, so that no token is computed twice. Several prompts may share the row: each
     has a lane, and a token sees the prefix of its own lane alone.
+
+    Args:
+        n_layers: blocks whose keys and values are kept.
+        is_cut: whether the pass ends in the block behind them, with the keys and values it caches.
     """
 
-    def __init__(self, n_layers: int) -> None:
-        self._buffers = [_PrefixLayer() for _ in range(n_layers)]
+    def __init__(self, n_layers: int, *, is_cut: bool = False) -> None:
+        self._buffers: list[_PrefixLayer] = [_PrefixLayer() for _ in range(n_layers)]
+        if is_cut:
+            self._buffers.append(_LastLayer())
         super().__init__(layers=[*self._buffers])
         self.lanes = torch.empty(0, dtype=torch.long)  # (P,) of each kept token
         self.positions = torch.empty(0, dtype=torch.long)  # (P,) in its own prompt
@@ -116,6 +124,67 @@ class _PrefixLayer(DynamicLayer):
             self._v[..., : self.length, :] = self._v[..., places, :]
 
 
+class _Reached(Exception):  # noqa: N818  not an error: the pass is where it was to end
+    """Ends a pass inside a block, with the keys and values that the block caches. (B, n_heads, T, d_head) each."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys = keys
+        self.values = values
+
+
+class _LastLayer(_PrefixLayer):
+    """Of a block that runs no further than to its keys and values."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        raise _Reached(key_states, value_states)
+
+
+class _EmptyLayer(DynamicLayer):
+    """Of a block in an ordinary pass: nothing came before, and nothing is kept."""
+
+    def __init__(self) -> None:
+        DynamicLayer.__init__(self)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+
+class _EmptyLastLayer(_EmptyLayer):
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        raise _Reached(key_states, value_states)
+
+
+class RecordingCache(Cache):
+    """Of an ordinary pass: nothing came before, and the keys and values of each block can be asked for afterwards."""
+
+    def __init__(self, n_layers: int) -> None:
+        self._recorded = [_RecordingLayer() for _ in range(n_layers)]
+        super().__init__(layers=[*self._recorded])
+
+    def keys_and_values(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Return what a block cached, (B, T, n_heads × d_head) each; None where it caches nothing of its own."""
+        recorded = self._recorded[layer]
+        if recorded.seen is None:
+            return None
+        keys, values = recorded.seen
+        return _by_position(keys), _by_position(values)
+
+
+class _RecordingLayer(_EmptyLayer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.seen = key_states, value_states
+        return key_states, value_states
+
+
+def _by_position(heads: Tensor) -> Tensor:
+    """Lay the heads of each position side by side. (B, n_heads, T, d_head) → (B, T, n_heads × d_head)."""
+    return heads.transpose(1, 2).flatten(2)
+
+
 def _window_of(config: Any) -> int | None:
     """Return the length of the window that blocks attend in; None where every block attends to all of its prefix."""
     is_off = getattr(config, "use_sliding_window", None) is False
@@ -133,23 +202,28 @@ def _grown(buffer: Tensor, filled: int, needed: int) -> Tensor:
 
 
 class TruncatedModel:
-    """The first `layer` blocks of a causal LM, with the final norm (`is_final`) or without it.
+    """The first blocks of a causal LM, up to a site: from tokens to the values that leak there.
 
     Args:
         trunk: the module that owns the blocks; not modified.
         family: its attribute names.
         layer: number of blocks run.
-        is_final: whether the modules behind the last block are run too.
+        spec: the site. W is the width of its values, D that of the states where the pass ends.
+        head: from states after the final norm to logits, for a site behind it.
     """
 
-    def __init__(self, trunk: nn.Module, family: Family, *, layer: int, is_final: bool) -> None:
+    def __init__(
+        self, trunk: nn.Module, family: Family, *, layer: int, spec: SiteSpec, head: nn.Module | None = None
+    ) -> None:
         self.layer = layer
-        self.is_final = is_final
+        self.spec = spec
         self._family = family
         self._config: Any = trunk.config
-        blocks = list(cast(nn.ModuleList, getattr(trunk, family.blocks)))[:layer]
+        self._head = head
+        n_blocks = layer + 1 if spec.ends == "cache" else layer
+        blocks = list(cast(nn.ModuleList, getattr(trunk, family.blocks)))[:n_blocks]
         children: dict[str, nn.Module] = {family.blocks: nn.ModuleList(blocks)}
-        if not is_final:
+        if not spec.is_behind_all:
             children |= {name: nn.Identity() for name in family.final if getattr(trunk, name) is not None}
         self._plain = clone(trunk, children)
         self._attentions: list[Any] = []  # of the packed clone, where its masks sit in buffers
@@ -166,7 +240,7 @@ class TruncatedModel:
 
     def new_cache(self) -> PrefixCache:
         """Return an empty prefix cache for `packed`."""
-        return PrefixCache(self.layer)
+        return PrefixCache(self.layer, is_cut=self.spec.ends == "cache")
 
     def cache_of(self, prefix: Tensor) -> PrefixCache:
         """Return the cache of a prefix, for `packed`. (P,)."""
@@ -177,11 +251,26 @@ class TruncatedModel:
             cache.keep(range(len(prefix)))
         return cache
 
-    @torch.no_grad()
     def ordinary(self, input_ids: Tensor) -> Tensor:
-        """Return the states of one prompt by one ordinary forward pass. (T,) → (T, D)."""
-        output = self._plain(input_ids=input_ids.to(self.device)[None], use_cache=False)
-        return cast(Tensor, output[0])[0]  # (T, D)
+        """Return the values of one prompt by one ordinary forward pass. (T,) → (T, W)."""
+        return self.ordinary_batch(input_ids[None])[0]
+
+    @torch.no_grad()
+    def ordinary_batch(self, input_ids: Tensor) -> Tensor:
+        """Return the values of prompts of one length by one ordinary forward pass. (B, T) → (B, T, W)."""
+        ids = input_ids.to(self.device)
+        if self.spec.ends == "cache":
+            cache = Cache(layers=[*[_EmptyLayer() for _ in range(self.layer)], _EmptyLastLayer()])
+            return self._read(self._plain, input_ids=ids, past_key_values=cache, use_cache=True)
+        return self._read(self._plain, input_ids=ids, use_cache=False)
+
+    def _read(self, model: nn.Module, **arguments: Any) -> Tensor:
+        """Run a pass to where it ends, and read what leaks there. (B, T, W)."""
+        try:
+            states = cast(Tensor, model(**arguments)[0])  # (B, T, D)
+        except _Reached as reached:
+            return self.spec.read(_by_position(reached.keys), _by_position(reached.values))
+        return self.spec.read(states if self._head is None else self._head(states))
 
     @torch.no_grad()
     def packed(
@@ -192,7 +281,7 @@ class TruncatedModel:
         sees: Tensor | None = None,
         lanes: Tensor | None = None,
     ) -> Tensor:
-        """Return the states of Q tokens that continue cached prefixes, in one row.
+        """Return the values of Q tokens that continue cached prefixes, in one row.
 
         Args:
             cache: of the prefixes, P tokens; its room behind them is overwritten.
@@ -202,7 +291,7 @@ class TruncatedModel:
             lanes: (Q,) whose prefix each token continues, 0 or more; None: lane 0.
 
         Returns:
-            (Q, D)
+            (Q, W)
         """
         return self._packed_row(self._fast, cache, positions, sees, lanes, input_ids=token_ids.to(self.device)[None])
 
@@ -210,11 +299,14 @@ class TruncatedModel:
     def packed_at(
         self, cache: PrefixCache, token_ids: Tensor, positions: Tensor, cuts: Sequence[tuple[int, bool]]
     ) -> list[Tensor]:
-        """As `packed`, each token alone behind the prefix, at several (layer, is_final) cuts. (Q, D) each."""
+        """As `packed`, each token alone behind the prefix, at several (layer, is_final) cuts. (Q, D) each.
+
+        The model itself is cut at a plain site.
+        """
         taps = [_Tap(block) for block in cast(nn.ModuleList, getattr(self._fast, self._family.blocks))]
         tapped = clone(self._fast, {self._family.blocks: nn.ModuleList(taps)})
         last = self._packed_row(tapped, cache, positions, None, None, input_ids=token_ids.to(self.device)[None])
-        return [states.reshape(len(token_ids), -1) for states in _at_cuts(taps, last, cuts, self.is_final)]
+        return [states.reshape(len(token_ids), -1) for states in _at_cuts(taps, last, cuts, self.spec.is_behind_all)]
 
     def packed_embeddings(
         self, cache: PrefixCache, embeddings: Tensor, positions: Tensor, lanes: Tensor | None = None
@@ -240,14 +332,14 @@ class TruncatedModel:
         visible = torch.cat([lanes[:, None] == cache.lanes, sees.cpu()], dim=1).to(self.device)  # (Q, P + Q)
         positions = positions.to(self.device)
         places = torch.cat([cache.positions.to(self.device), positions])  # (P + Q,)
-        output = model(
+        return self._read(
+            model,
             **tokens,
             position_ids=positions[None],
             attention_mask=self._masks(visible, positions, places),
             past_key_values=cache,
             use_cache=True,
-        )
-        return cast(Tensor, output[0])[0]  # (Q, D)
+        )[0]  # (Q, W)
 
     def _check_scale(self, n_keys: int) -> None:
         """Refuse a row in which Llama-4 would scale queries by their place in the row, not in their prompt."""
@@ -323,12 +415,12 @@ class UpperModel:
     def final_states(self, states: Tensor) -> Tensor:
         """Return the states after the final norm that follow from states after `layer` blocks. (T, D) → (T, D)."""
         parameter = next(self._trunk.parameters())
-        self._entry.states = states.to(parameter.device, parameter.dtype)[None]
+        self._entry.held.states = states.to(parameter.device, parameter.dtype)[None]
         try:
             places = torch.zeros(1, states.shape[0], dtype=torch.long, device=parameter.device)
             return cast(Tensor, self._trunk(input_ids=places, use_cache=False)[0])[0]  # (T, D)
         finally:
-            self._entry.states = None
+            del self._entry.held.states
 
 
 class TappedModel:
@@ -357,7 +449,7 @@ class TappedModel:
         return any(tap.returns_tuple for tap in self._taps)
 
     @torch.no_grad()
-    def states(self, input_ids: Tensor, cache: GenerationCache | None = None) -> list[Tensor]:
+    def states(self, input_ids: Tensor, cache: GenerationCache | RecordingCache | None = None) -> list[Tensor]:
         """Return the states at each cut, in their order. (B, L) → one (B, L, D) a cut.
 
         With a cache the tokens continue those it holds, and are held in it afterwards.
@@ -422,10 +514,10 @@ class _Inject(_Skip):
 
     def __init__(self, returns_tuple: bool) -> None:
         super().__init__(returns_tuple)
-        self.states: Tensor | None = None
+        self.held = threading.local()  # two threads may ask at once
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-        return super().forward(hidden_states if self.states is None else self.states)
+        return super().forward(getattr(self.held, "states", hidden_states))
 
 
 def _windowed(visible: Tensor, positions: Tensor, places: Tensor, window: int) -> Tensor:

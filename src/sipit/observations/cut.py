@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, get_args
 
-Site = Literal["block", "final", "kv", "logits"]
+Site = Literal[
+    "block",
+    "final",
+    "kv",
+    "keys",
+    "values",
+    "logits",
+    "log_probs",
+    "block_unit",
+    "block_centred",
+    "final_unit",
+]
 SITES: tuple[Site, ...] = get_args(Site)
+OF_ONE_LAYER: tuple[Site, ...] = ("final", "logits", "log_probs", "final_unit")  # those behind the last block
 
 
 class Cut(NamedTuple):
@@ -15,14 +27,9 @@ class Cut(NamedTuple):
     site: Site = "block"
 
     @property
-    def is_final(self) -> bool:
-        """Whether the states are those after the final norm."""
-        return self.site == "final"
-
-    @property
     def label(self) -> str:
-        """What tables and figures call it: the number of blocks run, or "final"."""
-        return str(self.layer) if self.site == "block" else self.site
+        """What tables and figures call it: the number of blocks run, "final", or the site and the layer."""
+        return {"block": str(self.layer), "final": "final"}.get(self.site, f"{self.site} {self.layer}")
 
     def __str__(self) -> str:
         return f"layer {self.layer}, site {self.site}"

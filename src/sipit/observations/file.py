@@ -17,7 +17,7 @@ from sipit.storage import parse_json, require_file, whole_file
 _FORMAT = "sipit.observation"
 _VERSION = "1"
 _REQUIRED = ("format", "version", "site", "layer", "positions")
-_OPTIONAL = ("model", "fingerprint")
+_OPTIONAL = ("model", "fingerprint", "known_prefix")
 
 
 def write_observation(seen: Observation, path: Path | str) -> None:
@@ -37,6 +37,8 @@ def write_observation(seen: Observation, path: Path | str) -> None:
         metadata["model"] = seen.model
     if seen.fingerprint is not None:
         metadata["fingerprint"] = seen.fingerprint
+    if seen.known_prefix:
+        metadata["known_prefix"] = json.dumps(seen.known_prefix)
     with whole_file(path) as temporary:
         try:
             save_file({"states": seen.states.detach().cpu().contiguous()}, temporary, metadata=metadata)
@@ -86,9 +88,10 @@ def _observation(path: Path | str, metadata: dict[str, str], states: object) -> 
     try:
         layer = whole_number(metadata["layer"])
         positions = positions_in(parse_json(metadata["positions"]))
+        prefix = positions_in(parse_json(metadata.get("known_prefix", "[]")))
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(
-            f"{path}: layer must be a whole number and positions a list of them; got "
+            f"{path}: layer must be a whole number, positions and known_prefix lists of them; got "
             f"{metadata['layer'][:40]!r} and {metadata['positions'][:40]!r}; capture it again"
         ) from error
     if metadata["site"] not in SITES:
@@ -99,6 +102,7 @@ def _observation(path: Path | str, metadata: dict[str, str], states: object) -> 
             layer=layer,
             site=metadata["site"],
             positions=positions,
+            known_prefix=prefix,
             model=metadata.get("model"),
             fingerprint=metadata.get("fingerprint"),
         )

@@ -19,6 +19,7 @@ from sipit.storage import parse_json, require_file, whole_file
 _FORMAT = "sipit.observations"
 _VERSION = "1"
 _DESCRIBED = ("site", "layer", "positions", "model", "fingerprint")
+_MAY_BE_DESCRIBED = ("known_prefix",)
 
 
 def write_observations(observations: Sequence[Observation], path: Path | str) -> None:
@@ -31,7 +32,10 @@ def write_observations(observations: Sequence[Observation], path: Path | str) ->
     tensors = {
         f"states.{i:06d}": seen.states.detach().cpu().contiguous().clone() for i, seen in enumerate(observations)
     }
-    described = [{key: getattr(seen, key) for key in _DESCRIBED} for seen in observations]
+    described = [
+        {key: getattr(seen, key) for key in (*_DESCRIBED, *(k for k in _MAY_BE_DESCRIBED if getattr(seen, k)))}
+        for seen in observations
+    ]
     metadata = {"format": _FORMAT, "version": _VERSION, "observations": json.dumps(described)}
     with whole_file(path) as temporary:
         try:
@@ -110,10 +114,11 @@ def _read_several(path: Path | str) -> Iterator[tuple[str, Observation]]:
             if not isinstance(described, list) or len(described) != len(keys) or not keys:
                 raise InputError(f"{path} does not describe each of its {len(keys)} tensors; capture them again")
             for key, about in zip(keys, described, strict=True):
-                if not isinstance(about, dict) or sorted(about) != sorted(_DESCRIBED):
+                if not isinstance(about, dict) or sorted(set(about) - set(_MAY_BE_DESCRIBED)) != sorted(_DESCRIBED):
                     raise InputError(f"{path}: the description of {key} is not what a capture writes; capture again")
                 try:
                     about["positions"] = positions_in(about["positions"])
+                    about["known_prefix"] = positions_in(about.get("known_prefix", []))
                     if not all(isinstance(about[key], str | None) for key in ("model", "fingerprint")):
                         raise TypeError("model and fingerprint are not text")
                     yield key, Observation(states=stream.get_tensor(key), **about)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,7 +48,8 @@ class Observation:
     states: Tensor  # (seq_len, d_model), as stored
     layer: int  # blocks run
     site: Site = "block"
-    positions: tuple[int, ...] = ()  # position of each row; () means 0 .. seq_len - 1
+    positions: tuple[int, ...] = ()  # position of each row; () means one after the other behind the known prefix
+    known_prefix: tuple[int, ...] = ()  # token ids before the first row, where they are known: (P,)
     model: str | None = None  # what the model was called where the states were captured
     fingerprint: str | None = None  # of that model's weights, if known
 
@@ -74,7 +76,10 @@ class Observation:
                 "in a wider dtype (float16 overflows above 65,504)"
             )
         if not self.positions:
-            object.__setattr__(self, "positions", tuple(range(states.shape[0])))
+            first = len(self.known_prefix)
+            object.__setattr__(self, "positions", tuple(range(first, first + states.shape[0])))
+        if any(type(i) is not int for i in self.known_prefix):
+            raise InputError("the known prefix holds something else than whole numbers; pass token ids")
         if len(self.positions) != states.shape[0] or any(
             later <= earlier for earlier, later in zip((-1, *self.positions), self.positions, strict=False)
         ):
@@ -104,9 +109,37 @@ class Observation:
         return str(self.states.dtype).removeprefix("torch.")
 
     @property
+    def n_positions(self) -> int:
+        """Number of tokens of the whole prompt, as far as the rows tell: the last position and one."""
+        return self.positions[-1] + 1
+
+    @property
     def is_complete(self) -> bool:
-        """Whether every position from 0 on is held."""
-        return self.positions == tuple(range(self.seq_len))
+        """Whether every position behind the known prefix is held."""
+        first = len(self.known_prefix)
+        return self.positions == tuple(range(first, first + self.seq_len))
+
+    def behind(self, known_prefix: Iterable[int]) -> Observation:
+        """Return this observation with the token ids that stand before its first row; itself where there are none.
+
+        Rows whose file names no position, or position 0, start behind the prefix.
+
+        Raises:
+            OptionError: it brings another known prefix, or its rows start elsewhere.
+        """
+        ids = tuple(int(i) for i in known_prefix)
+        if not ids:
+            return self
+        if self.known_prefix and self.known_prefix != ids:
+            raise OptionError("the observation brings its own known prefix, which is another one; leave yours out")
+        first = self.positions[0]
+        if first not in (0, len(ids)):
+            raise OptionError(
+                f"the rows start at position {first}, but the known prefix has {len(ids)} tokens; pass all tokens "
+                "before the first row, the BOS token included"
+            )
+        shift = len(ids) - first
+        return replace(self, known_prefix=ids, positions=tuple(p + shift for p in self.positions))
 
     def digest(self) -> str:
         """Return the SHA-256 of the stored values, dtype, shape, site, layer and positions, as hexadecimal digits."""

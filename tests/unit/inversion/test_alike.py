@@ -10,6 +10,7 @@ import torch
 import sipit
 from sipit import LanguageModel
 from sipit.inversion import Inversion
+from sipit.models.sites import SITES
 from tests.tiny_models import blocks_of, embedding_rows, tiny_model
 
 FIRST, SECOND = 17, 93
@@ -73,5 +74,7 @@ def test_rows_within_a_radius_are_those_that_brute_force_finds(ignores_mean: boo
 
 
 def test_only_layer_norms_forget_the_mean() -> None:
-    forgets = {family: LanguageModel(tiny_model(family)).final_ignores_mean for family in ("gpt2", "opt", "llama")}
+    forgets = {
+        family: LanguageModel(tiny_model(family)).ignores_mean(SITES["final"]) for family in ("gpt2", "opt", "llama")
+    }
     assert forgets == {"gpt2": True, "opt": True, "llama": False}

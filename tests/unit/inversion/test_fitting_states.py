@@ -23,7 +23,7 @@ def lm() -> LanguageModel:
 
 
 def _folder(lm: LanguageModel, path: Path, n_windows: int) -> StatesFolder:
-    return StatesFolder(path, {cut: lm.width(cut[1]) for cut in _CUTS}, n_windows, _LENGTH)
+    return StatesFolder(path, {cut: lm.width(cut) for cut in _CUTS}, n_windows, _LENGTH)
 
 
 def _expected(lm: LanguageModel, cut: Cut, windows: Tensor) -> Tensor:

@@ -109,6 +109,9 @@ def _wrong_keys(record: dict[str, Any]) -> Iterator[str]:
     ids, positions = record.get("input_ids"), record.get("positions")
     if not isinstance(ids, list) or not all(type(i) is int for i in ids):
         yield "input_ids"
+    known = record.get("known_prefix", [])
+    if not isinstance(known, list) or not all(type(i) is int for i in known):
+        yield "known_prefix"
     if not isinstance(positions, list) or not all(map(_is_position, positions)):
         yield "positions"
     if not isinstance(record.get("miss"), dict | None):
@@ -159,10 +162,11 @@ def check_certificate(
     distance = tolerance = None
     block_tokens = 0
     if not reasons:
-        ids = torch.tensor(record["input_ids"], dtype=torch.long)
+        prefix = _known_prefix(record)
+        ids = torch.tensor([*prefix, *record["input_ids"]], dtype=torch.long)
         limits = tolerance_for(lm, seen)
-        cut = lm.cut(seen.cut, seq_len=seen.seq_len)
-        states = cut.ordinary(ids)  # (T, D)
+        cut = lm.cut(seen.cut, seq_len=len(ids))
+        states = cut.ordinary(ids)[len(prefix) :]  # (T, D)
         block_tokens = len(ids) * seen.layer
         observed = seen.states.to(states.device)
         wide = torch.promote_types(states.dtype, observed.dtype)
@@ -170,12 +174,13 @@ def check_certificate(
         states, observed = states.to(wide), observed.to(wide)
         noise = float(record["noise"]) if record["verdict"] == "ambiguous" else 0.0
         distances = (states - observed).norm(dim=1).double().cpu()  # (T,)
-        excess = limits.excess(states, observed, torch.arange(len(ids))).double().cpu()  # (T,)
+        excess = limits.excess(states, observed, torch.arange(len(states))).double().cpu()  # (T,)
         noises, allowed = limits.noise.cpu() + noise, limits.total.cpu() + noise  # (T,)
         over = torch.maximum(distances - allowed, excess - noises)  # (T,)
         for place in over.argsort(descending=True)[:_REMEASURED].tolist():
             if over[place] > 0:  # a state may amplify rounding: measure its own
-                more, spent = local_noise(cut, ids[:place], int(ids[place]), len(ids))
+                first = len(prefix) + place
+                more, spent = local_noise(cut, ids[:first], int(ids[first]), len(ids))
                 block_tokens += spent * seen.layer
                 more = max(0.0, SAFETY * more - float(limits.noise[place]))
                 allowed[place] += more
@@ -227,10 +232,11 @@ def _too_much_noise(lm: LanguageModel, seen: Observation, noise: float, is_neede
 
     How near other tokens come is measured with the noise floor, so the record has no part in it.
     """
-    floor = noise_floor(lm, seen.cut, seen.seq_len)
+    floor = noise_floor(lm, seen.cut, seen.n_positions)
     norms = seen.states.double().norm(dim=1).cpu()
     gaps = norms * floor.rest_gap  # (T,)
-    gaps[0] = norms[0] * floor.first_gap
+    if seen.positions[0] == 0:
+        gaps[0] = norms[0] * floor.first_gap
     covered = ((gaps <= noise) & is_needed).nonzero()[:, 0].tolist()
     if not covered:
         return []
@@ -270,17 +276,25 @@ def _mismatches(record: dict[str, Any], seen: Observation, lm: LanguageModel) ->
         reasons.append("the evidence of the positions is about other tokens than the claimed ones")
     if record["seq_len"] != seen.seq_len:
         reasons.append(f"the certificate is about {record['seq_len']} positions, the observation has {seen.seq_len}")
-    if not all(0 <= i < lm.vocab_size for i in record["input_ids"]):
+    if not all(0 <= i < lm.vocab_size for i in [*record["input_ids"], *_known_prefix(record)]):
         reasons.append(f"a claimed token id is outside the vocabulary (0 to {lm.vocab_size - 1})")
-    if not seen.is_complete:
-        reasons.append("the observation does not hold every position from 0 on")
+    known = _known_prefix(record)
+    if seen.known_prefix and list(seen.known_prefix) != known:
+        reasons.append("the certificate is about another known prefix than the observation's")
+    if seen.positions != tuple(range(len(known), len(known) + seen.seq_len)):
+        reasons.append(f"the observation does not hold every position behind the {len(known)} tokens known before it")
     try:
         lm.checked_layer(seen.layer, seen.site)
-        if seen.d_model != lm.width(seen.site):
-            raise ShapeError(f"the observed states are {seen.d_model} wide, the model's {lm.width(seen.site)}")
+        if seen.d_model != lm.width(seen.cut):
+            raise ShapeError(f"the observed states are {seen.d_model} wide, the model's {lm.width(seen.cut)}")
     except (OptionError, ShapeError) as error:
         reasons.append(str(error))
     return reasons
+
+
+def _known_prefix(record: dict[str, Any]) -> list[int]:
+    """Return the token ids that the claim takes as known before the first row; none in older records."""
+    return list(record.get("known_prefix", []))
 
 
 def _digest(record: dict[str, Any]) -> str:

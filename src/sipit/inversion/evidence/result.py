@@ -62,13 +62,13 @@ class Inversion:
     policy: str
     verdict: Verdict
     text: str | None  # of the tokens below; None without a tokenizer
-    input_ids: tuple[int, ...]  # the recovered prompt, or its prefix where the verdict is "unmatched"
+    input_ids: tuple[int, ...]  # the recovered prompt behind the known prefix, or its beginning where "unmatched"
     seq_len: int  # positions observed
     tolerance: float  # the largest over the positions
     noise: float  # declared by the caller; L2, 0 where none was
     seconds: float
     block_tokens: int  # tokens × blocks evaluated by the search
-    prefill_ratio: float  # block_tokens / (seq_len × layer)
+    prefill_ratio: float  # block_tokens / (tokens × layer), those of the known prefix counted too
     calibration_block_tokens: int  # spent on measuring the tolerance, once per model, layer and site
     n_checked: int
     observation: str  # SHA-256 of the observed values
@@ -76,6 +76,7 @@ class Inversion:
     model_dtype: str
     positions: tuple[PositionEvidence, ...]
     miss: Miss | None = None
+    known_prefix: tuple[int, ...] = ()  # token ids before the first observed row, as the caller knew them
 
     def record(self) -> dict[str, Any]:
         """Return the JSON record; its keys equal the field names."""

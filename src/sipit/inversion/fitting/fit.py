@@ -100,7 +100,7 @@ def _fit_in(
     n_windows, length, seed = recipe.n_windows, recipe.length, recipe.seed
     starts = sample_starts(lm, n_windows=n_windows, length=length, seed=seed)
     given = given_windows(lm, n_windows=n_windows, length=length, texts=texts, seed=seed)
-    widths = {cut: lm.width(cut.site) for cut in cuts}
+    widths = {cut: lm.width(cut) for cut in cuts}
     folder = StatesFolder(work, widths, sum(map(len, starts)) + len(given), length)
     spent = sample_windows(lm, starts, cuts, folder, seed, told.phase("sampling"))
     spent += capture_windows(lm, given, cuts, folder, told.phase("capturing"))

@@ -42,7 +42,7 @@ def written_on(
     tapped = lm.tapped([*cuts, lm.final_cut])
     step = windows = start.to(lm.device)
     cache = lm.generation_cache(length)
-    found = [torch.empty(*start.shape[:1], length, lm.width(site), dtype=torch.float16) for _, site in cuts]
+    found = [torch.empty(*start.shape[:1], length, lm.width(cut), dtype=torch.float16) for cut in cuts]
     with fast_arithmetic(lm.device, lm.dtype):
         while True:
             *at_cuts, final = tapped.states(step, cache)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sipit.inversion.inverses.restored import restored
 from sipit.inversion.inverses.ridge import Ridge, amended_query, ridge
 from sipit.inversion.inverses.sampled_ids import spread_ids
 from sipit.inversion.inverses.sinks import alternative_kind, is_sink_like, is_sink_like_at, sink_cosine
@@ -79,18 +80,20 @@ def ridge_inverse(lm: LanguageModel, cut: Cut, meter: Meter) -> RidgeInverse:
 def _fit(lm: LanguageModel, cut: Cut) -> RidgeInverse:
     generator = torch.Generator().manual_seed(1)
     keys = token_keys(lm)
-    tapped = lm.tapped([cut])
+    model = lm.cut(cut)
+    read = restored(lm, cut).rows
     states, tokens, spent = [], [], 0
     for n_prompts, wanted in _PROMPTS:
         length = min(wanted, lm.max_positions or wanted)
         ids = spread_ids(lm.vocab_size, n_prompts * length, generator).view(n_prompts, length)
         for batch in ids.split(max(1, _BATCH // length)):
-            states.append(tapped.states(batch)[0][:, 1:].flatten(0, 1).float())
+            values = model.ordinary_batch(batch)[:, 1:].flatten(0, 1).float()
+            states.append(read(values, torch.arange(1, length).repeat(len(batch))))
             tokens.append(batch[:, 1:].flatten())
         spent += n_prompts * length
     firsts = spread_ids(lm.vocab_size, _FIRSTS, generator)
-    model = lm.cut(cut)
     alone = model.packed(model.new_cache(), firsts, torch.zeros_like(firsts)).float()  # (N, D)
+    alone = read(alone, torch.zeros_like(firsts))
     return RidgeInverse(
         keys=keys,
         first=ridge(alone, keys.keys(firsts), strength=1e-3),

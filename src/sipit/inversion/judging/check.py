@@ -65,15 +65,15 @@ class PackedCheck:
         cache: PrefixCache,
         lane: int = 0,
     ) -> None:
-        self.cut = lm.cut(seen.cut, seq_len=seen.seq_len)
+        self.cut = lm.cut(seen.cut, seq_len=seen.n_positions)
         self.cache = cache
         self._lane = lane
         device = self.cut.device
         wide = torch.float64 if torch.float64 in (lm.dtype, seen.states.dtype) else torch.float32
         self.observed = seen.states.to(device, wide)  # (T, D)
-        self._seq_len = seen.seq_len
+        self._seq_len = seen.n_positions
         self._tolerance = tolerance
-        self._measured = noise_floor(lm, seen.cut, seen.seq_len)
+        self._measured = noise_floor(lm, seen.cut, seen.n_positions)
         self._floor = tolerance.noise.to(device, copy=True)  # (T,)
         self._limit = tolerance.total.to(device, copy=True)  # (T,)
         self.noise = noise

@@ -43,13 +43,15 @@ class Tolerance:
 
 def tolerance_for(lm: LanguageModel, seen: Observation) -> Tolerance:
     """Return the tolerance at each position of an observation."""
-    floor = noise_floor(lm, seen.cut, seen.seq_len)
+    floor = noise_floor(lm, seen.cut, seen.n_positions)
     norms = seen.states.double().norm(dim=1)  # (T,)
     first, rest = _allowed(floor.first, floor.first_gap), _allowed(floor.rest, floor.rest_gap)
     ratios = torch.full_like(norms, rest)
-    ratios[0] = first
+    if seen.positions[0] == 0:
+        ratios[0] = first
     is_coarse = torch.full_like(norms, rest > _COARSE * floor.rest_gap, dtype=torch.bool)
-    is_coarse[0] = first > CLEAR * floor.first_gap
+    if seen.positions[0] == 0:
+        is_coarse[0] = first > CLEAR * floor.first_gap
     noise = ratios * norms
     if torch.finfo(seen.states.dtype).eps <= torch.finfo(lm.dtype).eps:
         return Tolerance(noise=noise, is_coarse=is_coarse, half_ulp=None, total=noise)

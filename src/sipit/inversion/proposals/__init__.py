@@ -5,6 +5,7 @@ from __future__ import annotations
 from sipit.errors import OptionError
 from sipit.inversion.evidence.result import POLICIES, Policy
 from sipit.inversion.inverses.fitted_inverse import FittedInverse
+from sipit.inversion.inverses.restored import restored
 from sipit.inversion.inverses.ridge_inverse import ridge_inverse
 from sipit.inversion.inverses.store import load_fit
 from sipit.inversion.inverses.token_keys import token_keys
@@ -48,9 +49,10 @@ def proposal_for(policy: str, view: SearchView, *, use_fit: bool = True) -> Prop
 def _best_inverse(view: SearchView, use_fit: bool) -> FusedProposal:
     """Read by a fitted inverse if there is one, else by anchors."""
     lm, layer = view.lm, view.seen.layer
-    fit = load_fit(lm, view.seen.cut) if use_fit else None
+    cut = restored(lm, view.seen.cut).cut
+    fit = load_fit(lm, cut) if use_fit else None
     if fit is None:
-        return FusedProposal(view, ridge_inverse(lm, view.seen.cut, view.meter), is_cautious=False)
+        return FusedProposal(view, ridge_inverse(lm, cut, view.meter), is_cautious=False)
     is_long = view.seen.seq_len >= LONG  # the likelihood saves more time in passes than its blocks take
     is_dear = lm.n_layers - layer > _CHEAP_LIKELIHOOD * layer and not is_long
     return FusedProposal(view, FittedInverse(token_keys(lm), fit), is_cautious=is_dear)

@@ -12,12 +12,13 @@ from __future__ import annotations
 import math
 from bisect import bisect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sipit.inversion.inverses.inverse import Inverse
+from sipit.inversion.inverses.restored import restored
 from sipit.inversion.inverses.ridge import ridge
 from sipit.inversion.judging.check import Checked
 from sipit.inversion.proposals.likely import Likely
@@ -75,7 +76,10 @@ class FusedProposal:
         self.view = view
         self._inverse = inverse
         self._likely = Likely(view)
-        self._queries = inverse.queries(view.check.observed)  # (T, K)
+        self._restored = restored(view.lm, view.seen.cut)
+        places = torch.arange(len(view.check.observed))
+        self._observed = self._restored.rows(view.check.observed, places)  # (T, D)
+        self._queries = inverse.queries(self._observed)  # (T, K)
         n_above = view.lm.n_layers - view.seen.layer
         self._patience = view.seen.seq_len * n_above / max(view.seen.layer, 1) if is_cautious else -1.0
         self._n_wasted = 0
@@ -89,13 +93,13 @@ class FusedProposal:
         self._guesses: dict[int, _Guesses] = {}  # first position of a block → its best tokens
         self._checked: list[Checked] = []
         self._overheard = OffPathEvidence(view.check.observed)
-        self._echoes = RepeatedStates(view.check.observed, inverse.echo_reach)
+        self._echoes = RepeatedStates(self._observed, inverse.echo_reach)
         self._first = 0.0
         self._rest: Tensor | None = None  # (V,) the order settled after many candidates in vain
 
     @property
     def _uses_likelihood(self) -> bool:
-        return self._n_wasted > self._patience and self.view.seen.layer > 0
+        return self._n_wasted > self._patience and self.view.seen.layer > 0 and self._restored.are_states
 
     def begin(self) -> None:
         self._checked = []
@@ -157,7 +161,8 @@ class FusedProposal:
 
     def learn(self, checked: Checked) -> None:
         if self._rest is None:  # else nothing is learned any more, and their states need no memory
-            self._checked.append(checked)
+            rows = self._restored.rows(checked.states, torch.full((len(checked.states),), self.view.position))
+            self._checked.append(replace(checked, states=rows))
         self._n_wasted += len(checked.token_ids)
 
     def overhear(self, position: int, checked: Checked) -> None:
@@ -197,7 +202,15 @@ class FusedProposal:
         """Return the inverse's scores and the log-probabilities at a position. (V,), (V,)."""
         start = position - position % _BLOCK
         row = self._block(start)[position - start]
-        return row, self._log_rows([position])[0] if self._uses_likelihood else None
+        if self._uses_likelihood:
+            return row, self._log_rows([position])[0]
+        if self._restored.are_states:
+            return row, None
+        n_checked = sum(len(c.token_ids) for c in self._checked)
+        pays = n_checked * (self.view.seen.layer + 1) >= self.view.lm.n_layers  # it is a pass of the whole model
+        if n_checked and pays and position not in self._logs:
+            self._logs = {position: self._likely.logits_behind_prefix()}
+        return row, self._logs.get(position)
 
     def _block(self, start: int) -> Tensor:
         """Return the inverse's scores at a block of positions, kept until it is behind. (W, V)."""
@@ -228,16 +241,17 @@ class FusedProposal:
         inverse, view = self._inverse, self.view
         states = torch.cat([c.states for c in self._checked]).float()  # (N, D)
         tokens = torch.cat([c.token_ids for c in self._checked])  # (N,)
-        query = inverse.amended_query(view.check.observed, view.position, states, tokens)
+        query = inverse.amended_query(self._observed, view.position, states, tokens)
         _, logs = self._rows(view.position)
         readings = [inverse.scores(query[None])[0]]
         if logs is not None:
             readings.append(_fused(inverse.doubtful_weights, readings[0], logs))
         if len(tokens) >= _REFIT_AFTER:
             keys = inverse.keys
-            query = ridge(states, keys.keys(tokens), _LOCAL_RIDGE)(view.target[None].float())
+            target = self._observed[view.position][None].float()
+            query = ridge(states, keys.keys(tokens), _LOCAL_RIDGE)(target)
             readings.append(_fused((_LOCAL_GAIN, 1.0), keys.scores(query)[0], logs))
-        other = inverse.other_query(view.check.observed, view.position)
+        other = inverse.other_query(self._observed, view.position)
         if other is not None:
             readings.append(inverse.scores(other[None])[0])
         return torch.stack([_by_rank(scores) for scores in readings]).amax(dim=0) if len(readings) > 1 else readings[0]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sipit.inversion.inverses.arithmetic import fast_arithmetic
+from sipit.inversion.inverses.restored import restored
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.proposals.proposal import Ordered, SearchView
 from sipit.models import LanguageModel
@@ -26,12 +27,12 @@ class Likely(Ordered):
     def __init__(self, view: SearchView) -> None:
         super().__init__(view)
         self._finals: Tensor | None = None  # (T, D)
-        self._cache = None if view.seen.layer else view.lm.cut(view.lm.final_cut).new_cache()
+        self._restored = restored(view.lm, view.seen.cut)
+        can_go_on = view.seen.layer > 0 and self._restored.are_states
+        self._cache = None if can_go_on else view.lm.cut(view.lm.final_cut).new_cache()
 
     def order(self) -> Tensor:
-        position = self.view.position
-        logs = self._after_prefix() if position and self._cache is not None else None
-        logs = self.logits([position])[0] if logs is None else logs
+        logs = self.logits([self.view.position])[0] if self._cache is None else self.logits_behind_prefix()
         return logs.argsort(descending=True, stable=True)
 
     def logits(self, positions: Sequence[int]) -> Tensor:
@@ -46,15 +47,21 @@ class Likely(Ordered):
             return torch.stack([next(others) if p else opening for p in positions])
         with fast_arithmetic(view.lm.device, view.lm.dtype):
             if self._finals is None:
-                seen = view.seen
-                self._finals, n_blocks = view.lm.final_states(seen.states, seen.layer, seen.site)
-                view.meter.spend(seen.seq_len, n_blocks)
+                values, cut = view.check.observed, self._restored.cut
+                states = self._restored.rows(values, torch.arange(len(values)))  # (T, D)
+                self._finals, n_blocks = view.lm.final_states(states, cut.layer, cut.site)
+                view.meter.spend(len(states), n_blocks)
             return view.lm.next_token_logits(self._finals[torch.tensor(positions) - 1])
 
-    def _after_prefix(self) -> Tensor:
-        """Return the logits behind the accepted prefix, by the full model. (V,)."""
+    def logits_behind_prefix(self) -> Tensor:
+        """Return log-probabilities behind the accepted prefix, but for a constant, by the whole model. (V,).
+
+        For values the model cannot go on from: they need a prefix, one position after the other.
+        """
         view, cache = self.view, self._cache
         assert cache is not None
+        if view.position == 0:
+            return opening_log_probabilities(view.lm, view.meter)
         full = view.lm.cut(view.lm.final_cut, seq_len=view.seen.seq_len)
         cache.truncate(min(cache.length, view.position - 1))
         new = torch.tensor(view.prefix[cache.length :])

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
@@ -31,6 +31,7 @@ from sipit.inversion.search.tree import Tree
 from sipit.models import LanguageModel, PrefixCache
 from sipit.observations import Observation
 
+_PREFIX_TOKENS = 512  # of a known prefix that are run at once
 _SHARED_TOKENS = 1024  # of all prompts that share a row: each packed token looks at the prefixes of all
 
 
@@ -101,8 +102,8 @@ class BatchScheduler:
         return (
             len(others) < self._n_slots
             and seen.cut == others[0].cut
-            and self._lm.regime(seen.seq_len) == self._lm.regime(others[0].seq_len)
-            and seen.seq_len + sum(other.seq_len for other in others) <= _SHARED_TOKENS
+            and self._lm.regime(seen.n_positions) == self._lm.regime(others[0].n_positions)
+            and seen.n_positions + sum(other.n_positions for other in others) <= _SHARED_TOKENS
         )
 
     def begin(self, number: int, seen: Observation) -> None:
@@ -112,18 +113,20 @@ class BatchScheduler:
         if any(not 0 <= token_id < lm.vocab_size for token_id in options.hint):
             raise OptionError(f"hint holds a token id outside the vocabulary (0 to {lm.vocab_size - 1})")
         started = time.perf_counter()
-        tolerance = tolerance_for(lm, seen)
         if not self._slots:
-            self._cache = lm.cut(seen.cut, seq_len=seen.seq_len).new_cache()
+            self._cache = lm.cut(seen.cut, seq_len=seen.n_positions).new_cache()
         lane = next(i for i in range(self._n_slots) if i not in {other.lane for other in self._slots})
         meter = Meter()
-        check = PackedCheck(lm, seen, tolerance, meter, noise=options.noise, cache=self._cache, lane=lane)
+        whole = self._with_prefix(seen, lane, meter)
+        tolerance = tolerance_for(lm, whole)
+        check = PackedCheck(lm, whole, tolerance, meter, noise=options.noise, cache=self._cache, lane=lane)
         generator = torch.Generator().manual_seed(options.seed)
         price = pass_price(seen.seq_len, self._n_slots)
-        view = SearchView(lm=lm, seen=seen, check=check, meter=meter, generator=generator, price=price)
+        prefix = list(seen.known_prefix)
+        view = SearchView(lm=lm, seen=whole, check=check, meter=meter, generator=generator, price=price, prefix=prefix)
         proposal = proposal_for(options.policy, view, use_fit=options.use_fit)
         if len(options.hint):
-            proposal = Hinted(view, proposal, options.hint)
+            proposal = Hinted(view, proposal, [*seen.known_prefix, *options.hint])
         run = PromptSearch(view=view, proposal=proposal, exhaustive=options.exhaustive, max_batch=options.max_batch)
         self._slots.append(
             _Slot(
@@ -131,10 +134,31 @@ class BatchScheduler:
                 lane=lane,
                 seen=seen,
                 run=run,
-                tolerance=float(tolerance.total.max()),
+                tolerance=float(tolerance.total[len(prefix) :].max()),
                 seconds=time.perf_counter() - started,
             )
         )
+
+    def _with_prefix(self, seen: Observation, lane: int, meter: Meter) -> Observation:
+        """Return an observation as if the rows of its known prefix had been observed too.
+
+        One pass of the prefix computes them, and leaves its keys in the cache.
+        """
+        if not seen.known_prefix:
+            return seen
+        model = self._lm.cut(seen.cut, seq_len=seen.n_positions)
+        ids = torch.tensor(seen.known_prefix)
+        rows = []
+        for part in torch.arange(len(ids)).split(_PREFIX_TOKENS):
+            sees = torch.ones(len(part), len(part), dtype=torch.bool).tril()
+            lanes = torch.full((len(part),), lane)
+            rows.append(model.packed(self._cache, ids[part], part, sees, lanes).cpu())  # (Q, W)
+            self._cache.keep(range(len(part)))
+        meter.spend(len(ids), seen.layer)
+        most = torch.finfo(seen.states.dtype).max
+        states = torch.cat(rows).clamp(-most, most).to(seen.states.dtype)
+        states = torch.cat([states, seen.states.cpu()])
+        return replace(seen, states=states, known_prefix=(), positions=())
 
     def step(self) -> dict[int, Inversion]:
         """PromptSearch one packed pass; return the searches that came to their end, by number."""
@@ -197,7 +221,7 @@ class BatchScheduler:
             self._options.on_progress(
                 Progress(
                     seq_len=slot.seen.seq_len,
-                    input_ids=tuple(slot.run.view.prefix),
+                    input_ids=tuple(slot.run.view.prefix[len(slot.seen.known_prefix) :]),
                     n_checked=meter.n_checked,
                     block_tokens=meter.block_tokens,
                     seconds=slot.seconds,
@@ -206,7 +230,7 @@ class BatchScheduler:
 
     def _inversion(self, slot: _Slot) -> Inversion:
         lm, seen, run = self._lm, slot.seen, slot.run
-        meter, prefix = run.view.meter, run.view.prefix
+        meter, found = run.view.meter, run.view.prefix[len(seen.known_prefix) :]
         return Inversion(
             model=lm.name,
             fingerprint=lm.fingerprint,
@@ -214,15 +238,16 @@ class BatchScheduler:
             site=seen.site,
             policy=self._options.policy,
             verdict=run.verdict(),
-            text=lm.decode(prefix),
-            input_ids=tuple(prefix),
+            text=lm.decode(found),
+            input_ids=tuple(found),
+            known_prefix=seen.known_prefix,
             seq_len=seen.seq_len,
             tolerance=slot.tolerance,
             noise=self._options.noise,
             seconds=slot.seconds,
             block_tokens=meter.block_tokens,
-            prefill_ratio=meter.block_tokens / (seen.seq_len * max(seen.layer, 1)),
-            calibration_block_tokens=noise_floor(lm, seen.cut, seen.seq_len).block_tokens,
+            prefill_ratio=meter.block_tokens / (seen.n_positions * max(seen.layer, 1)),
+            calibration_block_tokens=noise_floor(lm, seen.cut, seen.n_positions).block_tokens,
             n_checked=meter.n_checked,
             observation=seen.digest(),
             dtype=seen.dtype,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sipit.errors import MismatchError, ShapeError
+from sipit.errors import InputError, MismatchError, ShapeError
 from sipit.models import LanguageModel
 from sipit.observations import Observation
 
@@ -14,9 +14,10 @@ def require_belongs(lm: LanguageModel, seen: Observation) -> None:
         OptionError: the model has no such layer or site.
         ShapeError: the states are of another width, or more than the model has positions for.
         MismatchError: they carry another fingerprint, lack positions, or depend on the length of their pass.
+        InputError: the known prefix holds an id outside the vocabulary.
     """
     lm.checked_layer(seen.layer, seen.site)
-    width = lm.width(seen.site)
+    width = lm.width(seen.cut)
     if seen.d_model != width:
         raise ShapeError(
             f"states are {seen.d_model} wide, but site {seen.site!r} of model {lm.name!r} is {width} wide; "
@@ -28,13 +29,20 @@ def require_belongs(lm: LanguageModel, seen: Observation) -> None:
             f"{lm.name!r} in {lm.dtype} has {lm.fingerprint[:19]}…; load that model in the dtype it was captured "
             "in, or drop the fingerprint from the observation to try anyway"
         )
-    if lm.max_positions is not None and seen.seq_len > lm.max_positions:
+    if lm.max_positions is not None and seen.n_positions > lm.max_positions:
         raise ShapeError(
-            f"the observation has {seen.seq_len} positions, model {lm.name!r} only {lm.max_positions}; "
+            f"the observation has {seen.n_positions} positions, model {lm.name!r} only {lm.max_positions}; "
             "name the model the states were captured from"
         )
     if not seen.is_complete:
         raise MismatchError(
-            f"the states start at or skip positions ({seen.seq_len} rows up to position {seen.positions[-1]}); "
-            "this version needs every position from 0 on"
+            f"the {seen.seq_len} rows start at position {seen.positions[0]} and end at {seen.positions[-1]}, behind a "
+            f"known prefix of {len(seen.known_prefix)} tokens; pass the tokens before the first row as known_prefix "
+            "(--prefix-text, --prefix-ids), and leave no position out"
+        )
+    outside = [i for i in seen.known_prefix if not 0 <= i < lm.vocab_size]
+    if outside:
+        raise InputError(
+            f"the known prefix holds token id {outside[0]}, outside the vocabulary of {lm.name!r} "
+            f"(0 to {lm.vocab_size - 1})"
         )

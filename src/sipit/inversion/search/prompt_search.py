@@ -156,7 +156,7 @@ class PromptSearch:
         check, position, lm = self.view.check, self.view.position, self.view.lm
         twins = lm.embeddings.twins(token_id)
         radius = check.alike_within(position)
-        for ignores_mean in (False, True) if check.cut.is_final and lm.final_ignores_mean else (False,):
+        for ignores_mean in (False, True) if lm.ignores_mean(check.cut.spec) else (False,):
             near = lm.embeddings.within(token_id, radius, ignores_mean=ignores_mean)
             twins = [*twins, *(i for i in near if i not in twins)]
         if check.reach(position) <= _NARROW:

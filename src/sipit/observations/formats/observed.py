@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from sipit.errors import InputError, OptionError, SipitError
-from sipit.observations.cut import Site
+from sipit.observations.cut import OF_ONE_LAYER, SITES, Site
 from sipit.observations.formats.dump import Dump, Place, Wanted
 from sipit.observations.observation import Observation
 
-_READY = ("block", "final")  # sites this version inverts
 _NARROW = (torch.bfloat16, torch.float16, torch.float32)  # dtypes values may have had before they were widened
 
 
@@ -84,13 +83,13 @@ def _placed(dump: Dump) -> Dump | SipitError:
             "say --layer and --site"
         )
     site = dump.site or ("block" if dump.layer is not None else None)
-    if site is None or (dump.layer is None and site != "final"):
+    if site is None or (dump.layer is None and site not in OF_ONE_LAYER):
         return OptionError(
             f"{dump.name} does not say after how many blocks its states were taken; say --layer, or --layers of "
             "all that are joined in it"
         )
-    if site not in _READY:
-        return InputError(f"{dump.name} holds {site}, which this version does not invert; capture hidden states")
+    if site not in SITES:
+        return InputError(f"{dump.name} holds {site}, which no version inverts; sites are {', '.join(SITES)}")
     if dump.scales is not None or (dump.rounded or "").startswith(("float8", "int")):
         return InputError(
             f"{dump.name} was rounded to {dump.rounded}, and this version has no tolerance for that rounding; "
