@@ -152,9 +152,14 @@ def test_layer_the_model_lacks_is_refused(refused: Refused, text_folder: Path) -
     assert "layer 77" in refused("invert", _states("x", torch.ones(2, 32), layer="77"), "--model", text_folder)
 
 
-@pytest.mark.parametrize("site", ["kv", "logits", "nonsense"])
-def test_site_the_model_lacks_is_refused(refused: Refused, text_folder: Path, site: str) -> None:
-    assert site in refused("invert", _states("x", torch.ones(2, 32), site=site), "--model", text_folder)
+def test_site_the_model_lacks_is_refused(refused: Refused, text_folder: Path) -> None:
+    assert "nonsense" in refused("invert", _states("x", torch.ones(2, 32), site="nonsense"), "--model", text_folder)
+
+
+@pytest.mark.parametrize("site", ["kv", "logits"])
+def test_width_that_the_site_lacks_is_refused(refused: Refused, text_folder: Path, site: str) -> None:
+    sentence = refused("invert", _states("x", torch.ones(2, 31), site=site, layer="4"), "--model", text_folder)
+    assert site in sentence
 
 
 def test_states_that_skip_positions_are_refused(refused: Refused, text_folder: Path) -> None:

@@ -21,7 +21,7 @@ TEXT = "sworn 🦔\n"
 KEYS = (
     *("format", "version", "digest", "model", "fingerprint", "layer", "site", "policy", "verdict", "text"),
     *("input_ids", "seq_len", "tolerance", "noise", "seconds", "block_tokens", "prefill_ratio", "n_checked"),
-    *("calibration_block_tokens", "observation", "dtype", "model_dtype", "positions", "miss"),
+    *("calibration_block_tokens", "observation", "dtype", "model_dtype", "positions", "miss", "known_prefix"),
 )
 
 
@@ -116,7 +116,7 @@ def test_certificate_rejects_an_edit_of_any_key(path: Path, seen: Observation, l
     value = record[key]
     edited: Any = {str: f"{value}x", int: 7, float: 0.123}.get(type(value))
     if isinstance(value, list):
-        edited = value[::-1]
+        edited = value[::-1] or [7]
     elif value is None:
         edited = {}
     assert edited != value

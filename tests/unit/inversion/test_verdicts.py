@@ -287,7 +287,7 @@ def test_array_tensor_and_file_give_the_same_answer(llama: LanguageModel, tmp_pa
         ({"layer": 99}, OptionError),
         ({"layer": -1}, OptionError),
         ({"layer": None}, OptionError),
-        ({"site": "kv"}, OptionError),
+        ({"site": "kv", "layer": 4}, OptionError),
         ({"site": "logits"}, OptionError),
         ({"site": "nonsense"}, OptionError),
         ({"site": "final"}, OptionError),
@@ -319,9 +319,9 @@ def test_bad_states_are_refused(llama: LanguageModel, seen: Any, error: type[Sip
         sipit.invert(llama, seen, layer=2)
 
 
-@pytest.mark.parametrize(("site", "layer"), [("kv", 2), ("logits", 4)])
-def test_site_that_the_model_lacks_is_refused(llama: LanguageModel, site: Any, layer: int) -> None:
-    with pytest.raises(OptionError, match="not supported yet"):
+@pytest.mark.parametrize(("site", "layer"), [("kv", 4), ("logits", 2), ("final_unit", 3)])
+def test_layer_without_the_site_is_refused(llama: LanguageModel, site: Any, layer: int) -> None:
+    with pytest.raises(OptionError, match=site):
         sipit.invert(llama, Observation(states=torch.zeros(3, 32), layer=layer, site=site))
 
 

@@ -94,7 +94,7 @@ def test_observation_holds_no_token() -> None:
     """States of two prompts differ; nothing else of an observation does."""
     lm = text_model()
     one, other = lm.capture("abc", layer=2), lm.capture("xyz", layer=2)
-    assert set(vars(one)) == {"states", "layer", "site", "positions", "model", "fingerprint"}
+    assert set(vars(one)) == {"states", "layer", "site", "positions", "known_prefix", "model", "fingerprint"}
     for name in set(vars(one)) - {"states"}:
         assert getattr(one, name) == getattr(other, name)
 
@@ -130,7 +130,7 @@ def test_overflow_of_the_stored_dtype_is_refused() -> None:
         ({"input_ids": [1], "layer": N_LAYERS + 1}, OptionError),
         ({"input_ids": [1]}, OptionError),
         ({"input_ids": [1], "layer": 1, "site": "final"}, OptionError),
-        ({"input_ids": [1], "layer": 1, "site": "kv"}, OptionError),
+        ({"input_ids": [1], "layer": N_LAYERS, "site": "kv"}, OptionError),
         ({"input_ids": [1], "layer": 1, "site": "logits"}, OptionError),
         ({"input_ids": [1], "layer": 1, "site": "nonsense"}, OptionError),
         ({"input_ids": [1], "layer": 1, "dtype": "int8"}, OptionError),
