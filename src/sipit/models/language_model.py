@@ -102,7 +102,7 @@ class LanguageModel:
 
     def width(self, cut: Cut) -> int:
         """Width of what leaks at a cut: d_model at most sites, the vocabulary's size for logits."""
-        if SITES[cut.site].ends in ("block", "final"):
+        if SITES[cut.site].ends == "block":
             return self.d_model
         return self.derived(("width", cut), lambda: int(self.cut(cut).ordinary(self._probe_ids[:1]).shape[-1]))
 
