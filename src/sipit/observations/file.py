@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import cast
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from sipit.errors import InputError, SipitError, StorageError
 from sipit.observations.cut import SITES
@@ -39,9 +39,12 @@ def write_observation(seen: Observation, path: Path | str) -> None:
         metadata["fingerprint"] = seen.fingerprint
     if seen.known_prefix:
         metadata["known_prefix"] = json.dumps(seen.known_prefix)
+    tensors = {"states": seen.states.detach().cpu().contiguous()}
+    if seen.half_step is not None:
+        tensors["half_step"] = seen.half_step.detach().cpu().contiguous()
     with whole_file(path) as temporary:
         try:
-            save_file({"states": seen.states.detach().cpu().contiguous()}, temporary, metadata=metadata)
+            save_file(tensors, temporary, metadata=metadata)
         except SafetensorError as error:  # the library reports a full disk in its own class
             raise OSError(28, str(error)) from error
 
@@ -58,23 +61,22 @@ def read_observation(path: Path | str) -> Observation:
         with safe_open(path, framework="pt") as stream:
             metadata = dict(stream.metadata() or {})
             keys = list(stream.keys())
-            if keys != ["states"] or metadata.get("format") != _FORMAT:
+            if sorted(keys) not in (["states"], ["half_step", "states"]) or metadata.get("format") != _FORMAT:
                 raise InputError(
                     f"{path} is not an observation file: it holds {_named(keys)} and the format "
                     f"{str(metadata.get('format'))[:40]!r}, expected ['states'] and {_FORMAT!r}; make one with "
                     "'sipit capture'"
                 )
             states = stream.get_tensor("states")
+            half_step = stream.get_tensor("half_step") if "half_step" in keys else None
     except SafetensorError as error:
         raise InputError(f"{path} is not a whole safetensors file ({error}); copy or capture it again") from error
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error}; check its permissions") from error
-    return _observation(path, metadata, states)
+    return _observation(path, metadata, states, half_step)
 
 
-def _observation(path: Path | str, metadata: dict[str, str], states: object) -> Observation:
-    from torch import Tensor
-
+def _observation(path: Path | str, metadata: dict[str, str], states: Tensor, half_step: Tensor | None) -> Observation:
     absent = [key for key in _REQUIRED if key not in metadata]
     unknown = sorted(set(metadata) - set(_REQUIRED) - set(_OPTIONAL))
     if absent or unknown:
@@ -98,13 +100,14 @@ def _observation(path: Path | str, metadata: dict[str, str], states: object) -> 
         raise InputError(f"{path}: site {metadata['site'][:40]!r} is unknown; expected one of {', '.join(SITES)}")
     try:
         return Observation(
-            states=cast(Tensor, states),
+            states=states,
             layer=layer,
             site=metadata["site"],
             positions=positions,
             known_prefix=prefix,
             model=metadata.get("model"),
             fingerprint=metadata.get("fingerprint"),
+            half_step=half_step,
         )
     except SipitError as error:
         raise type(error)(f"{path}: {error}") from error

@@ -32,6 +32,11 @@ def write_observations(observations: Sequence[Observation], path: Path | str) ->
     tensors = {
         f"states.{i:06d}": seen.states.detach().cpu().contiguous().clone() for i, seen in enumerate(observations)
     }
+    tensors |= {
+        f"half_step.{i:06d}": seen.half_step.detach().cpu().contiguous().clone()
+        for i, seen in enumerate(observations)
+        if seen.half_step is not None
+    }
     described = [
         {key: getattr(seen, key) for key in (*_DESCRIBED, *(k for k in _MAY_BE_DESCRIBED if getattr(seen, k)))}
         for seen in observations
@@ -105,7 +110,8 @@ def _read_several(path: Path | str) -> Iterator[tuple[str, Observation]]:
     try:
         with safe_open(path, framework="pt") as stream:
             described: Any = parse_json((stream.metadata() or {}).get("observations", "[]"))
-            keys = sorted(stream.keys())
+            names = set(stream.keys())
+            keys = sorted(name for name in names if not name.startswith("half_step."))
             version = (stream.metadata() or {}).get("version")
             if version != _VERSION:
                 raise InputError(
@@ -121,7 +127,9 @@ def _read_several(path: Path | str) -> Iterator[tuple[str, Observation]]:
                     about["known_prefix"] = positions_in(about.get("known_prefix", []))
                     if not all(isinstance(about[key], str | None) for key in ("model", "fingerprint")):
                         raise TypeError("model and fingerprint are not text")
-                    yield key, Observation(states=stream.get_tensor(key), **about)
+                    steps = key.replace("states.", "half_step.")
+                    half_step = stream.get_tensor(steps) if steps in names and steps != key else None
+                    yield key, Observation(states=stream.get_tensor(key), half_step=half_step, **about)
                 except (SipitError, TypeError, ValueError) as error:
                     raise InputError(f"{path}: {key}: {error}") from error
     except (SafetensorError, ValueError) as error:

@@ -52,6 +52,7 @@ class Observation:
     known_prefix: tuple[int, ...] = ()  # token ids before the first row, where they are known: (P,)
     model: str | None = None  # what the model was called where the states were captured
     fingerprint: str | None = None  # of that model's weights, if known
+    half_step: Tensor | None = None  # (seq_len, d_model) most that a rounding coarser than the dtype's moved each value
 
     def __post_init__(self) -> None:
         states = self.states
@@ -78,6 +79,16 @@ class Observation:
         if not self.positions:
             first = len(self.known_prefix)
             object.__setattr__(self, "positions", tuple(range(first, first + states.shape[0])))
+        step = self.half_step
+        if step is not None and (
+            step.shape != states.shape
+            or step.dtype != torch.float32
+            or not bool((step >= 0).all() & step.isfinite().all())
+        ):
+            raise InputError(
+                f"half_step must be float32, finite, 0 or more and of the states' shape {tuple(states.shape)}, got "
+                f"{step.dtype} of shape {tuple(step.shape)}"
+            )
         if any(type(i) is not int for i in self.known_prefix):
             raise InputError("the known prefix holds something else than whole numbers; pass token ids")
         if len(self.positions) != states.shape[0] or any(
@@ -142,11 +153,13 @@ class Observation:
         return replace(self, known_prefix=ids, positions=tuple(p + shift for p in self.positions))
 
     def digest(self) -> str:
-        """Return the SHA-256 of the stored values, dtype, shape, site, layer and positions, as hexadecimal digits."""
+        """Return the SHA-256 of the stored values, dtype, shape, place and rounding, as hexadecimal digits."""
         states = self.states.detach().contiguous().cpu()
         head = f"{self.dtype} {tuple(states.shape)} {self.site} {self.layer} {self.positions}\n"
-        raw = states.view(torch.uint8).numpy()
-        return hashlib.sha256(head.encode() + raw.tobytes()).hexdigest()
+        hashed = hashlib.sha256(head.encode() + states.view(torch.uint8).numpy().tobytes())
+        if self.half_step is not None:
+            hashed.update(b"half_step" + self.half_step.detach().contiguous().cpu().numpy().tobytes())
+        return hashed.hexdigest()
 
 
 def _shortened(positions: tuple[int, ...]) -> str:

@@ -82,8 +82,8 @@ def test_excess_grows_with_what_rounding_does_not_explain(llama: LanguageModel) 
     seen = llama.capture(input_ids=IDS, layer=3, dtype="bfloat16")
     tolerance = tolerance_for(llama, seen)
     observed = seen.states.float()
-    assert tolerance.half_ulp is not None
-    moved = observed + tolerance.half_ulp.float()
+    assert tolerance.half_step is not None
+    moved = observed + tolerance.half_step.float()
     moved[:, 0] += 0.5
     got = tolerance.excess(moved, observed, torch.arange(len(IDS)))
     torch.testing.assert_close(got, torch.full_like(got, 0.5), rtol=1e-4, atol=1e-5)
@@ -92,7 +92,7 @@ def test_excess_grows_with_what_rounding_does_not_explain(llama: LanguageModel) 
 def test_excess_without_rounding_is_the_distance(llama: LanguageModel) -> None:
     seen = llama.capture(input_ids=IDS, layer=2)
     tolerance = tolerance_for(llama, seen)
-    assert tolerance.half_ulp is None
+    assert tolerance.half_step is None
     moved = seen.states.clone()
     moved[:, 3] += 3
     moved[:, 4] -= 4

@@ -25,8 +25,8 @@ class Tolerance:
 
     noise: Tensor  # (T,) float64: explained by the order of sums
     is_coarse: Tensor  # (T,) bool: not clearly below the gap to wrong tokens, so that one may fit as well
-    half_ulp: Tensor | None  # (T, D): half a unit in the last place of each stored value; None: not rounded
-    total: Tensor  # (T,) float64: noise plus the norm of half_ulp
+    half_step: Tensor | None  # (T, D): most that rounding moved each stored value; None: not rounded
+    total: Tensor  # (T,) float64: noise plus the norm of half_step
 
     def excess(self, states: Tensor, observed: Tensor, rows: Tensor) -> Tensor:
         """Return how far states lie from all values that would be stored as the observed ones.
@@ -35,8 +35,8 @@ class Tolerance:
         this leaves the other coordinates their full say.
         """
         gap = (states - observed).abs_()
-        if self.half_ulp is not None:
-            gap = (gap - self.half_ulp[rows.to(self.half_ulp.device)].to(gap)).clamp_(min=0)
+        if self.half_step is not None:
+            gap = (gap - self.half_step[rows.to(self.half_step.device)].to(gap)).clamp_(min=0)
         length: Tensor = torch.linalg.vector_norm(gap, dim=1)
         return length
 
@@ -53,10 +53,12 @@ def tolerance_for(lm: LanguageModel, seen: Observation) -> Tolerance:
     if seen.positions[0] == 0:
         is_coarse[0] = first > CLEAR * floor.first_gap
     noise = ratios * norms
-    if torch.finfo(seen.states.dtype).eps <= torch.finfo(lm.dtype).eps:
-        return Tolerance(noise=noise, is_coarse=is_coarse, half_ulp=None, total=noise)
-    half = half_ulp(seen.states)  # (T, D)
-    return Tolerance(noise=noise, is_coarse=is_coarse, half_ulp=half, total=noise + half.double().norm(dim=1))
+    half = seen.half_step  # (T, D)
+    if torch.finfo(seen.states.dtype).eps > torch.finfo(lm.dtype).eps:
+        half = half_ulp(seen.states) if half is None else half + half_ulp(seen.states)
+    if half is None:
+        return Tolerance(noise=noise, is_coarse=is_coarse, half_step=None, total=noise)
+    return Tolerance(noise=noise, is_coarse=is_coarse, half_step=half, total=noise + half.double().norm(dim=1))
 
 
 def _allowed(noise: float, gap: float) -> float:

@@ -12,9 +12,8 @@ from torch import Tensor
 from sipit.errors import InputError, OptionError, SipitError
 from sipit.observations.cut import OF_ONE_LAYER, SITES, Site
 from sipit.observations.formats.dump import Dump, Place, Wanted
-from sipit.observations.observation import Observation
-
-_NARROW = (torch.bfloat16, torch.float16, torch.float32)  # dtypes values may have had before they were widened
+from sipit.observations.observation import DTYPES, Observation
+from sipit.observations.rounding import as_rounded, of_decimals, of_float8
 
 
 def settled_dumps(items: Sequence[Dump | SipitError], wanted: Wanted) -> list[Dump | SipitError]:
@@ -26,14 +25,13 @@ def settled_dumps(items: Sequence[Dump | SipitError], wanted: Wanted) -> list[Du
     places = {(dump.layer, dump.site) for dump in items if isinstance(dump, Dump) and not dump.choices}
     if len(places) > 1 and (wanted.layer, wanted.site, wanted.key, wanted.layers) == (None, None, None, None):
         raise OptionError(f"the file holds {_listed(places)}; choose with --layer, --site or --key")
-    return [item if isinstance(item, SipitError) else _placed(item) for item in items]
+    return [item if isinstance(item, SipitError) else _placed(item, wanted) for item in items]
 
 
 def observation_of(dump: Dump, n_layers: int) -> Observation:
     """Return the observation that a dump at a known place is.
 
-    Values that a narrower dtype holds exactly, all of them, were rounded to it once: they go back to it,
-    so that this rounding is in their tolerance.
+    The rounding that the file names, or that shows in the values, is in the observation, and so in the tolerance.
 
     Args:
         dump: of a known site, and a known layer unless that is "final".
@@ -42,22 +40,33 @@ def observation_of(dump: Dump, n_layers: int) -> Observation:
     Raises:
         InputError, ShapeError, NonFiniteError: its values cannot be states.
     """
-    values = narrowed(dump.values)
+    values, _, half_step = rounded(dump)
     first = dump.positions_from or 0
     layer = n_layers if dump.layer is None else dump.layer
     positions = tuple(range(first, first + values.shape[0]))
     try:
-        return Observation(states=values, layer=layer, site=cast(Site, dump.site), positions=positions)
+        return Observation(
+            states=values, layer=layer, site=cast(Site, dump.site), positions=positions, half_step=half_step
+        )
     except SipitError as error:
         raise type(error)(f"{dump.name}: {error}") from error
 
 
-def narrowed(values: Tensor) -> Tensor:
-    """Return values in the narrowest dtype that holds each of them exactly. (T, W) → (T, W)."""
-    for dtype in _NARROW:
-        if dtype.itemsize < values.dtype.itemsize and torch.equal(values.to(dtype).to(values.dtype), values):
-            return values.to(dtype).contiguous()
-    return values.contiguous()
+def rounded(dump: Dump) -> tuple[Tensor, str | None, Tensor | None]:
+    """Return the values of a dump in the dtype they had, the coarser rounding they went through, and its half steps.
+
+    (T, W), in words or None, (T, W) or None.
+    """
+    said = dump.rounded or ""
+    if dump.scales is not None:
+        found = of_float8(dump.values, dump.scales, getattr(torch, said))
+    elif said.startswith("decimals:"):
+        found = of_decimals(dump.values, int(said.removeprefix("decimals:")))
+    elif said in DTYPES:
+        return dump.values.to(DTYPES[said]).contiguous(), None, None
+    else:
+        return as_rounded(dump.values, is_embedding=dump.layer == 0)
+    return dump.values.float().contiguous(), found.says, found.half_step
 
 
 def observed(items: Iterator[Dump | SipitError], wanted: Wanted, n_layers: int) -> Observation:
@@ -76,7 +85,7 @@ def observed(items: Iterator[Dump | SipitError], wanted: Wanted, n_layers: int) 
     return observation_of(cast(Dump, found[0]), n_layers)
 
 
-def _placed(dump: Dump) -> Dump | SipitError:
+def _placed(dump: Dump, wanted: Wanted) -> Dump | SipitError:
     if dump.choices:
         return OptionError(
             f"{dump.name}: versions of its producer differ, and this is {_listed(set(dump.choices))}; "
@@ -90,12 +99,13 @@ def _placed(dump: Dump) -> Dump | SipitError:
         )
     if site not in SITES:
         return InputError(f"{dump.name} holds {site}, which no version inverts; sites are {', '.join(SITES)}")
-    if dump.scales is not None or (dump.rounded or "").startswith(("float8", "int")):
-        return InputError(
-            f"{dump.name} was rounded to {dump.rounded}, and this version has no tolerance for that rounding; "
-            "save the states in float32, bfloat16 or float16"
-        )
-    return replace(dump, site=site)
+    dump = replace(dump, site=site)
+    if wanted.dtype in DTYPES and dump.scales is None:
+        dump = replace(dump, rounded=wanted.dtype)
+    values, coarser, _ = rounded(dump)
+    dtype = str(values.dtype).removeprefix("torch.")
+    note = f"dtype: {coarser or dtype}" + (" (seen in the values; --states-dtype overrides)" if coarser else "")
+    return replace(dump, notes=(*dump.notes, note) if coarser or dtype != "float32" else dump.notes)
 
 
 def _listed(places: set[Place] | set[tuple[int | None, str | None]]) -> str:
