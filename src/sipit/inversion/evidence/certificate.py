@@ -18,15 +18,14 @@ from torch import Tensor
 
 from sipit.errors import CertificateError, OptionError, ShapeError
 from sipit.inversion.evidence.result import POLICIES, Inversion, Verdict
-from sipit.inversion.judging.noise import SAFETY, local_noise, noise_floor
-from sipit.inversion.judging.tolerance import tolerance_for
+from sipit.inversion.judging.noise import noise_floor
+from sipit.inversion.judging.replay import replay
 from sipit.models import LanguageModel
 from sipit.observations import Observation
 from sipit.storage import read_json, write_json
 
 _FORMAT = "sipit.certificate"
 _VERSION = 1
-_REMEASURED = 16  # positions whose own noise a replay measures, at most
 _MOST_RIVALS = 16  # tokens that an inversion names beside the accepted one, at most
 _LARGEST = 1e300  # a number beyond it is no distance, no count and no time
 _TEXTS = ("digest", "model", "fingerprint", "site", "observation", "dtype", "model_dtype")
@@ -164,36 +163,18 @@ def check_certificate(
     if not reasons:
         prefix = _known_prefix(record)
         ids = torch.tensor([*prefix, *record["input_ids"]], dtype=torch.long)
-        limits = tolerance_for(lm, seen)
-        cut = lm.cut(seen.cut, seq_len=len(ids))
-        states = cut.ordinary(ids)[len(prefix) :]  # (T, D)
-        block_tokens = len(ids) * seen.layer
-        observed = seen.states.to(states.device)
-        wide = torch.promote_types(states.dtype, observed.dtype)
-        wide = torch.promote_types(wide, torch.float32)
-        states, observed = states.to(wide), observed.to(wide)
         noise = float(record["noise"]) if record["verdict"] == "ambiguous" else 0.0
-        distances = (states - observed).norm(dim=1).double().cpu()  # (T,)
-        excess = limits.excess(states, observed, torch.arange(len(states))).double().cpu()  # (T,)
-        noises, allowed = limits.noise.cpu() + noise, limits.total.cpu() + noise  # (T,)
-        over = torch.maximum(distances - allowed, excess - noises)  # (T,)
-        for place in over.argsort(descending=True)[:_REMEASURED].tolist():
-            if over[place] > 0:  # a state may amplify rounding: measure its own
-                first = len(prefix) + place
-                more, spent = local_noise(cut, ids[:first], int(ids[first]), len(ids))
-                block_tokens += spent * seen.layer
-                more = max(0.0, SAFETY * more - float(limits.noise[place]))
-                allowed[place] += more
-                over[place] -= more
-        worst = int(over.argmax())
-        distance, tolerance = float(distances[worst]), float(allowed[worst])
-        if not bool((over <= 0).all()):
+        found = replay(lm, seen, ids, noise=noise)
+        block_tokens = found.block_tokens
+        worst = int(found.over.argmax())
+        distance, tolerance = float(found.distances[worst]), float(found.allowed[worst])
+        if not bool((found.over <= 0).all()):
             reasons.append(
                 f"position {worst}: the claimed token {record['input_ids'][worst]} is {distance:.3g} from the "
-                f"observed state, {float(excess[worst]):.3g} beyond its rounding; tolerance {tolerance:.2g}"
+                f"observed state, {float(found.excess[worst]):.3g} beyond its rounding; tolerance {tolerance:.2g}"
             )
         if noise:
-            reasons += _too_much_noise(lm, seen, noise, distances > limits.total.cpu())
+            reasons += _too_much_noise(lm, seen, noise, found.distances > found.limits)
         reasons += _unnamed_equals(lm, record)
         if record["text"] != lm.decode(record["input_ids"]):
             reasons.append("the text is not what the claimed tokens decode to")

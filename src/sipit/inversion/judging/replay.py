@@ -1,0 +1,74 @@
+"""One ordinary forward pass of claimed tokens, against what was observed: the judgement that a search ends in.
+
+Trusts nothing of a search: it runs the model's own forward pass and measures its own tolerance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sipit.inversion.judging.noise import SAFETY, local_noise
+from sipit.inversion.judging.tolerance import tolerance_for
+from sipit.models import LanguageModel
+from sipit.observations import Observation
+
+_REMEASURED = 16  # positions whose own noise is measured, at most
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Replay:
+    """How the rows of an observation compare with the states of claimed tokens. T rows."""
+
+    states: Tensor  # (T, W) of the ordinary pass, float32 or wider
+    observed: Tensor  # (T, W) in the same dtype
+    distances: Tensor  # (T,) float64, L2
+    excess: Tensor  # (T,) float64: beyond what the rounding of the stored values explains
+    limits: Tensor  # (T,) float64: tolerances, without any declared noise
+    allowed: Tensor  # (T,) float64: tolerances, with it, and with the noise of states that amplify rounding
+    over: Tensor  # (T,) float64: how far a row lies beyond its tolerance; it holds where this is not above 0
+    block_tokens: int  # cost
+
+
+def replay(lm: LanguageModel, seen: Observation, input_ids: Tensor, *, noise: float = 0.0) -> Replay:
+    """Compare observed rows with the states that tokens have there, by one ordinary forward pass.
+
+    Args:
+        lm: the model.
+        seen: rows at any positions of the prompt.
+        input_ids: the whole prompt, known prefix included: (P + T,).
+        noise: L2 distance that is declared to have been added to the states.
+    """
+    ids = input_ids.cpu().long()
+    limits = tolerance_for(lm, seen)
+    cut = lm.cut(seen.cut, seq_len=len(ids))
+    states = cut.ordinary(ids)
+    states = states[torch.tensor(seen.positions, device=states.device)]  # (T, W)
+    block_tokens = len(ids) * seen.layer
+    observed = seen.states.to(states.device)
+    wide = torch.promote_types(torch.promote_types(states.dtype, observed.dtype), torch.float32)
+    states, observed = states.to(wide), observed.to(wide)
+    distances = (states - observed).norm(dim=1).double().cpu()  # (T,)
+    excess = limits.excess(states, observed, torch.arange(len(states))).double().cpu()  # (T,)
+    noises, allowed = limits.noise.cpu() + noise, limits.total.cpu() + noise  # (T,)
+    over = torch.maximum(distances - allowed, excess - noises)  # (T,)
+    for row in over.argsort(descending=True)[:_REMEASURED].tolist():
+        if over[row] > 0:  # a state may amplify rounding: measure its own
+            position = seen.positions[row]
+            more, spent = local_noise(cut, ids[:position], int(ids[position]), len(ids))
+            block_tokens += spent * seen.layer
+            more = max(0.0, SAFETY * more - float(limits.noise[row]))
+            allowed[row] += more
+            over[row] -= more
+    return Replay(
+        states=states,
+        observed=observed,
+        distances=distances,
+        excess=excess,
+        limits=limits.total.cpu(),
+        allowed=allowed,
+        over=over,
+        block_tokens=block_tokens,
+    )
