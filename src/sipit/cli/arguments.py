@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import sipit.cli.collision_cases as collision_cases
 import sipit.cli.collisions as collisions
 import sipit.cli.commands as commands
+import sipit.cli.places as places
 from sipit import __version__
 from sipit.cli.commands import layer_text
 from sipit.errors import OptionError
@@ -192,6 +193,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--seed", type=int, default=0, help="of the random draws")
     bench.add_argument("--json", type=Path, metavar="OUT", help="write the record")
     _model_options(bench, default="smollm2-135m")
+    places.add_places(add, _command, _dump_options, _model_options)
     inner = collisions.add_collisions(add, _command, _model_options)
     collision_cases.add_cases(inner, _command, _model_options)
     return top
@@ -237,9 +239,12 @@ def _prefix_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _model_options(command: argparse.ArgumentParser, *, default: str | None) -> None:
+def _model_options(command: argparse.ArgumentParser, *, default: str | None, is_repeatable: bool = False) -> None:
     known = "the one the file names" if default is None else default
-    command.add_argument("--model", default=default, metavar="M", help=f"{_MODEL} (default: {known})")
+    if is_repeatable:
+        command.add_argument("--model", action="append", required=True, metavar="M", help=f"{_MODEL}; repeatable")
+    else:
+        command.add_argument("--model", default=default, metavar="M", help=f"{_MODEL} (default: {known})")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     stored = "the one the certificate names" if command.prog.endswith(" check") else "auto, as stored"
     command.add_argument("--dtype", default="auto", help=f"dtype of the weights (default: {stored})")

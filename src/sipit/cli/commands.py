@@ -115,7 +115,7 @@ def invert(options: Namespace) -> int:
     if holds_many(options.file):
         return _invert_all(options, list(read_each(options.file)))
     seen = read_observation(options.file)
-    said = _wanted(options)
+    said = wanted_of(options)
     if (said.layer or seen.layer, said.site or seen.site) != (seen.layer, seen.site):
         raise OptionError(f"{options.file} was captured at {seen.cut} and says so; leave --layer and --site out")
     if options.json is not None:
@@ -145,7 +145,7 @@ def _invert_dumps(options: Namespace) -> int:
     from sipit.observations.formats import Dump, observation_of, read_dumps, settled_dumps
     from sipit.storage import require_writable
 
-    wanted = _wanted(options)
+    wanted = wanted_of(options)
     entries = settled_dumps(list(read_dumps(options.file, wanted)), wanted)
     dumps = [dump for dump in entries if isinstance(dump, Dump)]
     if not dumps:
@@ -178,7 +178,7 @@ def _invert_dumps(options: Namespace) -> int:
 def _known_prefix(options: Namespace, lm: LanguageModel) -> list[int]:
     """Return the token ids that the user says stand before the first row."""
     if options.prefix_ids is not None:
-        return _ids_of(options.prefix_ids, "--prefix-ids")
+        return ids_of(options.prefix_ids, "--prefix-ids")
     if options.prefix_text is not None:
         return [int(i) for i in lm.encode(_valid(options.prefix_text) or "")]
     if options.prefix_template is not None:
@@ -186,7 +186,7 @@ def _known_prefix(options: Namespace, lm: LanguageModel) -> list[int]:
     return []
 
 
-def _wanted(options: Namespace, layer: int | None = None, site: str | None = None) -> Wanted:
+def wanted_of(options: Namespace, layer: int | None = None, site: str | None = None) -> Wanted:
     """Return what the user said of a file; `layer` and `site` where a certificate says it instead."""
     from sipit.observations.formats import Wanted
 
@@ -199,7 +199,7 @@ def _wanted(options: Namespace, layer: int | None = None, site: str | None = Non
         site=options.site or site,
         key=options.key,
         prompt=options.prompt,
-        layers=None if options.layers is None else tuple(_ids_of(options.layers, "--layers")),
+        layers=None if options.layers is None else tuple(ids_of(options.layers, "--layers")),
         dtype=options.states_dtype,
     )
 
@@ -215,7 +215,7 @@ def _invert_all(
 
     for name, entry in entries:
         if isinstance(entry, SipitError):
-            _refuse(name, entry)
+            refuse(name, entry)
     named = [
         (name, replace(entry, fingerprint=None) if options.any_model else entry)
         for name, entry in entries
@@ -257,7 +257,7 @@ def _invert_all(
     return 0 if n_recovered == len(entries) else 1
 
 
-def _refuse(name: str, error: SipitError) -> None:
+def refuse(name: str, error: SipitError) -> None:
     """Report an entry that is passed over, with the reason."""
     say(f"sipit: {name}: {error}")
     print(json.dumps({"file": name, "refused": str(error)}, ensure_ascii=False))
@@ -272,7 +272,7 @@ def _fitting(lm: LanguageModel, named: list[tuple[str, Observation]]) -> list[tu
         try:
             require_belongs(lm, seen)
         except SipitError as error:
-            _refuse(name, error)
+            refuse(name, error)
         else:
             fitting.append((name, seen))
     return fitting
@@ -287,7 +287,7 @@ def fit(options: Namespace) -> int:
 
     if options.json is not None:
         require_writable(options.json)
-    texts = [_text_of(path) for path in options.text]
+    texts = [text_of(path) for path in options.text]
     lm = loaded(options.model, options)
     cuts = [cut_of(lm, layer) for layer in options.layer]
     there = {} if options.again else {cut: fit_path(lm, cut) for cut in cuts if load_fit(lm, cut) is not None}
@@ -329,7 +329,7 @@ def bench(options: Namespace) -> int:
         raise OptionError("bench needs prompts: pass either --text-file or --random-ids")
     if options.tokens < 1 or options.prompts < 1:
         raise OptionError("--tokens and --prompts must be at least 1")
-    text = None if options.random_ids else _text_of(options.text_file)
+    text = None if options.random_ids else text_of(options.text_file)
     methods = options.method or ["auto", "auto-no-fit", "vocabulary-matching"]
     experiment.require_methods(methods)
     lm = loaded(options.model, options)
@@ -391,7 +391,7 @@ def _recorded_dump(options: Namespace, record: dict[str, Any]) -> Observation:
     layer, site = record.get("layer"), record.get("site")
     if type(layer) is not int or not isinstance(site, str):
         raise InputError(f"{options.certificate} names no layer and site; it is not what 'sipit invert --json' writes")
-    wanted = _wanted(options, None if site == "final" else layer, site)
+    wanted = wanted_of(options, None if site == "final" else layer, site)
     found = []
     for entry in settled_dumps(list(read_dumps(options.file, wanted)), wanted):
         if isinstance(entry, Dump):
@@ -480,13 +480,13 @@ def cut_of(lm: LanguageModel, name: str) -> Cut:
 
 def _prompts_of(options: Namespace) -> list[Any]:
     if options.lines_file is not None:
-        lines = [line for line in _text_of(options.lines_file).split("\n") if line]
+        lines = [line for line in text_of(options.lines_file).split("\n") if line]
         if not lines:
             raise InputError(f"{options.lines_file} holds no line to capture; write one prompt a line")
         return lines
     if options.ids is not None:
-        return [_ids_of(options.ids)]
-    return [_valid(options.text) if options.text_file is None else _text_of(options.text_file)]
+        return [ids_of(options.ids)]
+    return [_valid(options.text) if options.text_file is None else text_of(options.text_file)]
 
 
 def _model_of(options: Namespace, seen: Observation) -> str:
@@ -496,7 +496,7 @@ def _model_of(options: Namespace, seen: Observation) -> str:
     return str(name)
 
 
-def _text_of(path: Path) -> str:
+def text_of(path: Path) -> str:
     from sipit.storage import require_file
 
     require_file(path)  # a device without end would fill the memory, a pipe would block
@@ -520,7 +520,7 @@ def _valid(text: str | None) -> str | None:
     return text
 
 
-def _ids_of(text: str, option: str = "--ids") -> list[int]:
+def ids_of(text: str, option: str = "--ids") -> list[int]:
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError as error:

@@ -28,9 +28,10 @@ def everywhere(
         cuts: of any sites; those of a block that caches no keys of its own are passed over.
         seq_len: as in `LanguageModel.cut`.
     """
-    plain = [Cut(layer) for layer in range(lm.n_layers + 1)] + [lm.final_cut]
+    plain = _passed(lm, cuts)
     cache = RecordingCache(lm.n_layers)
-    tapped = lm.derived(("everywhere", get_ident(), lm.regime(seq_len)), lambda: lm.tapped(plain, seq_len=seq_len))
+    key = ("everywhere", get_ident(), lm.regime(seq_len), plain[-1])
+    tapped = lm.derived(key, lambda: lm.tapped(plain, seq_len=seq_len))
     states = dict(zip(plain, tapped.states(input_ids, cache), strict=True))
     for cut in cuts:
         spec = SITES[cut.site]
@@ -42,6 +43,14 @@ def everywhere(
             yield cut, spec.read(lm.head(states[lm.final_cut]))
         else:
             yield cut, spec.read(states[lm.final_cut if spec.ends == "final" else Cut(cut.layer)])
+
+
+def _passed(lm: LanguageModel, cuts: Sequence[Cut]) -> list[Cut]:
+    """Return the states that a pass goes through to give what leaks at some cuts, and no further."""
+    if any(SITES[cut.site].is_behind_all for cut in cuts):
+        return [*(Cut(layer) for layer in range(lm.n_layers + 1)), lm.final_cut]
+    deepest = max((cut.layer + (SITES[cut.site].ends == "cache") for cut in cuts), default=0)
+    return [Cut(layer) for layer in range(deepest + 1)]
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ whole model shows what first rows look like everywhere. This proposes; whoever a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ from sipit.observations import Cut
 _ANCHORS = 512  # tokens that show what first rows look like
 _BATCH = 256  # tokens run at once
 _UNLIKE = 8.0  # spreads from the mean first row: nine in ten tokens lie within two, the oddest within five
-_GUESSED = 2048  # tokens tried of each likely cut before the whole vocabulary
+_GUESSED = (32, 256, 2048)  # tokens tried of each likely cut, in turn, before the whole vocabulary
 _LIKELY_CUTS = 4  # cuts that are guessed at
 _NEAR = 0.25  # spreads from a token's row that make it worth a check; a token at random lies 1.4 away
 _LEAST_SPREAD = 1e-7  # of a row of length 1: float32 holds no more
@@ -101,28 +101,35 @@ class FirstRows:
         if blur is not None:
             spreads = {cut: torch.hypot(spread, blur.float().cpu() / length) for cut, spread in spreads.items()}
         best: dict[Cut, Likeness] = {}
-        guesses = [list(token_ids)] if len(token_ids) else []
-        guesses.append(self._guessed(row, cuts[:_LIKELY_CUTS]))
-        if is_thorough:
-            guesses.append(list(range(self._lm.vocab_size)))
-        for tokens in guesses:
+        tried: set[int] = set()
+        for guesses in self._guesses(row, cuts, token_ids, is_thorough):
+            tokens = [token for token in guesses if token not in tried]
+            tried.update(tokens)
             self._try(tokens, unit, spreads, best)
             near = [like for like in best.values() if like.distance < min(_NEAR, like.runner_up / 2)]
             if near:
                 return sorted(near, key=lambda like: like.distance)
         return []
 
-    def _guessed(self, row: Tensor, cuts: Sequence[Cut]) -> list[int]:
+    def _guesses(
+        self, row: Tensor, cuts: Sequence[Cut], token_ids: Sequence[int], is_thorough: bool
+    ) -> Iterator[Sequence[int]]:
+        """Yield tokens to try: those given, the best of each likely cut by a regression, then all others."""
+        if token_ids:
+            yield token_ids
         keys = token_keys(self._lm)
         wanted = keys.keys(self._anchor_ids).cpu()
-        found: dict[int, None] = {}
-        for cut in cuts:
+        ranked = []
+        for cut in cuts[:_LIKELY_CUTS]:
             looks = self._looks[cut]
             z = (nn.functional.normalize(row[None], dim=1) - looks.mean) / looks.spread
             query = ridge(looks.anchors.float(), wanted, strength=1e-3)(z)
             scores = keys.scores(query.to(self._lm.device))[0]
-            found |= dict.fromkeys(scores.topk(min(_GUESSED, len(scores))).indices.tolist())
-        return list(found)
+            ranked.append(scores.topk(min(_GUESSED[-1], len(scores))).indices.tolist())
+        for n in _GUESSED:
+            yield list(dict.fromkeys(token for tokens in ranked for token in tokens[:n]))
+        if is_thorough:
+            yield range(self._lm.vocab_size)
 
     def _try(self, tokens: Sequence[int], unit: Tensor, spreads: dict[Cut, Tensor], best: dict[Cut, Likeness]) -> None:
         """Run tokens through the model and note the nearest at each cut."""

@@ -89,13 +89,13 @@ def _placed(dump: Dump, wanted: Wanted) -> Dump | SipitError:
     if dump.choices:
         return OptionError(
             f"{dump.name}: versions of its producer differ, and this is {_listed(set(dump.choices))}; "
-            "say --layer and --site"
+            "say --layer and --site, or let 'sipit identify' find out"
         )
     site = dump.site or ("block" if dump.layer is not None else None)
     if site is None or (dump.layer is None and site not in OF_ONE_LAYER):
         return OptionError(
             f"{dump.name} does not say after how many blocks its states were taken; say --layer, or --layers of "
-            "all that are joined in it"
+            "all that are joined in it, or let 'sipit identify' find out"
         )
     if site not in SITES:
         return InputError(f"{dump.name} holds {site}, which no version inverts; sites are {', '.join(SITES)}")
