@@ -105,7 +105,8 @@ class FirstRows:
         for guesses in self._guesses(row, cuts, token_ids, is_thorough):
             tokens = [token for token in guesses if token not in tried]
             tried.update(tokens)
-            self._try(tokens, unit, spreads, best)
+            if tokens:
+                self._try(tokens, unit, spreads, best)
             near = [like for like in best.values() if like.distance < min(_NEAR, like.runner_up / 2)]
             if near:
                 return sorted(near, key=lambda like: like.distance)

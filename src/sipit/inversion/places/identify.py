@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from sipit.observations.rounding import as_rounded
 _CONFIRMED = 3  # rows that are inverted to confirm a fit
 _STARTS = 3  # rows that are tried as the prompt's first one
 _EXACT_SCALE = 1e-3  # nearer to 1 a scale is 1, and what is left of it noise or rounding
-_SCALE_ERROR = 2e-4  # of a scale that is measured on rounded values
+_LUCK = 4.0  # standard deviations that the measured scale of rounded values may be off
 _UNIT = 1e-3  # nearer to 1 than this all lengths are 1
 
 
@@ -131,10 +132,12 @@ class _Search:
             if place is None or place.is_update or not 0 <= offset <= row:
                 continue
             shown = range(offset, min(len(self._rows), offset + len(ids)))
-            seen = self._observation(place.cut, place.scale, shown)
+            cut = self._unit_cut(place.cut)
+            scale = place.scale if cut == place.cut else 1.0
+            seen = self._observation(cut, scale, shown)
             held = replay(self._lm, seen, ids)
             if bool((held.over <= 0).all()):
-                self._fit(seen, self._said_scale(place.scale), offset, held.distances, held.allowed)
+                self._fit(seen, self._said_scale(scale), offset, held.distances, held.allowed)
                 return
 
     def _by_first_row(self, filled: list[int], cuts: Sequence[Cut], is_thorough: bool) -> None:
@@ -209,12 +212,11 @@ class _Search:
         if scale == 1.0:
             return Observation(states=stored, layer=cut.layer, site=cut.site, half_step=coarse)
         states = (stored.double() / scale).float()
-        box = torch.zeros_like(states) if coarse is None else coarse.clone()
-        if stored.dtype.itemsize < 4:
-            box += half_ulp(stored).float()
-        return Observation(
-            states=states, layer=cut.layer, site=cut.site, half_step=box / scale + _SCALE_ERROR * states.abs()
-        )
+        box = torch.stack([self._blur(row) for row in rows]) / scale  # (N, W)
+        # An error d of each coordinate, even within its box, moves the scale of row v by <d, v> / <v, v>.
+        first, moved = states[0], box[0] / math.sqrt(3)
+        error = _LUCK * float((moved * first).norm() / first.square().sum())
+        return Observation(states=states, layer=cut.layer, site=cut.site, half_step=box + error * states.abs())
 
     def _fit(self, seen: Observation, scale: float, offset: int, distances: Tensor, tolerances: Tensor) -> None:
         worst = int((distances / tolerances.clamp(min=1e-30)).argmax())

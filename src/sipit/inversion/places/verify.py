@@ -164,7 +164,7 @@ def _instead(
     for n, place in zip(left, _places(lm, rows, left, ids), strict=True):
         if place is not None and not _is_own(place, held, n):
             says[n] = str(place)
-        elif place is not None and place.apart <= 1e-3 and abs(place.scale - 1) > 1e-4:
+        elif place is not None and place.apart < 0.1 * abs(place.scale - 1):
             says[n] = f"its own state times {place.scale:.6g}"
     left = [n for n in bad if n not in says]
     for number, other in enumerate(others[:_MOST_OTHERS]):
