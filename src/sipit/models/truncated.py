@@ -65,6 +65,10 @@ class PrefixCache(Cache):
         """Forget all but the first `length` tokens kept."""
         self._select(torch.arange(min(length, self.length)))
 
+    def forget(self, lane: int, position: int) -> None:
+        """Forget the tokens of one lane from a position on."""
+        self._select((~((self.lanes == lane) & (self.positions >= position))).nonzero()[:, 0])
+
     def drop(self, lane: int) -> None:
         """Forget one lane. Its columns are given back once they and others dropped are half of all."""
         self.lanes = self.lanes.masked_fill(self.lanes == lane, _NO_LANE)

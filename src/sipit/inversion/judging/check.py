@@ -91,6 +91,11 @@ class PackedCheck:
         """Whether the tolerance at a position is not clearly below the distance of wrong tokens."""
         return bool(self._tolerance.is_coarse[position])
 
+    @property
+    def is_independent(self) -> bool:
+        """Whether a state depends on its own token alone, so that no later one tells more of it."""
+        return self.cut.layer == 0
+
     def alike_within(self, position: int) -> float:
         """Return how near embedding rows must lie for their states to be within the tolerance at a position.
 

@@ -16,6 +16,7 @@ from sipit.inversion.judging.noise import CLEAR, SAFETY, noise_floor
 from sipit.models import LanguageModel
 from sipit.observations import Observation
 
+_LUCK = 1e-3  # chance that a box may hold a wrong token's state before it counts as coarse
 _COARSE = 0.02  # of the gap to wrong tokens, above which a later position's tolerance is coarse
 
 
@@ -58,7 +59,23 @@ def tolerance_for(lm: LanguageModel, seen: Observation) -> Tolerance:
         half = half_ulp(seen.states) if half is None else half + half_ulp(seen.states)
     if half is None:
         return Tolerance(noise=noise, is_coarse=is_coarse, half_step=None, total=noise)
+    gaps = torch.full_like(norms, floor.rest_gap)
+    if seen.positions[0] == 0:
+        gaps[0] = floor.first_gap
+    is_coarse |= _may_hold_others(half, gaps * norms, lm.vocab_size)
     return Tolerance(noise=noise, is_coarse=is_coarse, half_step=half, total=noise + half.double().norm(dim=1))
+
+
+def _may_hold_others(half_step: Tensor, gaps: Tensor, vocab_size: int) -> Tensor:
+    """Return at which positions the box of a rounding may hold a wrong token's state too. (T, D), (T,) → (T,).
+
+    A state a gap d away is off by d / sqrt(D) a coordinate, which a box of half-width h holds with probability
+    erf(h sqrt(D / 2) / d), if errors are about normal; it must hold all D of them, for one of V tokens. The box counts
+    as twice as wide, since they are only about normal, and its median width does: few coordinates are massive.
+    """
+    widths = half_step.double().median(dim=1).values * math.sqrt(half_step.shape[1])  # (T,)
+    held = torch.erf(2 * widths / (math.sqrt(2) * gaps.clamp(min=1e-300)))
+    return half_step.shape[1] * held.log() + math.log(vocab_size) > math.log(_LUCK)
 
 
 def _allowed(noise: float, gap: float) -> float:

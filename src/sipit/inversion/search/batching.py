@@ -166,6 +166,9 @@ class BatchScheduler:
         for slot in list(self._slots):
             with _timed(slot):
                 slot.tree = slot.tree or slot.run.plan()
+                while slot.tree is None and slot.run.is_forked:
+                    slot.run.settle_fork()
+                    slot.tree = slot.run.plan()
             if slot.tree is None:
                 self._slots.remove(slot)
                 self._cache.drop(slot.lane)

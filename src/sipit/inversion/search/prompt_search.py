@@ -7,7 +7,7 @@ with the prefix kept and the miss described.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from sipit.inversion.inverses.token_keys import token_keys
 from sipit.inversion.judging.check import Checked
 from sipit.inversion.proposals import Proposal, SearchView
 from sipit.inversion.search.diagnosis import diagnosed
+from sipit.inversion.search.forks import Fork, survivors
 from sipit.inversion.search.tree import Tree, build_tree
 from sipit.inversion.search.trials import Best, Trials
 
@@ -31,6 +32,8 @@ _MAX_RIVALS = 16  # tokens that fit as well, named in the evidence of one positi
 # Behind a token that may be another one, the observed state may have another prefix than the accepted one, and the
 # right token lies by some tolerances too far: up to this many, what was checked is named as well.
 _BEHIND_RIVALS = 4.0
+_DOUBTED_AFTER = 128  # candidates checked in vain behind a fork before its other tokens are
+_NEXT = 16  # nearest candidates behind a fork that each of its tokens is run with
 
 
 @dataclass
@@ -44,6 +47,8 @@ class PromptSearch:
     evidence: list[PositionEvidence] = field(default_factory=list)
     miss: Miss | None = None
     accepted_by_noise: bool = False
+    fork: Fork | None = None  # the last position where several tokens fit, until what follows has settled it
+    next_ids: tuple[int, ...] = ()  # the nearest candidates at the position behind it
     _tried: Trials = field(init=False)
     _measured: set[int] = field(init=False)  # tokens whose own noise was
     _doubted_best: Best | None = field(init=False, default=None)  # of the pass just walked
@@ -67,15 +72,74 @@ class PromptSearch:
         """Whether every position is settled, or one is a miss."""
         return self.miss is not None or self.view.position >= self.view.seen.seq_len
 
+    @property
+    def is_forked(self) -> bool:
+        """Whether it is time to settle the fork: behind it a token fits, or none of many does."""
+        return self.fork is not None and bool(self.next_ids)
+
+    @property
+    def _is_behind_fork(self) -> bool:
+        return self.fork is not None and self.view.position == self.fork.position + 1
+
+    @property
+    def _is_in_doubt(self) -> bool:
+        """Whether many candidates behind a fork were checked in vain."""
+        is_vain = self._tried.n_checked >= _DOUBTED_AFTER and not len(self._queued)
+        return self._is_behind_fork and is_vain and not self._tried.best().is_near
+
+    def settle_fork(self) -> None:
+        """Run the tokens of the fork with what may follow them, and go on behind the best of those that survive.
+
+        Where none does, an earlier token is wrong, or the rows are: then the nearest at the fork stays.
+        """
+        view, check, fork = self.view, self.view.check, self.fork
+        assert fork is not None
+        n_known = len(view.prefix) - len(self.evidence)
+        check.cache.forget(int(check.lanes(1)), fork.position)
+        alive = survivors(check, fork, self.next_ids, self.max_batch)
+        distances = dict(zip(fork.token_ids.tolist(), fork.distances.tolist(), strict=True))
+        chosen = alive[0].token_id if alive else int(fork.token_ids[0])
+        here = self.evidence[fork.position - n_known]
+        kept = {survivor.token_id for survivor in alive} if alive else set(distances)
+        rivals = [(i, d) for i, d in distances.items() if i != chosen and i in kept]
+        del self.evidence[fork.position - n_known :], view.prefix[fork.position :]
+        check.cut.packed(check.cache, torch.tensor([chosen]), torch.tensor([fork.position]), lanes=check.lanes(1))
+        check.cache.keep([0])
+        view.meter.spend(1, check.cut.layer)
+        self.evidence.append(
+            replace(
+                here,
+                token_id=chosen,
+                token=view.lm.decode([chosen]),
+                distance=distances[chosen],
+                runner_up=min((d for i, d in distances.items() if i != chosen), default=here.runner_up),
+                rivals=self._named(rivals),
+            )
+        )
+        view.prefix.append(chosen)
+        self.fork, self.next_ids = None, ()
+        self._begin()
+        if alive:
+            self._queued = torch.tensor([alive[0].next_id])
+
+    def _named(self, rivals: Sequence[tuple[int, float]]) -> tuple[Candidate, ...]:
+        return tuple(Candidate(token_id=i, token=self.view.lm.decode([i]), distance=d) for i, d in rivals[:_MAX_RIVALS])
+
     def plan(self) -> Tree | None:
         """Return the next packed pass: candidates for the next position, and guesses behind the best of them.
 
-        None once the search is done.
+        None once the search is done, or stands behind a fork that is to be settled: `is_forked`.
         """
-        while not self.is_done:
+        while not (self.is_done or self.is_forked):
+            if self._is_in_doubt:
+                self.next_ids = tuple(self._tried.nearest(_NEXT))
+                continue
             self._is_settling = len(self._queued) > 0
             batch = self._queued if self._is_settling else self._proposed()
             self._queued = self._queued[:0]
+            if len(batch) == 0 and self._is_behind_fork:
+                self.next_ids = tuple(self._tried.nearest(_NEXT))
+                continue
             if len(batch) == 0:
                 self._conclude()
                 continue
@@ -234,11 +298,14 @@ class PromptSearch:
                 tolerance=limit,
                 runner_up=tried.runner_up(best.token_id),
                 n_checked=tried.n_checked,
-                rivals=tuple(
-                    Candidate(token_id=i, token=view.lm.decode([i]), distance=d) for i, d in rivals[:_MAX_RIVALS]
-                ),
+                rivals=self._named(rivals),
             )
         )
+        if self.fork is not None and view.position == self.fork.position + 1:
+            self.next_ids = (best.token_id, *(i for i in tried.nearest(_NEXT) if i != best.token_id))
+        elif rivals and not view.check.is_independent:
+            ids, distances = zip((best.token_id, best.distance), *rivals, strict=True)
+            self.fork = Fork(position=view.position, token_ids=torch.tensor(ids), distances=torch.tensor(distances))
         self.proposal.settle(best.token_id)
         view.prefix.append(best.token_id)
         self._begin()

@@ -45,6 +45,11 @@ class Trials:
         i = int(distances.argmin())
         return Best(int(self._ids[i]), float(self._distances[i]), bool(self._fits[i]), bool(self._near[i]))
 
+    def nearest(self, n: int) -> list[int]:
+        """Return the nearest tokens checked, the nearest first."""
+        order = self._distances.argsort(stable=True)
+        return list(dict.fromkeys(self._ids[order].tolist()))[:n]
+
     def runner_up(self, token_id: int) -> float | None:
         """Return the distance of the nearest other token checked."""
         if self.n_checked < 2:
