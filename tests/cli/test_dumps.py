@@ -16,6 +16,7 @@ import sipit
 from sipit import LanguageModel
 from sipit.cli import main
 from sipit.errors import OptionError
+from tests.unit.observations.formats.llama_files import memory, neighbouring_pairs, session
 
 TEXT = "the prompt of another tool"
 
@@ -146,13 +147,94 @@ def test_own_file_is_not_overruled(
     assert "leave --layer" in err
 
 
-def test_rounding_without_a_tolerance_is_refused(
+def test_float8_rows_with_their_scales_come_back(
     tmp_path: Path, text_folder: Path, states: tuple[Tensor, ...], capfd: pytest.CaptureFixture[str]
 ) -> None:
     rows = states[2][0]
     scales = rows.abs().amax(dim=1, keepdim=True) / 448
     stored = {"hidden_states": (rows / scales).to(torch.float8_e4m3fn)[:, None], "hidden_states_scales": scales}
     save_file({**stored, "token_ids": torch.arange(len(rows))}, tmp_path / "f8.safetensors")
-    code, _, err = _run(capfd, "invert", tmp_path / "f8.safetensors", "--model", text_folder, "--layer", "2")
-    assert code == 2
-    assert "float8_e4m3fn" in err
+    code, out, err = _run(capfd, "invert", tmp_path / "f8.safetensors", "--model", text_folder, "--layer", "2")
+    assert (code, out.strip()) == (0, TEXT)
+    assert "float8_e4m3fn with a scale a row" in err
+
+
+def test_answer_of_sglang_comes_back(
+    tmp_path: Path, text_folder: Path, states: tuple[Tensor, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    answer = {
+        "text": "",
+        "meta_info": {"hidden_states": [states[-1][0].tolist()], "prompt_tokens": states[-1].shape[1]},
+    }
+    (tmp_path / "answer.json").write_text(json.dumps(answer))
+    code, out, _ = _run(capfd, "invert", tmp_path / "answer.json", "--model", text_folder)
+    assert (code, out.strip()) == (0, TEXT)
+
+
+@pytest.mark.parametrize("site", ["kv", "keys", "values"])
+def test_session_of_llama_cpp_comes_back(
+    tmp_path: Path, text_folder: Path, text_lm: LanguageModel, capfd: pytest.CaptureFixture[str], site: str
+) -> None:
+    ids = text_lm.encode(TEXT)
+    assert text_lm.d_head is not None
+    keys = [text_lm.capture(input_ids=ids, layer=i, site="keys").states for i in range(text_lm.n_layers)]
+    values = [text_lm.capture(input_ids=ids, layer=i, site="values").states for i in range(text_lm.n_layers)]
+    turned = [neighbouring_pairs(rows, text_lm.d_head) for rows in keys]
+    path = session(tmp_path / "session.bin", ids.tolist(), memory(turned, values))
+    record = tmp_path / "record.json"
+    told = ("--model", text_folder, "--layer", "1", "--site", site)
+    code, out, err = _run(capfd, "invert", path, *told, "--json", record)
+    assert (code, out.strip()) == (0, TEXT)
+    assert "in clear" in err
+    assert "exact     yes" in err
+    assert _run(capfd, "check", record, path, "--site", site)[0] == 0
+    assert _run(capfd, "verify", path, *told)[0] == 0
+
+
+def test_dump_is_identified_and_verified(
+    tmp_path: Path,
+    text_folder: Path,
+    text_lm: LanguageModel,
+    states: tuple[Tensor, ...],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    ids, record = text_lm.encode(TEXT), tmp_path / "record.json"
+    save_file({"hidden_states": states[2][0][:, None].contiguous(), "token_ids": ids}, tmp_path / "a.safetensors")
+    code, out, _ = _run(capfd, "identify", tmp_path / "a.safetensors", "--model", text_folder, "--json", record)
+    assert code == 0
+    assert "block" in out
+    fit = json.loads(record.read_text())["fits"][0]
+    assert (fit["layer"], fit["site"], fit["scale"], fit["offset"]) == (2, "block", 1.0, 0)
+    told = ("--model", text_folder, "--layer")
+    assert _run(capfd, "verify", tmp_path / "a.safetensors", *told, "2")[0] == 0
+    code, out, _ = _run(capfd, "verify", tmp_path / "a.safetensors", *told, "1", "--json", record)
+    assert (code, out.startswith("does not hold")) == (1, True)
+    bad = json.loads(record.read_text())["bad_rows"]
+    assert len(bad) == len(ids)
+    assert "layer 2" in bad[3]["instead"]
+    save_file({"hidden_states": torch.randn(5, 1, 32), "token_ids": ids[:5]}, tmp_path / "b.safetensors")
+    code, out, _ = _run(capfd, "identify", tmp_path / "b.safetensors", "--model", text_folder, "--json", record)
+    assert (code, json.loads(record.read_text())["fits"]) == (1, [])
+    assert "none of these" in out
+
+
+def test_folder_is_verified_file_by_file(
+    tmp_path: Path,
+    text_folder: Path,
+    text_lm: LanguageModel,
+    states: tuple[Tensor, ...],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    ids, folder = text_lm.encode(TEXT), tmp_path / "dumps"
+    folder.mkdir()
+    rows = states[2][0][:, None].contiguous()
+    for name in ("a", "b", "c"):
+        save_file({"hidden_states": rows, "token_ids": ids}, folder / f"{name}.safetensors")
+    rows[3] = rows[2]
+    save_file({"hidden_states": rows, "token_ids": ids}, folder / "d.safetensors")
+    (folder / "e.safetensors").write_bytes(b"broken")
+    code, out, err = _run(capfd, "verify", folder, "--model", text_folder, "--layer", "2")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert code == 1
+    assert [line["holds"] for line in lines if "holds" in line] == [True, True, True, False]
+    assert "3 of 5 hold, refused 1" in err

@@ -158,7 +158,7 @@ def _invert_dumps(options: Namespace) -> int:
         require_writable(options.json)
     lm = loaded(options.model, options)
     if len(entries) == 1:
-        seen, truth = observation_of(dumps[0], lm.n_layers), dumps[0].input_ids
+        seen, truth = observation_of(dumps[0], lm.n_layers, lm.d_head), dumps[0].input_ids
         prefix = _known_prefix(options, lm)
         if truth is not None and len(truth) == len(prefix) + seen.seq_len:
             truth = truth[len(prefix) :]  # the ids that lie beside a suffix are often those of the whole prompt
@@ -169,7 +169,7 @@ def _invert_dumps(options: Namespace) -> int:
             named.append((f"{options.file}: entry {number}", entry))
             continue
         try:
-            named.append((entry.name, observation_of(entry, lm.n_layers).behind(_known_prefix(options, lm))))
+            named.append((entry.name, observation_of(entry, lm.n_layers, lm.d_head).behind(_known_prefix(options, lm))))
         except SipitError as error:
             named.append((entry.name, error))
     return _invert_all(options, named, lm)
@@ -360,12 +360,13 @@ def check(options: Namespace) -> int:
     from sipit.storage import require_writable, write_json
 
     record = read_certificate(options.certificate)
-    seen = _recorded_dump(options, record) if is_foreign(options.file) else read_observation(options.file)
+    seen = None if is_foreign(options.file) else read_observation(options.file)
     if options.json is not None:
         require_writable(options.json)
     if options.dtype is None:
         options.dtype = _recorded_dtype(record)
     lm = loaded(options.model or record["model"], options)
+    seen = seen or _recorded_dump(options, record, lm)
     outcome = check_certificate(record, seen, lm)
     if options.json is not None:
         write_json(options.json, asdict(outcome))
@@ -384,7 +385,7 @@ def check(options: Namespace) -> int:
     return 1
 
 
-def _recorded_dump(options: Namespace, record: dict[str, Any]) -> Observation:
+def _recorded_dump(options: Namespace, record: dict[str, Any], lm: LanguageModel) -> Observation:
     """Return the observation in another tool's file that a certificate is about, by its digest."""
     from sipit.observations.formats import Dump, observation_of, read_dumps, settled_dumps
 
@@ -395,7 +396,7 @@ def _recorded_dump(options: Namespace, record: dict[str, Any]) -> Observation:
     found = []
     for entry in settled_dumps(list(read_dumps(options.file, wanted)), wanted):
         if isinstance(entry, Dump):
-            found.append(observation_of(entry, layer))
+            found.append(observation_of(entry, lm.n_layers, lm.d_head))
         elif not found:
             raise entry
     named = [seen for seen in found if seen.digest() == record.get("observation")]

@@ -94,7 +94,7 @@ def invert(
 def _as_observation(lm: LanguageModel, seen: Any, layer: int | None, site: Site | None) -> Observation:
     if isinstance(seen, str | Path) and is_foreign(Path(seen)):
         wanted = Wanted(layer=layer, site=site)
-        return observed(read_dumps(Path(seen), wanted), wanted, lm.n_layers)
+        return observed(read_dumps(Path(seen), wanted), wanted, lm.n_layers, lm.d_head)
     if isinstance(seen, str | Path):
         seen = read_observation(seen)
     if isinstance(seen, Observation):

@@ -106,6 +106,13 @@ class LanguageModel:
             return self.d_model
         return self.derived(("width", cut), lambda: int(self.cut(cut).ordinary(self._probe_ids[:1]).shape[-1]))
 
+    @property
+    def d_head(self) -> int | None:
+        """Width of one key of an attention head; None where the configuration does not tell."""
+        config = cast(Any, self.model).config.get_text_config()
+        n_heads = getattr(config, "num_attention_heads", None)
+        return getattr(config, "head_dim", None) or (self.d_model // n_heads if n_heads else None)
+
     @torch.no_grad()
     def head(self, states: Tensor) -> Tensor:
         """Return the model's own logits for states after the final norm. (…, T, D) → (…, T, W)."""

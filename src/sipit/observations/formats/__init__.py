@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from sipit.errors import InputError, SipitError, StorageError
 from sipit.observations.formats.arrays import NumpyArchiveFormat, NumpyFormat, SafetensorsFormat
 from sipit.observations.formats.dump import Dump, Wanted, brief, file_name
+from sipit.observations.formats.json_states import JsonFormat
+from sipit.observations.formats.llama_cpp import LlamaCppFormat
 from sipit.observations.formats.observed import observation_of, observed, settled_dumps
 from sipit.observations.formats.torch_files import TorchFormat
 from sipit.observations.formats.vllm import VllmFormat
@@ -55,6 +57,8 @@ class ObservationFormat(Protocol):
 FORMATS: tuple[ObservationFormat, ...] = (
     VllmFormat(),
     TorchFormat(),
+    LlamaCppFormat(),
+    JsonFormat(),
     NumpyFormat(),
     NumpyArchiveFormat(),
     SafetensorsFormat(),

@@ -52,6 +52,7 @@ class Dump:
     positions_from: int | None = None  # first position held, where the file tells
     scales: Tensor | None = None  # (T,) scale of each row of quantised values
     rounded: str | None = None  # precision the values once had, where the file says: "bfloat16", "decimals:7"
+    is_interleaved: bool = False  # keys whose heads hold each rotary pair side by side, transformers' hold halves
     notes: tuple[str, ...] = ()  # what was decided, one short line each
 
 

@@ -28,7 +28,7 @@ def settled_dumps(items: Sequence[Dump | SipitError], wanted: Wanted) -> list[Du
     return [item if isinstance(item, SipitError) else _placed(item, wanted) for item in items]
 
 
-def observation_of(dump: Dump, n_layers: int) -> Observation:
+def observation_of(dump: Dump, n_layers: int, d_head: int | None = None) -> Observation:
     """Return the observation that a dump at a known place is.
 
     The rounding that the file names, or that shows in the values, is in the observation, and so in the tolerance.
@@ -36,11 +36,15 @@ def observation_of(dump: Dump, n_layers: int) -> Observation:
     Args:
         dump: of a known site, and a known layer unless that is "final".
         n_layers: of the model, for states behind its final norm.
+        d_head: width of a key of the model, for keys in another order.
 
     Raises:
         InputError, ShapeError, NonFiniteError: its values cannot be states.
     """
     values, _, half_step = rounded(dump)
+    if dump.is_interleaved:
+        order = _halves_of_pairs(dump, values.shape[1], d_head)
+        values, half_step = values[:, order], None if half_step is None else half_step[:, order]
     first = dump.positions_from or 0
     layer = n_layers if dump.layer is None else dump.layer
     positions = tuple(range(first, first + values.shape[0]))
@@ -50,6 +54,19 @@ def observation_of(dump: Dump, n_layers: int) -> Observation:
         )
     except SipitError as error:
         raise type(error)(f"{dump.name}: {error}") from error
+
+
+def _halves_of_pairs(dump: Dump, width: int, d_head: int | None) -> Tensor:
+    """Return the columns in transformers' order: of each head the first of all pairs, then the second. (W,).
+
+    Raises:
+        InputError: the keys do not divide into heads.
+    """
+    n_keys = width // 2 if dump.site == "kv" else width
+    if not d_head or n_keys % d_head or d_head % 2:
+        raise InputError(f"{dump.name}: keys {n_keys} wide are not heads of {d_head or 'unknown'}; name its model")
+    keys = torch.arange(n_keys).view(-1, d_head // 2, 2).transpose(1, 2).reshape(-1)
+    return torch.cat([keys, torch.arange(n_keys, width)])
 
 
 def rounded(dump: Dump) -> tuple[Tensor, str | None, Tensor | None]:
@@ -69,7 +86,9 @@ def rounded(dump: Dump) -> tuple[Tensor, str | None, Tensor | None]:
     return dump.values.float().contiguous(), found.says, found.half_step
 
 
-def observed(items: Iterator[Dump | SipitError], wanted: Wanted, n_layers: int) -> Observation:
+def observed(
+    items: Iterator[Dump | SipitError], wanted: Wanted, n_layers: int, d_head: int | None = None
+) -> Observation:
     """Return the one observation among what a file holds.
 
     Raises:
@@ -82,7 +101,7 @@ def observed(items: Iterator[Dump | SipitError], wanted: Wanted, n_layers: int) 
             raise item
     if len(found) != 1:
         raise OptionError(f"the file holds {len(found)} prompts or places; read one of them with its key or prompt")
-    return observation_of(cast(Dump, found[0]), n_layers)
+    return observation_of(cast(Dump, found[0]), n_layers, d_head)
 
 
 def _placed(dump: Dump, wanted: Wanted) -> Dump | SipitError:
