@@ -96,6 +96,10 @@ class PackedCheck:
         """Whether a state depends on its own token alone, so that no later one tells more of it."""
         return self.cut.layer == 0
 
+    def is_open(self, position: int) -> bool:
+        """Whether the rounding of the stored values alone may let many tokens fit at a position."""
+        return bool(self._tolerance.is_open[position])
+
     def alike_within(self, position: int) -> float:
         """Return how near embedding rows must lie for their states to be within the tolerance at a position.
 

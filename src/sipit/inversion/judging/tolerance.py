@@ -27,6 +27,7 @@ class Tolerance:
     noise: Tensor  # (T,) float64: explained by the order of sums
     is_coarse: Tensor  # (T,) bool: not clearly below the gap to wrong tokens, so that one may fit as well
     half_step: Tensor | None  # (T, D): most that rounding moved each stored value; None: not rounded
+    is_open: Tensor  # (T,) bool: the rounding alone may let many other tokens fit
     total: Tensor  # (T,) float64: noise plus the norm of half_step
 
     def excess(self, states: Tensor, observed: Tensor, rows: Tensor) -> Tensor:
@@ -58,12 +59,15 @@ def tolerance_for(lm: LanguageModel, seen: Observation) -> Tolerance:
     if torch.finfo(seen.states.dtype).eps > torch.finfo(lm.dtype).eps:
         half = half_ulp(seen.states) if half is None else half + half_ulp(seen.states)
     if half is None:
-        return Tolerance(noise=noise, is_coarse=is_coarse, half_step=None, total=noise)
+        return Tolerance(
+            noise=noise, is_coarse=is_coarse, half_step=None, is_open=torch.zeros_like(is_coarse), total=noise
+        )
     gaps = torch.full_like(norms, floor.rest_gap)
     if seen.positions[0] == 0:
         gaps[0] = floor.first_gap
-    is_coarse |= _may_hold_others(half, gaps * norms, lm.vocab_size)
-    return Tolerance(noise=noise, is_coarse=is_coarse, half_step=half, total=noise + half.double().norm(dim=1))
+    is_open = _may_hold_others(half, gaps * norms, lm.vocab_size)
+    total = noise + half.double().norm(dim=1)
+    return Tolerance(noise=noise, is_coarse=is_coarse | is_open, half_step=half, is_open=is_open, total=total)
 
 
 def _may_hold_others(half_step: Tensor, gaps: Tensor, vocab_size: int) -> Tensor:

@@ -23,6 +23,7 @@ class Fork:
     position: int
     token_ids: Tensor  # (A,) that fit, the nearest first
     distances: Tensor  # (A,) L2 of each to the state there
+    is_doubted: bool = False  # whether its tokens were run with a few candidates already, and none survived
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,9 @@ def survivors(check: PackedCheck, fork: Fork, next_ids: Sequence[int], max_batch
         next_ids: candidates for the position behind the fork. (K,)
         max_batch: most tokens in one packed pass.
     """
+    if 1 + len(next_ids) > max_batch:  # some of the candidates at a time
+        parts = [next_ids[i : i + max(1, max_batch - 1)] for i in range(0, len(next_ids), max(1, max_batch - 1))]
+        return _nearest_of_each([one for part in parts for one in survivors(check, fork, part, max_batch)])
     branch = 1 + len(next_ids)  # columns: a token, then each candidate behind it alone
     attends = torch.eye(branch, dtype=torch.bool)
     attends[:, 0] = True
@@ -61,4 +65,12 @@ def survivors(check: PackedCheck, fork: Fork, next_ids: Sequence[int], max_batch
             found.append(
                 Survivor(token_id=int(part[row]), next_id=next_ids[best], distance=float(distances[row, best]))
             )
-    return sorted(found, key=lambda survivor: survivor.distance)
+    return _nearest_of_each(found)
+
+
+def _nearest_of_each(found: Sequence[Survivor]) -> list[Survivor]:
+    """Return each token once, with the nearest token behind it; the nearest of all first."""
+    nearest: dict[int, Survivor] = {}
+    for survivor in sorted(found, key=lambda survivor: survivor.distance):
+        nearest.setdefault(survivor.token_id, survivor)
+    return list(nearest.values())

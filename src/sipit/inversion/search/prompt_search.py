@@ -34,6 +34,7 @@ _MAX_RIVALS = 16  # tokens that fit as well, named in the evidence of one positi
 _BEHIND_RIVALS = 4.0
 _DOUBTED_AFTER = 128  # candidates checked in vain behind a fork before its other tokens are
 _NEXT = 16  # nearest candidates behind a fork that each of its tokens is run with
+_PAIRS = 1 << 15  # of a token of the fork and one behind it that are run once all of the vocabulary was tried there
 
 
 @dataclass
@@ -85,7 +86,8 @@ class PromptSearch:
     def _is_in_doubt(self) -> bool:
         """Whether many candidates behind a fork were checked in vain."""
         is_vain = self._tried.n_checked >= _DOUBTED_AFTER and not len(self._queued)
-        return self._is_behind_fork and is_vain and not self._tried.best().is_near
+        is_first = self.fork is not None and not self.fork.is_doubted
+        return is_first and self._is_behind_fork and is_vain and not self._tried.best().is_near
 
     def settle_fork(self) -> None:
         """Run the tokens of the fork with what may follow them, and go on behind the best of those that survive.
@@ -117,7 +119,8 @@ class PromptSearch:
             )
         )
         view.prefix.append(chosen)
-        self.fork, self.next_ids = None, ()
+        self.fork = None if alive or fork.is_doubted else replace(fork, is_doubted=True)
+        self.next_ids = ()
         self._begin()
         if alive:
             self._queued = torch.tensor([alive[0].next_id])
@@ -137,8 +140,9 @@ class PromptSearch:
             self._is_settling = len(self._queued) > 0
             batch = self._queued if self._is_settling else self._proposed()
             self._queued = self._queued[:0]
-            if len(batch) == 0 and self._is_behind_fork:
-                self.next_ids = tuple(self._tried.nearest(_NEXT))
+            if len(batch) == 0 and self.fork is not None and self._is_behind_fork:
+                self.fork = replace(self.fork, is_doubted=True)
+                self.next_ids = tuple(self._tried.nearest(max(_NEXT, _PAIRS // len(self.fork.token_ids))))
                 continue
             if len(batch) == 0:
                 self._conclude()
@@ -204,10 +208,11 @@ class PromptSearch:
         """Whether the whole vocabulary is checked at this position before a token is accepted.
 
         Where the first position's tolerance is coarse it must be: its state is long and nearly
-        constant, and the tokens nearest to it there have nothing in common.
+        constant, and the tokens nearest to it there have nothing in common. So it must where rounding
+        left so little of a state that any token may fit.
         """
-        position = self.view.position
-        return self.exhaustive or (position == 0 and self.view.check.is_coarse(position))
+        position, check = self.view.position, self.view.check
+        return self.exhaustive or check.is_open(position) or (position == 0 and check.is_coarse(position))
 
     def _alike(self, token_id: int) -> list[int]:
         """Return tokens that may fit where this one does, the likeliest first.
