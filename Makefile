@@ -12,7 +12,7 @@ demo: setup
 
 test: setup
 	@echo "== running the tests"
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -p no:benchmark
 
 setup: $(STAMP)
 	@echo "== preparing the pinned real model (fetched and converted once)"

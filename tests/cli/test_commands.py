@@ -310,7 +310,7 @@ def test_no_time_left_is_told_before_something_is_done(capfd: pytest.CaptureFixt
             self.lines.append(line)
 
     def line_after(*input_ids: int) -> str:
-        return _line(Progress(input_ids=input_ids, seq_len=9, n_checked=40, block_tokens=0, seconds=3.0))
+        return _line(Progress(input_ids=input_ids, seq_len=9, n_checked=40, n_passes=4, block_tokens=0, seconds=3.0))
 
     assert "left" not in line_after()
     assert "about 24 s left" in line_after(5)

@@ -145,6 +145,7 @@ def test_bench_writes_the_agreed_keys(text_folder: Path, tmp_path: Path, capsys:
     assert main([*args, *(a for m in methods for a in ("--method", m))]) == 0
     runs = json.loads(out.read_text())["runs"]
     keys = {"method", "layer", "prompt", "seq_len", "exact", "seconds", "block_tokens", "prefill_ratio", "n_checked"}
+    keys |= {"wall_ratio", "n_passes"}
     assert len(runs) == 2 * 2 * len(methods)
     assert all(keys <= set(run) and run["exact"] and run["seq_len"] == 5 for run in runs)
     assert all(run["prefill_ratio"] == pytest.approx(run["block_tokens"] / (5 * run["layer"])) for run in runs)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from sipit.experiments.record import record_head
 from sipit.inversion import Inversion, OnProgress, Progress, invert
 from sipit.inversion.judging.noise import noise_floor
 from sipit.models import LanguageModel
+from sipit.models.plain_pass import plain_seconds
 from sipit.observations import Cut, Observation
 
 Method = Callable[..., Inversion]
@@ -51,9 +52,11 @@ class BenchRun:
     verdict: str  # "stopped" where the time limit ended the search
     seconds: float
     block_tokens: int
+    wall_ratio: float  # seconds over prefill_seconds
     prefill_ratio: float
+    n_passes: int
     n_checked: int
-    prefill_seconds: float  # of one ordinary forward pass of this prompt through the same blocks, just before
+    prefill_seconds: float  # of one ordinary forward pass of as many tokens through the same blocks
 
 
 class _TimeUpError(Exception):
@@ -116,9 +119,7 @@ def bench(
         for number, ids in enumerate(prompts):
             noise_floor(lm, cut, len(ids))  # once a process, whatever the method
             seen = lm.capture(input_ids=ids, layer=cut.layer, site=cut.site)
-            started = time.perf_counter()
-            lm.cut(cut, seq_len=len(ids)).ordinary(ids)
-            prefill_seconds = time.perf_counter() - started
+            prefill_seconds = plain_seconds(lm, cut, len(ids))
             for name in methods:
                 yield _run(lm, seen, ids, name, number, seed, max_seconds, prefill_seconds)
 
@@ -141,11 +142,11 @@ def _run(
     try:
         found = METHODS[name](lm, seen, seed=seed, on_progress=watch)
         exact = found.input_ids == tuple(ids.tolist())
-        outcome: Any = (found.verdict, found.seconds, found.block_tokens, found.n_checked)
+        outcome: Any = (found.verdict, found.seconds, found.block_tokens, found.n_checked, found.n_passes)
     except _TimeUpError as stop:
         exact, at = False, stop.progress
-        outcome = ("stopped", at.seconds, at.block_tokens, at.n_checked)
-    verdict, seconds, block_tokens, n_checked = outcome
+        outcome = ("stopped", at.seconds, at.block_tokens, at.n_checked, at.n_passes)
+    verdict, seconds, block_tokens, n_checked, n_passes = outcome
     return BenchRun(
         method=name,
         layer=seen.layer,
@@ -156,6 +157,8 @@ def _run(
         verdict=verdict,
         seconds=seconds,
         block_tokens=block_tokens,
+        wall_ratio=seconds / prefill_seconds,
+        n_passes=n_passes,
         prefill_ratio=block_tokens / (seq_len * max(seen.layer, 1)),
         n_checked=n_checked,
         prefill_seconds=prefill_seconds,
@@ -174,8 +177,9 @@ def require_methods(methods: Sequence[str]) -> None:
 
 
 def table(runs: Sequence[BenchRun]) -> str:
-    """Return a table of means for each layer and method."""
-    head = f"{'layer':>8}  {'method':20} {'exact':>7} {'ratio':>9} {'seconds':>9} {'x prefill':>10} {'checked':>9}"
+    """Return a table for each layer and method: the median wall_ratio, the means of the rest."""
+    head = f"{'layer':>8}  {'method':20} {'exact':>7} {'wall ratio':>11} {'prefills':>9} {'passes':>7} "
+    head += f"{'seconds':>9} {'checked':>9}"
     lines = [head]
     groups: dict[tuple[str, str], list[BenchRun]] = {}
     for run in runs:
@@ -184,10 +188,10 @@ def table(runs: Sequence[BenchRun]) -> str:
     for (layer, method), group in groups.items():
         n = len(group)
         exact = f"{sum(r.exact for r in group)}/{n}"
-        seconds = sum(r.seconds for r in group)
         lines.append(
-            f"{layer:>8}  {method:20} {exact:>7} {sum(r.prefill_ratio for r in group) / n:>9.2f} {seconds / n:>9.2f} "
-            f"{seconds / sum(r.prefill_seconds for r in group):>10.1f} {sum(r.n_checked for r in group) / n:>9.0f}"
+            f"{layer:>8}  {method:20} {exact:>7} {median(r.wall_ratio for r in group):>11.1f} "
+            f"{fmean(r.prefill_ratio for r in group):>9.2f} {fmean(r.n_passes for r in group):>7.1f} "
+            f"{fmean(r.seconds for r in group):>9.2f} {fmean(r.n_checked for r in group):>9.0f}"
         )
     return "\n".join(lines)
 

@@ -50,7 +50,7 @@ def test_hint_outside_the_vocabulary_is_refused(llama: LanguageModel) -> None:
 
 
 def _progress(ids: tuple[int, ...]) -> Progress:
-    return Progress(seq_len=14, input_ids=ids, n_checked=0, block_tokens=0, seconds=0.0)
+    return Progress(seq_len=14, input_ids=ids, n_passes=1, n_checked=0, block_tokens=0, seconds=0.0)
 
 
 def test_kept_prefix_comes_back(llama: LanguageModel, tmp_path: Path) -> None:

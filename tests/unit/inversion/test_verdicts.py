@@ -248,7 +248,7 @@ def test_record_has_the_documented_keys(llama: LanguageModel) -> None:
     record = sipit.invert(llama, llama.capture(input_ids=PLAIN, layer=2)).record()
     documented = {
         *("model", "layer", "site", "policy", "verdict", "text", "input_ids", "tolerance", "seconds"),
-        *("block_tokens", "prefill_ratio", "positions"),
+        *("block_tokens", "prefill_ratio", "wall_ratio", "n_passes", "positions"),
     }
     assert documented <= set(record)
     assert {"token_id", "token", "distance", "runner_up", "n_checked"} <= set(record["positions"][0])

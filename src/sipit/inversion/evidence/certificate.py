@@ -98,6 +98,8 @@ def _wrong_keys(record: dict[str, Any]) -> Iterator[str]:
         yield "version"
     yield from (key for key in _TEXTS if not _is_text(record.get(key)))
     yield from (key for key in _COUNTS if not _is_count(record.get(key)))
+    yield from (key for key in ("wall_ratio",) if key in record and not _is_number(record[key]))
+    yield from (key for key in ("n_passes",) if key in record and not _is_count(record[key]))
     yield from (key for key in _NUMBERS if not _is_number(record.get(key)))
     if record.get("text", ...) is not None and not _is_text(record.get("text")):
         yield "text"

@@ -67,6 +67,8 @@ class Inversion:
     tolerance: float  # the largest over the positions
     noise: float  # declared by the caller; L2, 0 where none was
     seconds: float
+    wall_ratio: float  # seconds over those of a plain forward pass through the same blocks, in this process
+    n_passes: int  # through the model, or some of its blocks
     block_tokens: int  # tokens × blocks evaluated by the search
     prefill_ratio: float  # block_tokens / (tokens × layer), those of the known prefix counted too
     calibration_block_tokens: int  # spent on measuring the tolerance, once per model, layer and site

@@ -11,7 +11,9 @@ class Meter:
 
     block_tokens: int = 0
     n_checked: int = 0
+    n_passes: int = 0  # through the model, or some of its blocks
 
     def spend(self, n_tokens: int, n_blocks: int, *, passes: int = 1) -> None:
         """Add n_tokens through n_blocks; a backward pass counts as two passes more."""
         self.block_tokens += n_tokens * n_blocks * passes
+        self.n_passes += passes

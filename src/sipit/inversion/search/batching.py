@@ -29,6 +29,7 @@ from sipit.inversion.search.options import Progress, SearchOptions
 from sipit.inversion.search.prompt_search import PromptSearch
 from sipit.inversion.search.tree import Tree
 from sipit.models import LanguageModel, PrefixCache
+from sipit.models.plain_pass import plain_seconds
 from sipit.observations import Observation
 
 _PREFIX_TOKENS = 512  # of a known prefix that are run at once
@@ -226,6 +227,7 @@ class BatchScheduler:
                     seq_len=slot.seen.seq_len,
                     input_ids=tuple(slot.run.view.prefix[len(slot.seen.known_prefix) :]),
                     n_checked=meter.n_checked,
+                    n_passes=meter.n_passes,
                     block_tokens=meter.block_tokens,
                     seconds=slot.seconds,
                 )
@@ -248,6 +250,8 @@ class BatchScheduler:
             tolerance=slot.tolerance,
             noise=self._options.noise,
             seconds=slot.seconds,
+            wall_ratio=slot.seconds / max(plain_seconds(lm, seen.cut, seen.n_positions), 1e-9),
+            n_passes=meter.n_passes,
             block_tokens=meter.block_tokens,
             prefill_ratio=meter.block_tokens / (seen.n_positions * max(seen.layer, 1)),
             calibration_block_tokens=noise_floor(lm, seen.cut, seen.n_positions).block_tokens,

@@ -15,6 +15,7 @@ class Progress:
     seq_len: int
     input_ids: tuple[int, ...]  # accepted so far
     n_checked: int
+    n_passes: int
     block_tokens: int
     seconds: float
 
