@@ -67,3 +67,8 @@ def cuts_of_width(lm: LanguageModel, width: int, sites: Sequence[Site] = tuple(S
         elif lm.width(middle) == width:
             found += [Cut(layer, site) for layer in layers]
     return found
+
+
+def distinct_cuts(lm: LanguageModel, width: int) -> list[Cut]:
+    """Return the cuts as wide as some rows, without those that differ from another one by a scale alone."""
+    return [cut for cut in cuts_of_width(lm, width) if not cut.site.endswith("_unit")]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import sipit
 from sipit import LanguageModel
+from sipit.observations import Site
 from tests.tiny_models import random_ids
 
 IDS = random_ids(7, seed=8)
@@ -46,3 +47,17 @@ def test_right_layer_by_mistake_for_the_next_misses_after_the_whole_vocabulary(l
     found = sipit.invert(llama, states, layer=2)
     assert found.miss is not None
     assert found.miss.n_checked == llama.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("taken", "site", "said", "word"),
+    [(3, "block", 2, "layer 3, site block"), (1, "block", 2, "layer 1, site block"), (4, "final", 4, "site final")],
+)
+def test_states_of_another_layer_or_site_are_named(
+    llama: LanguageModel, taken: int, site: Site, said: int, word: str
+) -> None:
+    states = llama.capture(input_ids=IDS, layer=taken, site=site).states
+    found = sipit.invert(llama, states, layer=said)
+    assert found.miss is not None
+    assert word in found.miss.diagnosis
+    assert f"token {int(IDS[0])}" in found.miss.diagnosis

@@ -70,6 +70,10 @@ class FirstRows:
                 rows.setdefault(cut, []).append(nn.functional.normalize(values[:, 0].float(), dim=1).cpu())
         self._looks = {cut: _looks(torch.cat(parts)) for cut, parts in rows.items()}
 
+    def is_like_a_first_one(self, row: Tensor, cut: Cut) -> bool:
+        """Return whether a row (W,) looks as first rows do at one cut."""
+        return cut not in self._looks or float(self._looks[cut].unlikeness(row[None].float().cpu())) < _UNLIKE
+
     def likely_cuts(self, row: Tensor) -> list[Cut]:
         """Return the cuts a first row may come from, the likeliest first. (W,)."""
         found = {cut: float(looks.unlikeness(row[None].float())) for cut, looks in self._looks.items()}
@@ -81,7 +85,12 @@ class FirstRows:
         return [int(i) for i in (far < _UNLIKE).nonzero()[:, 0]]
 
     def likenesses(
-        self, row: Tensor, *, blur: Tensor | None = None, token_ids: Sequence[int] = (), is_thorough: bool = True
+        self,
+        row: Tensor,
+        *,
+        blur: Tensor | None = None,
+        token_ids: Sequence[int] = (),
+        is_thorough: bool = True,
     ) -> list[Likeness]:
         """Return tokens and cuts whose first rows point where a row does, the nearest first.
 

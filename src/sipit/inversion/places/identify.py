@@ -15,8 +15,9 @@ from sipit.inversion.inverses.first_rows import FirstRows, Likeness, first_rows
 from sipit.inversion.invert import invert
 from sipit.inversion.judging.replay import replay
 from sipit.inversion.judging.tolerance import half_ulp
-from sipit.inversion.places.whereabouts import distinct_cuts, places_of
+from sipit.inversion.places.whereabouts import places_of
 from sipit.models import LanguageModel
+from sipit.models.everywhere import distinct_cuts
 from sipit.models.sites import SITES
 from sipit.observations import Cut, Observation
 from sipit.observations.rounding import as_rounded

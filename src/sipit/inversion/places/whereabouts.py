@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sipit.models import LanguageModel
-from sipit.models.everywhere import cuts_of_width, everywhere
+from sipit.models.everywhere import distinct_cuts, everywhere
 from sipit.models.sites import SITES
 from sipit.observations import Cut
 
@@ -59,11 +59,6 @@ def places_of(
             if apart < near and (before is None or apart < before.apart):
                 found[row] = Place(cut=cut, position=position, scale=scale, apart=apart, is_update=is_update)
     return found
-
-
-def distinct_cuts(lm: LanguageModel, width: int) -> list[Cut]:
-    """Return the cuts as wide as some rows, without those that differ from another one by a scale alone."""
-    return [cut for cut in cuts_of_width(lm, width) if not cut.site.endswith("_unit")]
 
 
 def _states_and_updates(

@@ -5,24 +5,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sipit.errors import SipitError
+from sipit.inversion.inverses.first_rows import first_rows
+from sipit.models import LanguageModel
+from sipit.models.everywhere import distinct_cuts
+from sipit.observations import Cut
+
 _STANDS_OUT = 40.0  # times nearer than all others: hardly a chance resemblance
 _UNIT = 1e-3  # of 1, for rows that were all brought to unit length
 
 
 def diagnosed(
-    observed: Tensor, position: int, *, distance: float, runner_up: float | None, limit: float, dtype: str
+    lm: LanguageModel,
+    observed: Tensor,
+    cut: Cut,
+    position: int,
+    *,
+    distance: float,
+    runner_up: float | None,
+    limit: float,
 ) -> str:
     """Return one sentence on the likeliest cause of a miss, and what to try.
 
     Args:
+        lm: the model that was searched with.
         observed: all observed states, (T, D).
+        cut: where they are said to come from.
         position: where nothing fits.
         distance: L2 of the nearest token.
         runner_up: L2 of the next one.
         limit: tolerance there.
-        dtype: of the model.
     """
-    norms = observed.norm(dim=1)
+    norms, arithmetic = observed.norm(dim=1), str(lm.dtype).removeprefix("torch.")
     row = observed[position]
     equal = (observed[:position] == row).all(dim=1).nonzero()[:, 0]
     if not bool(row.any()):
@@ -39,9 +53,31 @@ def diagnosed(
     if runner_up is not None and distance * _STANDS_OUT < runner_up:
         return (
             f"the nearest token stands out ({runner_up / distance:.0f} times nearer than the next), so this is the "
-            f"model, but something else than {dtype} arithmetic moved the state: try the --dtype it was captured in, "
-            f"or declare --noise {1.1 * distance:.2g}"
+            f"model, but something else than {arithmetic} arithmetic moved the state: try the --dtype it "
+            f"was captured in, or declare --noise {1.1 * distance:.2g}"
         )
+    if position == 0 and (elsewhere := _elsewhere(lm, row, cut)):
+        return elsewhere
     if position == 0:
         return "no token stands out: wrong model, layer or site, or the first rows of the prompt are missing"
     return "no token stands out: rows from here on may belong to another prompt, or an earlier token is wrong"
+
+
+def _elsewhere(lm: LanguageModel, row: Tensor, cut: Cut) -> str | None:
+    """Return at which other place the first row fits, or that it is no first row at all; None where neither shows."""
+    try:
+        looks = first_rows(lm, distinct_cuts(lm, len(row)))
+        alike = [like for like in looks.likenesses(row, is_thorough=False) if like.cut != cut]
+    except SipitError:  # a layer that this model cannot be cut at
+        return None
+    if alike:
+        return (
+            f"row 0 looks like the first state of token {alike[0].token_id} at {alike[0].cut}: were the states taken "
+            "there? 'sipit identify' makes sure"
+        )
+    if not looks.is_like_a_first_one(row, cut):
+        return (
+            f"no first state of this model at {cut} looks like row 0, so the rows before it are missing (a cache hit, "
+            "a dropped BOS: pass --prefix-text or --prefix-ids), or the model or layer is another: see 'sipit identify'"
+        )
+    return None

@@ -275,12 +275,13 @@ class PromptSearch:
             n_checked=self._tried.n_checked,
             runner_up=runner_up,
             diagnosis=diagnosed(
+                self.view.lm,
                 check.observed,
+                self.view.seen.cut,
                 self.view.position,
                 distance=best.distance,
                 runner_up=runner_up,
                 limit=check.limit(self.view.position),
-                dtype=str(self.view.lm.dtype).removeprefix("torch."),
             ),
         )
 
