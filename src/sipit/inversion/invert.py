@@ -21,7 +21,6 @@ from sipit.inversion.search.options import OnProgress, SearchOptions
 from sipit.models import LanguageModel
 from sipit.observations import Cut, Observation, Site, read_observation
 from sipit.observations.formats import Wanted, is_foreign, observed, read_dumps
-from sipit.observations.rounding import as_rounded
 
 N_SLOTS = 8  # prompts that share their packed passes
 FIT_PAYS_AFTER = 20_000  # observed tokens of one layer and site; see "when a fit pays" in docs/figures.md
@@ -117,10 +116,7 @@ def _as_observation(lm: LanguageModel, seen: Any, layer: int | None, site: Site 
         ) from error
     site = site or "block"
     layer = lm.checked_layer(layer, site)
-    half_step = None
-    if states.ndim == 2 and states.is_floating_point() and bool(states.float().isfinite().all()):
-        states, _, half_step = as_rounded(states, is_embedding=layer == 0)
-    return Observation(states=states, layer=layer, site=site, half_step=half_step)
+    return Observation(states=states, layer=layer, site=site)
 
 
 def invert_many(

@@ -15,6 +15,7 @@ from torch import Tensor
 _MOST_LEVELS = 255  # of an 8-bit integer grid, on one side of zero
 _LEVELS_4_BIT = 15
 _GROUPS = (256, 128, 64, 32)  # values that share a scale, in rows or in blocks of a row
+_FEW = 16  # values of a row that are looked at before the others
 _LOOKED_AT = 4  # rows that decide whether a grid is there at all
 _NARROW = (torch.bfloat16, torch.float16, torch.float32)  # dtypes values may have had before they were widened
 _FLOATS_8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -137,16 +138,23 @@ def _integer_steps(most: int) -> _Steps:
             if not len(rows):
                 break
             size = largest[rows] / levels
-            multiples = values[rows] / size[:, None]
-            whole = multiples.round()
-            fits = ((multiples - whole).abs() <= 2 * slack * whole.abs() + 1e-12).all(dim=1)
-            step[rows[fits]] = size[fits]
-            waiting[rows[fits]] = False
+            rows = rows[_are_whole(values[rows, :_FEW], size, slack)]  # most are not, which few values show
+            if len(rows):
+                rows = rows[_are_whole(values[rows], largest[rows] / levels, slack)]
+            step[rows] = largest[rows] / levels
+            waiting[rows] = False
         if bool(waiting.any()) or _is_chance(values, step, slack, most):
             return None
         return step[:, None].expand_as(values)
 
     return steps
+
+
+def _are_whole(values: Tensor, size: Tensor, slack: float) -> Tensor:
+    """Return which rows are whole multiples of a size each. (N, G), (N,) → (N,) bool."""
+    multiples = values / size[:, None]
+    whole = multiples.round()
+    return ((multiples - whole).abs() <= 2 * slack * whole.abs() + 1e-12).all(dim=1)
 
 
 def _is_chance(values: Tensor, step: Tensor, slack: float, most: int) -> bool:

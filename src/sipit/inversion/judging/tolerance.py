@@ -15,6 +15,7 @@ from torch import Tensor
 from sipit.inversion.judging.noise import CLEAR, SAFETY, noise_floor
 from sipit.models import LanguageModel
 from sipit.observations import Observation
+from sipit.observations.rounding import as_rounded
 
 _LUCK = 1e-3  # chance that a box may hold a wrong token's state before it counts as coarse
 _COARSE = 0.02  # of the gap to wrong tokens, above which a later position's tolerance is coarse
@@ -55,9 +56,11 @@ def tolerance_for(lm: LanguageModel, seen: Observation) -> Tolerance:
     if seen.positions[0] == 0:
         is_coarse[0] = first > CLEAR * floor.first_gap
     noise = ratios * norms
-    half = seen.half_step  # (T, D)
-    if torch.finfo(seen.states.dtype).eps > torch.finfo(lm.dtype).eps:
-        half = half_ulp(seen.states) if half is None else half + half_ulp(seen.states)
+    stored, half = seen.states, seen.half_step  # (T, D), (T, D)
+    if half is None and seen.layer:  # rows of an embedding are the model's own, however it holds them
+        stored, _, half = as_rounded(stored)
+    if torch.finfo(stored.dtype).eps > torch.finfo(lm.dtype).eps:
+        half = half_ulp(stored) if half is None else half + half_ulp(stored)
     if half is None:
         return Tolerance(
             noise=noise, is_coarse=is_coarse, half_step=None, is_open=torch.zeros_like(is_coarse), total=noise

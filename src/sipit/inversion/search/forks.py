@@ -46,8 +46,9 @@ def survivors(check: PackedCheck, fork: Fork, next_ids: Sequence[int], max_batch
         next_ids: candidates for the position behind the fork. (K,)
         max_batch: most tokens in one packed pass.
     """
-    if 1 + len(next_ids) > max_batch:  # some of the candidates at a time
-        parts = [next_ids[i : i + max(1, max_batch - 1)] for i in range(0, len(next_ids), max(1, max_batch - 1))]
+    n_at_once = max(1, max_batch - 1)
+    if len(next_ids) > n_at_once:
+        parts = [next_ids[i : i + n_at_once] for i in range(0, len(next_ids), n_at_once)]
         return _nearest_of_each([one for part in parts for one in survivors(check, fork, part, max_batch)])
     branch = 1 + len(next_ids)  # columns: a token, then each candidate behind it alone
     attends = torch.eye(branch, dtype=torch.bool)

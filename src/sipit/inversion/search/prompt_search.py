@@ -310,7 +310,7 @@ class PromptSearch:
         if self.fork is not None and view.position == self.fork.position + 1:
             self.next_ids = (best.token_id, *(i for i in tried.nearest(_NEXT) if i != best.token_id))
         elif rivals and not view.check.is_independent:
-            ids, distances = zip((best.token_id, best.distance), *rivals, strict=True)
+            ids, distances = zip((best.token_id, best.distance), *tried.rivals(best.token_id), strict=True)
             self.fork = Fork(position=view.position, token_ids=torch.tensor(ids), distances=torch.tensor(distances))
         self.proposal.settle(best.token_id)
         view.prefix.append(best.token_id)
