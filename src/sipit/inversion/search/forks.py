@@ -7,7 +7,7 @@ run with what may follow it, and those behind which nothing fits are out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,16 +27,17 @@ class Fork:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Survivor:
-    """A token behind which what was observed next fits too."""
+class Followed:
+    """A token of a fork, and the nearest of the tokens that were run behind it."""
 
     token_id: int  # at the fork
-    next_id: int  # at the last position that was looked at
-    distance: float  # L2 there
+    next_id: int  # behind it
+    distance: float  # L2 of the latter to the state there
+    is_near: bool  # whether it fits
 
 
-def survivors(check: PackedCheck, fork: Fork, next_ids: Sequence[int], max_batch: int) -> list[Survivor]:
-    """Return which tokens of a fork have a state behind them that fits, with the nearest next token of each.
+def followed(check: PackedCheck, fork: Fork, next_ids: Sequence[int], max_batch: int) -> list[Followed]:
+    """Return each token of a fork with what comes nearest behind it: those behind which a token fits, then the rest.
 
     The cache of the check must hold the prefix before the fork, and nothing behind it.
 
@@ -46,14 +47,23 @@ def survivors(check: PackedCheck, fork: Fork, next_ids: Sequence[int], max_batch
         next_ids: candidates for the position behind the fork. (K,)
         max_batch: most tokens in one packed pass.
     """
+    best: dict[int, Followed] = {}
     n_at_once = max(1, max_batch - 1)
-    if len(next_ids) > n_at_once:
-        parts = [next_ids[i : i + n_at_once] for i in range(0, len(next_ids), n_at_once)]
-        return _nearest_of_each([one for part in parts for one in survivors(check, fork, part, max_batch)])
+    for start in range(0, len(next_ids), n_at_once):
+        for one in _pairs(check, fork, next_ids[start : start + n_at_once], max_batch):
+            if one.token_id not in best or _order(one) < _order(best[one.token_id]):
+                best[one.token_id] = one
+    return sorted(best.values(), key=_order)
+
+
+def _order(one: Followed) -> tuple[bool, float]:
+    return not one.is_near, one.distance
+
+
+def _pairs(check: PackedCheck, fork: Fork, next_ids: Sequence[int], max_batch: int) -> Iterator[Followed]:
     branch = 1 + len(next_ids)  # columns: a token, then each candidate behind it alone
     attends = torch.eye(branch, dtype=torch.bool)
     attends[:, 0] = True
-    found: list[Survivor] = []
     for part in fork.token_ids.split(max(1, max_batch // branch)):
         tokens = torch.cat([torch.tensor([int(token_id), *next_ids]) for token_id in part])  # (B * (1 + K),)
         positions = torch.tensor([fork.position] + [fork.position + 1] * len(next_ids)).repeat(len(part))
@@ -61,17 +71,12 @@ def survivors(check: PackedCheck, fork: Fork, next_ids: Sequence[int], max_batch
         states = check.cut.packed(check.cache, tokens, positions, sees, check.lanes(len(tokens)))
         judged = check.judge(tokens, positions, states)
         near, distances = (values.cpu().view(len(part), branch)[:, 1:] for values in (judged.is_near, judged.distances))
-        for row in near.any(dim=1).nonzero()[:, 0].tolist():
-            best = int(distances[row].masked_fill(~near[row], torch.inf).argmin())
-            found.append(
-                Survivor(token_id=int(part[row]), next_id=next_ids[best], distance=float(distances[row, best]))
+        for row, token_id in enumerate(part.tolist()):
+            fitting = distances[row].masked_fill(~near[row], torch.inf) if bool(near[row].any()) else distances[row]
+            place = int(fitting.argmin())
+            yield Followed(
+                token_id=token_id,
+                next_id=next_ids[place],
+                distance=float(distances[row, place]),
+                is_near=bool(near[row, place]),
             )
-    return _nearest_of_each(found)
-
-
-def _nearest_of_each(found: Sequence[Survivor]) -> list[Survivor]:
-    """Return each token once, with the nearest token behind it; the nearest of all first."""
-    nearest: dict[int, Survivor] = {}
-    for survivor in sorted(found, key=lambda survivor: survivor.distance):
-        nearest.setdefault(survivor.token_id, survivor)
-    return list(nearest.values())

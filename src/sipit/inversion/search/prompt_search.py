@@ -17,7 +17,7 @@ from sipit.inversion.inverses.token_keys import token_keys
 from sipit.inversion.judging.check import Checked
 from sipit.inversion.proposals import Proposal, SearchView
 from sipit.inversion.search.diagnosis import diagnosed
-from sipit.inversion.search.forks import Fork, survivors
+from sipit.inversion.search.forks import Fork, followed
 from sipit.inversion.search.tree import Tree, build_tree
 from sipit.inversion.search.trials import Best, Trials
 
@@ -98,12 +98,17 @@ class PromptSearch:
         assert fork is not None
         n_known = len(view.prefix) - len(self.evidence)
         check.cache.forget(int(check.lanes(1)), fork.position)
-        alive = survivors(check, fork, self.next_ids, self.max_batch)
+        ranked = followed(check, fork, self.next_ids, self.max_batch)
+        alive = [one for one in ranked if one.is_near]
         distances = dict(zip(fork.token_ids.tolist(), fork.distances.tolist(), strict=True))
         chosen = alive[0].token_id if alive else int(fork.token_ids[0])
         here = self.evidence[fork.position - n_known]
-        kept = {survivor.token_id for survivor in alive} if alive else set(distances)
+        # Behind a token that may be another one, what lies some tolerances away may be right all the same.
+        is_unsure = any(evidence.rivals for evidence in self.evidence[: fork.position - n_known])
+        reach = _BEHIND_RIVALS * check.limit(fork.position + 1) if is_unsure else 0.0
+        kept = {one.token_id for one in ranked if one.is_near or not alive or one.distance <= reach}
         rivals = [(i, d) for i, d in distances.items() if i != chosen and i in kept]
+        rivals += [(r.token_id, r.distance) for r in here.rivals if r.token_id not in distances]
         del self.evidence[fork.position - n_known :], view.prefix[fork.position :]
         check.cut.packed(check.cache, torch.tensor([chosen]), torch.tensor([fork.position]), lanes=check.lanes(1))
         check.cache.keep([0])
