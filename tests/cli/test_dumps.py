@@ -191,6 +191,23 @@ def test_session_of_llama_cpp_comes_back(
     assert _run(capfd, "verify", path, *told)[0] == 0
 
 
+def test_prompt_cache_of_mlx_comes_back(
+    tmp_path: Path, text_folder: Path, text_lm: LanguageModel, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ids = text_lm.encode(TEXT)
+    with torch.no_grad():
+        cache = text_lm.model(ids[None], use_cache=True).past_key_values
+    tensors = {
+        f"{i}.{n}": part.contiguous()
+        for i, at in enumerate(cache.layers)
+        for n, part in enumerate((at.keys, at.values))
+    }
+    save_file(tensors, tmp_path / "cache.safetensors", metadata={f"2.{i}": "KVCache" for i in range(len(cache.layers))})
+    told = ("--model", text_folder, "--layer", "2", "--site", "keys")
+    code, out, _ = _run(capfd, "invert", tmp_path / "cache.safetensors", *told)
+    assert (code, out.strip()) == (0, TEXT)
+
+
 def test_dump_is_identified_and_verified(
     tmp_path: Path,
     text_folder: Path,

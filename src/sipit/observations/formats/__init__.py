@@ -17,6 +17,7 @@ from sipit.observations.formats.arrays import NumpyArchiveFormat, NumpyFormat, S
 from sipit.observations.formats.dump import Dump, Wanted, brief, file_name
 from sipit.observations.formats.json_states import JsonFormat
 from sipit.observations.formats.llama_cpp import LlamaCppFormat
+from sipit.observations.formats.mlx import MlxFormat
 from sipit.observations.formats.observed import observation_of, observed, settled_dumps
 from sipit.observations.formats.torch_files import TorchFormat
 from sipit.observations.formats.vllm import VllmFormat
@@ -56,6 +57,7 @@ class ObservationFormat(Protocol):
 
 FORMATS: tuple[ObservationFormat, ...] = (
     VllmFormat(),
+    MlxFormat(),
     TorchFormat(),
     LlamaCppFormat(),
     JsonFormat(),
