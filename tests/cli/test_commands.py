@@ -54,7 +54,7 @@ def test_text_comes_back_byte_for_byte(run: Run, tmp_path: Path, text_folder: Pa
     code, out, err = run("invert", "seen", "--json", "c.json")  # the file names its model
     assert (code, out) == (0, text.encode())
     assert b"verdict   recovered" in err
-    assert b"block-tokens" in err
+    assert b"plain forward pass" in err
     code, out, _ = run("check", "c.json", "seen", "--json", "outcome.json")
     assert code == 0
     assert out.startswith(b"holds: ")

@@ -2,8 +2,8 @@
 
 Tensors "i.0" and "i.1" are the keys and values of block i, (1, heads, room, width of a head); "i.2", where it is there,
 is how many rows of the room are used; else these are the rows before a trailing run of zeros. Metadata names the class
-of each cache under "1.i", older versions under "2.i". There are no ids. Rotating caches hold a window in ring order, and
-quantised ones packed integers.
+of each cache under "1.i", older versions under "2.i". There are no ids. Rotating caches hold a window in ring order,
+and quantised ones packed integers.
 
 Source: mlx-lm's models/cache.py and cache_prompt.py.
 """
