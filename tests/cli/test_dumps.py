@@ -16,6 +16,7 @@ import sipit
 from sipit import LanguageModel
 from sipit.cli import main
 from sipit.errors import OptionError
+from tests.unit.observations.formats.deepspec_files import target_cache
 from tests.unit.observations.formats.llama_files import memory, neighbouring_pairs, session
 
 TEXT = "the prompt of another tool"
@@ -206,6 +207,23 @@ def test_prompt_cache_of_mlx_comes_back(
     told = ("--model", text_folder, "--layer", "2", "--site", "keys")
     code, out, _ = _run(capfd, "invert", tmp_path / "cache.safetensors", *told)
     assert (code, out.strip()) == (0, TEXT)
+
+
+@pytest.mark.parametrize("where", [("--layer", "2"), ("--site", "final")])
+def test_target_cache_of_deepspec_comes_back(
+    tmp_path: Path,
+    text_folder: Path,
+    text_lm: LanguageModel,
+    states: tuple[Tensor, ...],
+    capfd: pytest.CaptureFixture[str],
+    where: tuple[str, str],
+) -> None:
+    ids = text_lm.encode(TEXT).tolist()
+    joined = torch.stack([states[1][0], states[2][0]], dim=1)
+    target_cache(tmp_path / "cache", [(ids, joined, states[-1][0])], [0, 1], padding=3)
+    code, out, err = _run(capfd, "invert", tmp_path / "cache", "--model", text_folder, *where)
+    assert (code, out.strip()) == (0, TEXT)
+    assert "exact     yes" in err
 
 
 def test_dump_is_identified_and_verified(

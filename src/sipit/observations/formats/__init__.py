@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from sipit.errors import InputError, SipitError, StorageError
 from sipit.observations.formats.arrays import NumpyArchiveFormat, NumpyFormat, SafetensorsFormat
+from sipit.observations.formats.deepspec import DeepSpecFormat
 from sipit.observations.formats.dump import Dump, Wanted, brief, file_name
 from sipit.observations.formats.json_states import JsonFormat
 from sipit.observations.formats.llama_cpp import LlamaCppFormat
@@ -56,6 +57,7 @@ class ObservationFormat(Protocol):
 
 
 FORMATS: tuple[ObservationFormat, ...] = (
+    DeepSpecFormat(),
     VllmFormat(),
     MlxFormat(),
     TorchFormat(),
