@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_float8_has_its_rounding(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["version", "no layers", "dtype", "index", "shard", "cut"])
 def test_malformed_cache_is_refused(tmp_path: Path, damage: str) -> None:
-    changes: dict[str, dict[str, object]] = {
+    changes: dict[str, Any] = {
         "version": {"version": 9},
         "no layers": {"target_layer_ids": []},
         "dtype": {"hidden_dtype": "int4"},
