@@ -18,6 +18,7 @@ from sipit.cli import main
 from sipit.errors import OptionError
 from tests.unit.observations.formats.deepspec_files import target_cache
 from tests.unit.observations.formats.llama_files import memory, neighbouring_pairs, session
+from tests.unit.observations.formats.test_sae_lens import arrow_folder
 
 TEXT = "the prompt of another tool"
 
@@ -222,6 +223,20 @@ def test_target_cache_of_deepspec_comes_back(
     joined = torch.stack([states[1][0], states[2][0]], dim=1)
     target_cache(tmp_path / "cache", [(ids, joined, states[-1][0])], [0, 1], padding=3)
     code, out, err = _run(capfd, "invert", tmp_path / "cache", "--model", text_folder, *where)
+    assert (code, out.strip()) == (0, TEXT)
+    assert "exact     yes" in err
+
+
+def test_context_of_sae_lens_comes_back(
+    tmp_path: Path,
+    text_folder: Path,
+    text_lm: LanguageModel,
+    states: tuple[Tensor, ...],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    ids = text_lm.encode(TEXT)
+    arrow_folder(tmp_path / "cache", states[2].repeat(2, 1, 1), ids.repeat(2, 1), hook="blocks.1.hook_resid_post")
+    code, out, err = _run(capfd, "invert", tmp_path / "cache", "--model", text_folder, "--prompt", "1")
     assert (code, out.strip()) == (0, TEXT)
     assert "exact     yes" in err
 

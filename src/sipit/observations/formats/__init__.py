@@ -20,6 +20,7 @@ from sipit.observations.formats.json_states import JsonFormat
 from sipit.observations.formats.llama_cpp import LlamaCppFormat
 from sipit.observations.formats.mlx import MlxFormat
 from sipit.observations.formats.observed import observation_of, observed, settled_dumps
+from sipit.observations.formats.sae_lens import SaeLensFormat
 from sipit.observations.formats.torch_files import TorchFormat
 from sipit.observations.formats.vllm import VllmFormat
 from sipit.storage import require_file
@@ -58,6 +59,7 @@ class ObservationFormat(Protocol):
 
 FORMATS: tuple[ObservationFormat, ...] = (
     DeepSpecFormat(),
+    SaeLensFormat(),
     VllmFormat(),
     MlxFormat(),
     TorchFormat(),
