@@ -56,7 +56,7 @@ def _something_else(rng: random.Random, lm: LanguageModel, other: LanguageModel)
         lambda: torch.cat([rows[:1], rows[1:].flip(0)]),
         lambda: -rows,
         lambda: rows + torch.randn(rows.shape, generator=generator) * rows.std() * 0.3,
-        lambda: other.capture(input_ids=_ids(rng, lm, 9), layer=2).states,
+        lambda: other.capture(input_ids=_ids(rng, other, 9), layer=2).states,
     )
     return rng.choice(kinds)()
 

@@ -309,6 +309,8 @@ def test_bad_option_is_refused(llama: LanguageModel, options: dict[str, Any], er
         (torch.zeros(3, 32, dtype=torch.long), ShapeError),
         (torch.full((3, 32), float("nan")), NonFiniteError),
         (torch.full((3, 32), float("inf")), NonFiniteError),
+        (torch.full((3, 32), 1e30), NonFiniteError),
+        (torch.full((3, 32), 1e300, dtype=torch.float64), NonFiniteError),
         (object(), ShapeError),
         (["a"], ShapeError),
         ("no such file", StorageError),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sipit.errors import InputError, MismatchError, ShapeError
+from sipit.errors import InputError, MismatchError, NonFiniteError, ShapeError
 from sipit.models import LanguageModel
 from sipit.observations import Observation
 
@@ -12,6 +12,7 @@ def require_belongs(lm: LanguageModel, seen: Observation) -> None:
 
     Raises:
         OptionError: the model has no such layer or site.
+        NonFiniteError: distances to such values overflow.
         ShapeError: the states are of another width, or more than the model has positions for.
         MismatchError: they carry another fingerprint, lack positions, or depend on the length of their pass.
         InputError: the known prefix holds an id outside the vocabulary.
@@ -22,6 +23,13 @@ def require_belongs(lm: LanguageModel, seen: Observation) -> None:
         raise ShapeError(
             f"states are {seen.d_model} wide, but site {seen.site!r} of model {lm.name!r} is {width} wide; "
             "name the model they were captured from"
+        )
+    lengths = seen.states.float().norm(dim=1)  # (T,)
+    if not bool(lengths.isfinite().all()):
+        row = int((~lengths.isfinite()).nonzero()[0, 0])
+        raise NonFiniteError(
+            f"row {row} holds values up to {float(seen.states[row].abs().max()):.2g}, so large that their squares "
+            "overflow float32; no model's states are: check how the file was read"
         )
     if seen.fingerprint is not None and seen.fingerprint != lm.fingerprint:
         raise MismatchError(
