@@ -226,10 +226,17 @@ def _dump_options(command: argparse.ArgumentParser) -> None:
 
 def _prefix_options(command: argparse.ArgumentParser) -> None:
     """Add what a user knows of the tokens before the first row."""
-    group = command.add_argument_group("tokens before the first row, where they are known and have no rows")
+    group = command.add_argument_group("tokens that have no rows")
+    group.add_argument(
+        "--positions",
+        metavar="P",
+        help="position of each row where some have none: 0,2,5 or a range as 1:64:2; the last is that of the last row",
+    )
     known = group.add_mutually_exclusive_group()
-    known.add_argument("--prefix-text", metavar="T", help="their text, as the model's tokenizer reads it")
-    known.add_argument("--prefix-ids", metavar="IDS", help="their token ids, separated by commas")
+    known.add_argument(
+        "--prefix-text", metavar="T", help="text before the first row, as the model's tokenizer reads it"
+    )
+    known.add_argument("--prefix-ids", metavar="IDS", help="token ids before the first row, separated by commas")
     known.add_argument(
         "--prefix-template",
         nargs="?",

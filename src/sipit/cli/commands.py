@@ -10,6 +10,7 @@ import json
 import shlex
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,7 +124,7 @@ def invert(options: Namespace) -> int:
     if options.any_model:
         seen = replace(seen, fingerprint=None)
     lm = loaded(_model_of(options, seen), options)
-    return _invert_one(options, lm, seen.behind(_known_prefix(options, lm)))
+    return _invert_one(options, lm, _placed(options, lm, seen))
 
 
 def _invert_one(options: Namespace, lm: LanguageModel, seen: Observation, truth: tuple[int, ...] | None = None) -> int:
@@ -162,17 +163,37 @@ def _invert_dumps(options: Namespace) -> int:
         prefix = _known_prefix(options, lm)
         if truth is not None and len(truth) == len(prefix) + seen.seq_len:
             truth = truth[len(prefix) :]  # the ids that lie beside a suffix are often those of the whole prompt
-        return _invert_one(options, lm, seen.behind(prefix), truth)
+        return _invert_one(options, lm, _placed(options, lm, seen), truth)
     named: list[tuple[str, Observation | SipitError]] = []
     for number, entry in enumerate(entries):
         if isinstance(entry, SipitError):
             named.append((f"{options.file}: entry {number}", entry))
             continue
         try:
-            named.append((entry.name, observation_of(entry, lm.n_layers, lm.d_head).behind(_known_prefix(options, lm))))
+            named.append((entry.name, _placed(options, lm, observation_of(entry, lm.n_layers, lm.d_head))))
         except SipitError as error:
             named.append((entry.name, error))
     return _invert_all(options, named, lm)
+
+
+def _placed(options: Namespace, lm: LanguageModel, seen: Observation) -> Observation:
+    """Return an observation at the positions, and behind the tokens, that the user says."""
+    if options.positions is not None:
+        positions = _positions_of(options.positions)
+        if len(positions) != seen.seq_len:
+            raise OptionError(f"--positions names {len(positions)} positions, the file holds {seen.seq_len} rows")
+        seen = replace(seen, positions=tuple(positions))
+    return seen.behind(_known_prefix(options, lm))
+
+
+def _positions_of(text: str) -> Sequence[int]:
+    """Return the positions that a list or a range names."""
+    bounds = ids_of(text.replace(":", ","), "--positions")
+    if ":" not in text:
+        return bounds
+    if text.count(":") > 2 or "," in text or len(bounds) != text.count(":") + 1 or bounds[-1] < 1:
+        raise OptionError(f"--positions {text[:40]!r} is no range; say FIRST:END or FIRST:END:STEP, the end left out")
+    return range(*bounds)
 
 
 def _known_prefix(options: Namespace, lm: LanguageModel) -> list[int]:

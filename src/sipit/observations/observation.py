@@ -125,6 +125,11 @@ class Observation:
         return self.positions[-1] + 1
 
     @property
+    def n_sought(self) -> int:
+        """Number of tokens behind the known prefix, up to that of the last row."""
+        return self.n_positions - len(self.known_prefix)
+
+    @property
     def is_complete(self) -> bool:
         """Whether every position behind the known prefix is held."""
         first = len(self.known_prefix)
@@ -133,7 +138,8 @@ class Observation:
     def behind(self, known_prefix: Iterable[int]) -> Observation:
         """Return this observation with the token ids that stand before its first row; itself where there are none.
 
-        Rows whose file names no position, or position 0, start behind the prefix.
+        Rows whose file names no position, or position 0, start behind the prefix. Where the file names a later
+        position, those between are holes.
 
         Raises:
             OptionError: it brings another known prefix, or its rows start elsewhere.
@@ -144,12 +150,12 @@ class Observation:
         if self.known_prefix and self.known_prefix != ids:
             raise OptionError("the observation brings its own known prefix, which is another one; leave yours out")
         first = self.positions[0]
-        if first not in (0, len(ids)):
+        if 0 < first < len(ids):
             raise OptionError(
-                f"the rows start at position {first}, but the known prefix has {len(ids)} tokens; pass all tokens "
+                f"the rows start at position {first}, but the known prefix has {len(ids)} tokens; pass those "
                 "before the first row, the BOS token included"
             )
-        shift = len(ids) - first
+        shift = len(ids) if first == 0 else 0
         return replace(self, known_prefix=ids, positions=tuple(p + shift for p in self.positions))
 
     def digest(self) -> str:

@@ -337,13 +337,6 @@ def test_site_that_contradicts_the_observation_is_refused(llama: LanguageModel) 
         sipit.invert(llama, llama.capture(input_ids=PLAIN, layer=2), site="final")
 
 
-def test_missing_positions_are_refused(llama: LanguageModel) -> None:
-    seen = llama.capture(input_ids=PLAIN, layer=2)
-    part = Observation(states=seen.states[2:], layer=2, positions=tuple(range(2, len(PLAIN))))
-    with pytest.raises(MismatchError, match="position"):
-        sipit.invert(llama, part)
-
-
 def test_observation_is_not_changed_by_inverting_it(llama: LanguageModel) -> None:
     seen = llama.capture(input_ids=PLAIN, layer=2, dtype="bfloat16")
     before = seen.digest()

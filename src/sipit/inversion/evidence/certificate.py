@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -129,6 +129,7 @@ def _is_position(evidence: Any) -> bool:
         and (evidence.get("runner_up") is None or _is_number(evidence["runner_up"]))
         and (evidence.get("token", ...) is None or _is_text(evidence.get("token")))
         and isinstance(evidence.get("rivals"), list | tuple)
+        and type(evidence.get("is_held", True)) is bool
     )
 
 
@@ -152,6 +153,8 @@ def check_certificate(
     Costs one ordinary forward pass of the claimed tokens. Holds for the verdicts "recovered" and
     "ambiguous"; a record of an unmatched search claims no prompt and never holds.
 
+    Rows whose file names no positions are replayed at those that the certificate names.
+
     Raises:
         CertificateError, StorageError: the certificate cannot be read.
     """
@@ -159,6 +162,7 @@ def check_certificate(
         record = _validated(certificate, "the certificate")
     else:
         record = read_certificate(certificate)
+    seen = _at_claimed_places(record, seen)
     reasons = _mismatches(record, seen, lm)
     distance = tolerance = None
     block_tokens = 0
@@ -171,8 +175,9 @@ def check_certificate(
         worst = int(found.over.argmax())
         distance, tolerance = float(found.distances[worst]), float(found.allowed[worst])
         if not bool((found.over <= 0).all()):
+            place = seen.positions[worst]
             reasons.append(
-                f"position {worst}: the claimed token {record['input_ids'][worst]} is {distance:.3g} from the "
+                f"position {place}: the claimed token {int(ids[place])} is {distance:.3g} from the "
                 f"observed state, {float(found.excess[worst]):.3g} beyond its rounding; tolerance {tolerance:.2g}"
             )
         if noise:
@@ -232,6 +237,8 @@ def _too_much_noise(lm: LanguageModel, seen: Observation, noise: float, is_neede
 def _mismatches(record: dict[str, Any], seen: Observation, lm: LanguageModel) -> list[str]:
     """Return what forbids the replay, before any state is computed."""
     reasons = []
+    known = _known_prefix(record)
+    n_sought = seen.n_positions - len(known)
     body = {key: value for key, value in record.items() if key not in ("digest", "file")}
     if record["digest"] != _digest(body):
         reasons.append("the certificate was edited: its digest does not match its content")
@@ -251,21 +258,18 @@ def _mismatches(record: dict[str, Any], seen: Observation, lm: LanguageModel) ->
         reasons.append("the observation is not the one the certificate is about: its digest differs")
     if record["verdict"] == "unmatched":
         reasons.append("the certificate records an unmatched search, which claims no prompt")
-    elif not len(record["input_ids"]) == len(record["positions"]) == seen.seq_len:
-        reasons.append(
-            f"the certificate names {len(record['input_ids'])} tokens, the observation has {seen.seq_len} positions"
-        )
+    elif not len(record["input_ids"]) == len(record["positions"]) == n_sought:
+        reasons.append(f"the certificate names {len(record['input_ids'])} tokens, the observation has {n_sought}")
     if [position["token_id"] for position in record["positions"]] != record["input_ids"]:
         reasons.append("the evidence of the positions is about other tokens than the claimed ones")
-    if record["seq_len"] != seen.seq_len:
-        reasons.append(f"the certificate is about {record['seq_len']} positions, the observation has {seen.seq_len}")
+    if record["seq_len"] != n_sought:
+        reasons.append(f"the certificate is about {record['seq_len']} positions, the observation has {n_sought}")
     if not all(0 <= i < lm.vocab_size for i in [*record["input_ids"], *_known_prefix(record)]):
         reasons.append(f"a claimed token id is outside the vocabulary (0 to {lm.vocab_size - 1})")
-    known = _known_prefix(record)
     if seen.known_prefix and list(seen.known_prefix) != known:
         reasons.append("the certificate is about another known prefix than the observation's")
-    if seen.positions != tuple(range(len(known), len(known) + seen.seq_len)):
-        reasons.append(f"the observation does not hold every position behind the {len(known)} tokens known before it")
+    if seen.positions != _claimed_places(record) and record["verdict"] != "unmatched":
+        reasons.append(f"the observation holds other positions than the certificate, behind {len(known)} known tokens")
     try:
         lm.checked_layer(seen.layer, seen.site)
         if seen.d_model != lm.width(seen.cut):
@@ -273,6 +277,19 @@ def _mismatches(record: dict[str, Any], seen: Observation, lm: LanguageModel) ->
     except (OptionError, ShapeError) as error:
         reasons.append(str(error))
     return reasons
+
+
+def _claimed_places(record: dict[str, Any]) -> tuple[int, ...]:
+    """Return the positions that a claim says rows were held of."""
+    first = len(_known_prefix(record))
+    return tuple(first + i for i, evidence in enumerate(record["positions"]) if evidence.get("is_held", True))
+
+
+def _at_claimed_places(record: dict[str, Any], seen: Observation) -> Observation:
+    """Return an observation whose file names no positions at those of the claim, if there are as many."""
+    places = _claimed_places(record)
+    is_silent = not seen.known_prefix and seen.positions == tuple(range(seen.seq_len))
+    return replace(seen, positions=places) if is_silent and len(places) == seen.seq_len else seen
 
 
 def _known_prefix(record: dict[str, Any]) -> list[int]:

@@ -30,6 +30,7 @@ class PositionEvidence:
     runner_up: float | None  # distance of the best other token checked; None where only one was
     n_checked: int  # tokens checked at this position
     rivals: tuple[Candidate, ...] = ()  # other tokens that fit as well; not empty means ambiguous
+    is_held: bool = True  # whether a row was held here; else the next one speaks for the token, and its are the numbers
 
     @property
     def margin(self) -> float | None:
@@ -63,7 +64,7 @@ class Inversion:
     verdict: Verdict
     text: str | None  # of the tokens below; None without a tokenizer
     input_ids: tuple[int, ...]  # the recovered prompt behind the known prefix, or its beginning where "unmatched"
-    seq_len: int  # positions observed
+    seq_len: int  # tokens sought: positions behind the known prefix, holes included
     tolerance: float  # the largest over the positions
     noise: float  # declared by the caller; L2, 0 where none was
     seconds: float

@@ -7,6 +7,7 @@ states were stored in, which is bounded exactly from the stored values.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,27 @@ class Tolerance:
     half_step: Tensor | None  # (T, D): most that rounding moved each stored value; None: not rounded
     is_open: Tensor  # (T,) bool: the rounding alone may let many other tokens fit
     total: Tensor  # (T,) float64: noise plus the norm of half_step
+
+    def at(self, positions: Sequence[int]) -> Tolerance:
+        """Return the tolerance of a prompt whose rows lie at some positions; 0 at those between, of which none is held.
+
+        (T,) rows → (P,) positions.
+        """
+        n_positions = positions[-1] + 1
+        if len(positions) == n_positions:
+            return self
+        rows = torch.tensor(list(positions))
+
+        def spread(values: Tensor) -> Tensor:
+            return values.new_zeros(n_positions, *values.shape[1:]).index_copy(0, rows.to(values.device), values)
+
+        return Tolerance(
+            noise=spread(self.noise),
+            is_coarse=spread(self.is_coarse),
+            half_step=None if self.half_step is None else spread(self.half_step),
+            is_open=spread(self.is_open),
+            total=spread(self.total),
+        )
 
     def excess(self, states: Tensor, observed: Tensor, rows: Tensor) -> Tensor:
         """Return how far states lie from all values that would be stored as the observed ones.

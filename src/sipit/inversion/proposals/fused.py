@@ -99,7 +99,7 @@ class FusedProposal:
 
     @property
     def _uses_likelihood(self) -> bool:
-        return self._n_wasted > self._patience and self.view.seen.layer > 0 and self._restored.are_states
+        return self._n_wasted > self._patience and self._likely.can_go_on
 
     def begin(self) -> None:
         self._checked = []
@@ -133,6 +133,13 @@ class FusedProposal:
 
     def draft(self) -> Draft | None:
         return Draft(first=self._first, ahead=self._ahead())
+
+    def guesses(self, position: int, n: int) -> Tensor:
+        return (
+            self._block(position - position % _BLOCK)[position % _BLOCK]
+            .topk(min(n, self.view.lm.vocab_size))
+            .indices.cpu()
+        )
 
     def _ahead(self) -> Iterator[tuple[Tensor, Tensor]]:
         n_positions = min(self.view.seen.seq_len, self.view.position + self._n_blocks * _BLOCK)
@@ -204,12 +211,12 @@ class FusedProposal:
         row = self._block(start)[position - start]
         if self._uses_likelihood:
             return row, self._log_rows([position])[0]
-        if self._restored.are_states:
+        if self._restored.are_states and self.view.is_gapless:
             return row, None
         n_checked = sum(len(c.token_ids) for c in self._checked)
         pays = n_checked * (self.view.seen.layer + 1) >= self.view.lm.n_layers  # it is a pass of the whole model
         if n_checked and pays and position not in self._logs:
-            self._logs = {position: self._likely.logits_behind_prefix()}
+            self._logs = {position: self._likely.behind_prefix.logits()}
         return row, self._logs.get(position)
 
     def _block(self, start: int) -> Tensor:

@@ -46,6 +46,9 @@ class Gradient:
     def draft(self) -> Draft | None:
         return None
 
+    def guesses(self, position: int, n: int) -> Tensor:
+        return torch.empty(0, dtype=torch.long)
+
     def learn(self, checked: Checked) -> None:
         """Nothing: the gradient is taken at the proxy, not at what was checked."""
 

@@ -48,6 +48,9 @@ class Hinted:
             return Draft(first=1.0, ahead=self._ahead())
         return self._inner.draft()
 
+    def guesses(self, position: int, n: int) -> Tensor:
+        return self._inner.guesses(position, n)
+
     def learn(self, checked: Checked) -> None:
         self._begin_inner()
         self._inner.learn(checked)

@@ -33,12 +33,18 @@ class SearchView:
     meter: Meter
     generator: torch.Generator
     price: float  # what one more packed pass may cost in wasted tokens
+    is_held: Tensor  # (T,) bool: positions that a row is held of
     prefix: list[int] = field(default_factory=list)  # accepted token ids
 
     @property
     def position(self) -> int:
         """The position to propose for."""
         return len(self.prefix)
+
+    @property
+    def is_gapless(self) -> bool:
+        """Whether a row is held of every position."""
+        return bool(self.is_held.all())
 
     @property
     def target(self) -> Tensor:
@@ -65,6 +71,12 @@ class Proposal(Protocol):
 
     def draft(self) -> Draft | None:
         """Return guesses behind the first token `next` just returned; None where that needs a prefix."""
+
+    def guesses(self, position: int, n: int) -> Tensor:
+        """Return the best n tokens for a position ahead, whatever stands before it; none where that needs a prefix.
+
+        (N,)
+        """
 
     def learn(self, checked: Checked) -> None:
         """Take note of candidates that were checked at this position."""
@@ -105,6 +117,9 @@ class Ordered:
 
     def draft(self) -> Draft | None:
         return None
+
+    def guesses(self, position: int, n: int) -> Tensor:
+        return self._order[:0]
 
     def learn(self, checked: Checked) -> None:
         """Nothing to learn: the order is fixed."""

@@ -85,6 +85,18 @@ class _Slot:
     tree: Tree | None = field(init=False, default=None)  # planned, not yet checked
 
 
+def gapless(seen: Observation) -> Observation:
+    """Return an observation with a row of zeros at each position that none is held of; itself where there is none."""
+    if seen.is_complete:
+        return seen
+    states, rows = seen.states, torch.tensor(seen.positions)
+    whole = states.new_zeros(seen.n_positions, seen.d_model).index_copy(0, rows, states)
+    half = seen.half_step
+    if half is not None:
+        half = half.new_zeros(whole.shape).index_copy(0, rows, half)
+    return replace(seen, states=whole, half_step=half, positions=())
+
+
 class BatchScheduler:
     """Searches that share one row of packed passes."""
 
@@ -111,6 +123,10 @@ class BatchScheduler:
         """Start a search."""
         lm, options = self._lm, self._options
         require_belongs(lm, seen)
+        if not seen.is_complete and options.policy != "auto":
+            raise OptionError(
+                f"policy {options.policy!r} reads no row ahead, which positions without a row need; use policy 'auto'"
+            )
         if any(not 0 <= token_id < lm.vocab_size for token_id in options.hint):
             raise OptionError(f"hint holds a token id outside the vocabulary (0 to {lm.vocab_size - 1})")
         started = time.perf_counter()
@@ -118,13 +134,24 @@ class BatchScheduler:
             self._cache = lm.cut(seen.cut, seq_len=seen.n_positions).new_cache()
         lane = next(i for i in range(self._n_slots) if i not in {other.lane for other in self._slots})
         meter = Meter()
-        whole = self._with_prefix(seen, lane, meter)
-        tolerance = tolerance_for(lm, whole)
+        held = self._with_prefix(seen, lane, meter)
+        whole, tolerance = gapless(held), tolerance_for(lm, held).at(held.positions)
+        is_held = torch.zeros(seen.n_positions, dtype=torch.bool)
+        is_held[list(held.positions)] = True
         check = PackedCheck(lm, whole, tolerance, meter, noise=options.noise, cache=self._cache, lane=lane)
         generator = torch.Generator().manual_seed(options.seed)
         price = pass_price(seen.seq_len, self._n_slots)
         prefix = list(seen.known_prefix)
-        view = SearchView(lm=lm, seen=whole, check=check, meter=meter, generator=generator, price=price, prefix=prefix)
+        view = SearchView(
+            lm=lm,
+            seen=whole,
+            check=check,
+            meter=meter,
+            generator=generator,
+            price=price,
+            is_held=is_held,
+            prefix=prefix,
+        )
         proposal = proposal_for(options.policy, view, use_fit=options.use_fit)
         if len(options.hint):
             proposal = Hinted(view, proposal, [*seen.known_prefix, *options.hint])
@@ -159,7 +186,7 @@ class BatchScheduler:
         most = torch.finfo(seen.states.dtype).max
         states = torch.cat(rows).clamp(-most, most).to(seen.states.dtype)
         states = torch.cat([states, seen.states.cpu()])
-        return replace(seen, states=states, known_prefix=(), positions=())
+        return replace(seen, states=states, known_prefix=(), positions=(*range(len(ids)), *seen.positions))
 
     def step(self) -> dict[int, Inversion]:
         """PromptSearch one packed pass; return the searches that came to their end, by number."""
@@ -167,8 +194,8 @@ class BatchScheduler:
         for slot in list(self._slots):
             with _timed(slot):
                 slot.tree = slot.tree or slot.run.plan()
-                while slot.tree is None and slot.run.is_forked:
-                    slot.run.settle_fork()
+                while slot.tree is None and slot.run.is_aside:
+                    slot.run.step_aside()
                     slot.tree = slot.run.plan()
             if slot.tree is None:
                 self._slots.remove(slot)
@@ -224,7 +251,7 @@ class BatchScheduler:
             meter = slot.run.view.meter
             self._options.on_progress(
                 Progress(
-                    seq_len=slot.seen.seq_len,
+                    seq_len=slot.seen.n_sought,
                     input_ids=tuple(slot.run.view.prefix[len(slot.seen.known_prefix) :]),
                     n_checked=meter.n_checked,
                     n_passes=meter.n_passes,
@@ -246,7 +273,7 @@ class BatchScheduler:
             text=lm.decode(found),
             input_ids=tuple(found),
             known_prefix=seen.known_prefix,
-            seq_len=seen.seq_len,
+            seq_len=seen.n_sought,
             tolerance=slot.tolerance,
             noise=self._options.noise,
             seconds=slot.seconds,

@@ -14,7 +14,7 @@ def require_belongs(lm: LanguageModel, seen: Observation) -> None:
         OptionError: the model has no such layer or site.
         NonFiniteError: distances to such values overflow.
         ShapeError: the states are of another width, or more than the model has positions for.
-        MismatchError: they carry another fingerprint, lack positions, or depend on the length of their pass.
+        MismatchError: they carry another fingerprint, or lack positions before the first block.
         InputError: the known prefix holds an id outside the vocabulary.
     """
     lm.checked_layer(seen.layer, seen.site)
@@ -42,11 +42,10 @@ def require_belongs(lm: LanguageModel, seen: Observation) -> None:
             f"the observation has {seen.n_positions} positions, model {lm.name!r} only {lm.max_positions}; "
             "name the model the states were captured from"
         )
-    if not seen.is_complete:
+    if not seen.is_complete and seen.layer == 0:
         raise MismatchError(
-            f"the {seen.seq_len} rows start at position {seen.positions[0]} and end at {seen.positions[-1]}, behind a "
-            f"known prefix of {len(seen.known_prefix)} tokens; pass the tokens before the first row as known_prefix "
-            "(--prefix-text, --prefix-ids), and leave no position out"
+            f"the {seen.seq_len} rows do not hold every position behind the {len(seen.known_prefix)} tokens known "
+            "before them, and before the first block no row tells of another's token; capture after a block"
         )
     outside = [i for i in seen.known_prefix if not 0 <= i < lm.vocab_size]
     if outside:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -16,8 +17,11 @@ from sipit.inversion.evidence.result import Candidate, Miss, PositionEvidence, V
 from sipit.inversion.inverses.token_keys import token_keys
 from sipit.inversion.judging.check import Checked
 from sipit.inversion.proposals import Proposal, SearchView
+from sipit.inversion.proposals.continuations import Continuations
+from sipit.inversion.proposals.proposal import Draft
 from sipit.inversion.search.diagnosis import diagnosed
 from sipit.inversion.search.forks import Fork, followed
+from sipit.inversion.search.holes import Bridge, Bridges, bridged, n_next_ids, run_pairs
 from sipit.inversion.search.tree import Tree, build_tree
 from sipit.inversion.search.trials import Best, Trials
 
@@ -56,6 +60,7 @@ class PromptSearch:
     _size: int = field(init=False)
     _queued: Tensor = field(init=False)  # a token that fits, to be run with its twins in the next pass
     _is_settling: bool = field(init=False, default=False)  # whether the pass under way is such a one
+    _continuations: Continuations | None = field(init=False, default=None)  # once a hole was met
 
     def __post_init__(self) -> None:
         self._begin()
@@ -74,9 +79,25 @@ class PromptSearch:
         return self.miss is not None or self.view.position >= self.view.seen.seq_len
 
     @property
-    def is_forked(self) -> bool:
+    def is_aside(self) -> bool:
+        """Whether passes of its own come next: over a hole, or to settle a fork."""
+        return not self.is_done and (self._is_forked or self._is_at_hole)
+
+    def step_aside(self) -> None:
+        """Make them."""
+        if self._is_forked:
+            self._settle_fork()
+        else:
+            self._bridge_hole()
+
+    @property
+    def _is_forked(self) -> bool:
         """Whether it is time to settle the fork: behind it a token fits, or none of many does."""
         return self.fork is not None and bool(self.next_ids)
+
+    @property
+    def _is_at_hole(self) -> bool:
+        return not bool(self.view.is_held[self.view.position])
 
     @property
     def _is_behind_fork(self) -> bool:
@@ -89,7 +110,7 @@ class PromptSearch:
         is_first = self.fork is not None and not self.fork.is_doubted
         return is_first and self._is_behind_fork and is_vain and not self._tried.best().is_near
 
-    def settle_fork(self) -> None:
+    def _settle_fork(self) -> None:
         """Run the tokens of the fork with what may follow them, and go on behind the best of those that survive.
 
         Where none does, an earlier token is wrong, or the rows are: then the nearest at the fork stays.
@@ -110,9 +131,7 @@ class PromptSearch:
         rivals = [(i, d) for i, d in distances.items() if i != chosen and i in kept]
         rivals += [(r.token_id, r.distance) for r in here.rivals if r.token_id not in distances]
         del self.evidence[fork.position - n_known :], view.prefix[fork.position :]
-        check.cut.packed(check.cache, torch.tensor([chosen]), torch.tensor([fork.position]), lanes=check.lanes(1))
-        check.cache.keep([0])
-        view.meter.spend(1, check.cut.layer)
+        self._keep([chosen], fork.position)
         self.evidence.append(
             replace(
                 here,
@@ -123,12 +142,78 @@ class PromptSearch:
                 rivals=self._named(rivals),
             )
         )
-        view.prefix.append(chosen)
         self.fork = None if alive or fork.is_doubted else replace(fork, is_doubted=True)
         self.next_ids = ()
         self._begin()
         if alive:
             self._queued = torch.tensor([alive[0].next_id])
+
+    def _keep(self, token_ids: Sequence[int], position: int) -> None:
+        """Go on behind tokens that were accepted in passes of their own."""
+        view, check, n = self.view, self.view.check, len(token_ids)
+        sees = torch.ones(n, n, dtype=torch.bool).tril()
+        places = torch.arange(position, position + n)
+        check.cut.packed(check.cache, torch.tensor(list(token_ids)), places, sees, check.lanes(n))
+        check.cache.keep(range(n))
+        view.meter.spend(n, check.cut.layer)
+        view.prefix.extend(token_ids)
+
+    def _bridge_hole(self) -> None:
+        """Accept for positions without a row what gives the next row, together with a token there."""
+        view = self.view
+        position = view.position
+        n_missing = int(view.is_held[position:].int().argmax())
+        if self._continuations is None:
+            self._continuations = Continuations(view)
+        next_ids = self.proposal.guesses(position + n_missing, n_next_ids(view.lm.vocab_size)).tolist()
+        bridges = bridged(view, self._continuations, next_ids, n_missing, self.max_batch)
+        best = bridges.found[0]
+        if not best.is_near:
+            self.miss = self._unbridged(bridges, n_missing)
+            return
+        n_tried = bridges.n_tried
+        for place, token_id in enumerate(best.token_ids):  # what may fit in the hole beside it was not all tried
+            others = torch.tensor(self._alike(token_id, position + n_missing), dtype=torch.long)
+            sequences = torch.tensor([best.token_ids]).repeat(len(others), 1)
+            sequences[:, place] = others
+            run_pairs(view.check, position, sequences, [best.next_id], self.max_batch, bridges)
+        best = bridges.found[0]
+        self.evidence += [self._over_hole(bridges.found, place, n_tried) for place in range(n_missing)]
+        self._keep(best.token_ids, position)
+        self._begin()
+        self._queued = torch.tensor([best.next_id])
+
+    def _over_hole(self, found: Sequence[Bridge], place: int, n_tried: int) -> PositionEvidence:
+        """Return the evidence for a token of a hole, from what was run over it, the accepted sequence first."""
+        best = found[0]
+        others = [one for one in found if one.token_ids[place] != best.token_ids[place]]
+        rivals = {one.token_ids[place]: one.distance for one in reversed(others) if one.is_near}
+        return PositionEvidence(
+            token_id=best.token_ids[place],
+            token=self.view.lm.decode([best.token_ids[place]]),
+            distance=best.distance,
+            tolerance=self.view.check.limit(self.view.position + len(best.token_ids)),
+            runner_up=min((one.distance for one in others), default=None),
+            n_checked=n_tried,
+            rivals=self._named([(i, rivals[i]) for i in sorted(rivals, key=lambda i: rivals[i])]),
+            is_held=False,
+        )
+
+    def _unbridged(self, bridges: Bridges, n_missing: int) -> Miss:
+        view, best = self.view, bridges.found[0]
+        behind = view.position + n_missing
+        where = f"position {view.position}" if n_missing == 1 else f"positions {view.position} to {behind - 1}"
+        tried = f"none of the {bridges.n_tried} {'tokens' if n_missing == 1 else 'sequences'} tried"
+        return Miss(
+            position=view.position,
+            token_id=best.token_ids[0],
+            token=view.lm.decode([best.token_ids[0]]),
+            distance=best.distance,
+            tolerance=view.check.limit(behind),
+            n_checked=bridges.n_tried,
+            runner_up=bridges.found[1].distance if len(bridges.found) > 1 else None,
+            diagnosis=f"no row is held at {where}, and {tried} there gives the row at position {behind}",
+        )
 
     def _named(self, rivals: Sequence[tuple[int, float]]) -> tuple[Candidate, ...]:
         return tuple(Candidate(token_id=i, token=self.view.lm.decode([i]), distance=d) for i, d in rivals[:_MAX_RIVALS])
@@ -136,9 +221,9 @@ class PromptSearch:
     def plan(self) -> Tree | None:
         """Return the next packed pass: candidates for the next position, and guesses behind the best of them.
 
-        None once the search is done, or stands behind a fork that is to be settled: `is_forked`.
+        None once the search is done, or where passes of its own come next: `is_aside`.
         """
-        while not (self.is_done or self.is_forked):
+        while not (self.is_done or self.is_aside):
             if self._is_in_doubt:
                 self.next_ids = tuple(self._tried.nearest(_NEXT))
                 continue
@@ -153,9 +238,17 @@ class PromptSearch:
                 self._conclude()
                 continue
             speculates = not self._tries_all and not self._is_settling
-            draft = self.proposal.draft() if speculates else None
+            draft = self._draft() if speculates else None
             return build_tree(batch, self.view.position, draft, self.max_batch, self.view.price)
         return None
+
+    def _draft(self) -> Draft | None:
+        """Return guesses for the positions behind this one, up to the next hole."""
+        draft = self.proposal.draft()
+        if draft is None or self.view.is_gapless:
+            return draft
+        n_held = int((~self.view.is_held[self.view.position + 1 :]).int().cumsum(dim=0).eq(0).sum())
+        return replace(draft, ahead=islice(draft.ahead, n_held))
 
     def _proposed(self) -> Tensor:
         """Return candidates not tried yet; none once the whole vocabulary was. (N,)."""
@@ -187,7 +280,7 @@ class PromptSearch:
                 self._overhear(start + depth, outcomes[depth:])
                 self._doubted_best = best
                 break
-            twins = [t for t in self._alike(best.token_id) if self._tried.untried[t]]
+            twins = [t for t in self._alike(best.token_id, self.view.position) if self._tried.untried[t]]
             if twins:  # the next pass checks them beside it, behind the same prefix
                 beside = [best.token_id, *twins] if self.max_batch > 1 else twins
                 self._queued = torch.tensor(beside[: self.max_batch])
@@ -219,21 +312,21 @@ class PromptSearch:
         position, check = self.view.position, self.view.check
         return self.exhaustive or check.is_open(position) or (position == 0 and check.is_coarse(position))
 
-    def _alike(self, token_id: int) -> list[int]:
-        """Return tokens that may fit where this one does, the likeliest first.
+    def _alike(self, token_id: int, seen_from: int) -> list[int]:
+        """Return tokens that may fit where this one does, by the row of some position, the likeliest first.
 
         Those with nearly the same embedding row, and those whose rows are so near that the tolerance may
         not tell their states apart, by what the cut can see of them. Where the tolerance is wider than
         that (coarse arithmetic, states stored rounded), also the nearest rows by direction, so that the
-        best of them is accepted and not the first.
+        best of them is accepted and not the first; and so where a later row alone tells of the token.
         """
-        check, position, lm = self.view.check, self.view.position, self.view.lm
+        check, position, lm = self.view.check, seen_from, self.view.lm
         twins = lm.embeddings.twins(token_id)
         radius = check.alike_within(position)
         for ignores_mean in (False, True) if lm.ignores_mean(check.cut.spec) else (False,):
             near = lm.embeddings.within(token_id, radius, ignores_mean=ignores_mean)
             twins = [*twins, *(i for i in near if i not in twins)]
-        if check.reach(position) <= _NARROW:
+        if position == self.view.position and check.reach(position) <= _NARROW:
             return twins
         least = -1.0 if check.is_coarse(position) else _ALIKE
         near = token_keys(self.view.lm).nearest(token_id, _RIVALS, least)
@@ -326,5 +419,5 @@ class PromptSearch:
         self._measured = set()
         self._queued = torch.empty(0, dtype=torch.long)
         self._size = _FIRST_BATCH
-        if self.view.position < self.view.seen.seq_len:
+        if not self.is_done and not self._is_at_hole:
             self.proposal.begin()
