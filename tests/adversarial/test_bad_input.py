@@ -162,8 +162,8 @@ def test_width_that_the_site_lacks_is_refused(refused: Refused, text_folder: Pat
     assert site in sentence
 
 
-def test_states_that_skip_positions_are_refused(refused: Refused, text_folder: Path) -> None:
-    name = _states("x", torch.ones(2, 32), positions="[0, 2]")
+def test_states_whose_positions_fall_are_refused(refused: Refused, text_folder: Path) -> None:
+    name = _states("x", torch.ones(2, 32), positions="[2, 0]")
     assert "position" in refused("invert", name, "--model", text_folder)
 
 

@@ -11,7 +11,7 @@ import torch
 import sipit
 from sipit import LanguageModel, Observation
 from sipit.cli import main
-from sipit.errors import InputError, MismatchError, OptionError
+from sipit.errors import InputError, OptionError
 from sipit.inversion import certificate_of, invert_many
 from sipit.observations import Site, read_observation, read_observations, write_observation, write_observations
 from tests.tiny_models import random_ids
@@ -85,12 +85,17 @@ def test_the_first_state_overflows_a_narrow_dtype_unseen(llama: LanguageModel) -
     assert sipit.invert(llama, rows, layer=2, known_prefix=IDS[:SPLIT]).verdict == "recovered"
 
 
-def test_rows_without_what_stands_before_them_are_refused(llama: LanguageModel) -> None:
+def test_rows_without_what_stands_before_them_say_so(llama: LanguageModel) -> None:
     seen = replace(_suffix(llama), known_prefix=())
-    with pytest.raises(MismatchError, match="pass the tokens before the first row"):
-        sipit.invert(llama, seen)
-    with pytest.raises(OptionError, match="start at position 6, but the known prefix has 2 tokens"):
-        sipit.invert(llama, seen, known_prefix=[1, 2])
+    found = sipit.invert(llama, seen)
+    assert (found.verdict, found.input_ids) == ("unmatched", ())
+    assert found.miss is not None
+    assert "no row is held at positions 0 to 5" in found.miss.diagnosis
+    assert "pass the tokens before the first row" in found.miss.diagnosis
+
+
+def test_a_known_prefix_that_cannot_be_is_refused(llama: LanguageModel) -> None:
+    seen = replace(_suffix(llama), known_prefix=())
     with pytest.raises(InputError, match="outside the vocabulary"):
         sipit.invert(llama, seen, known_prefix=[1, 2, 3, 4, 5, 10_000])
     with pytest.raises(OptionError, match="which is another one"):

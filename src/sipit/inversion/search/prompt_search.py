@@ -204,6 +204,7 @@ class PromptSearch:
         behind = view.position + n_missing
         where = f"position {view.position}" if n_missing == 1 else f"positions {view.position} to {behind - 1}"
         tried = f"none of the {bridges.n_tried} {'tokens' if n_missing == 1 else 'sequences'} tried"
+        way_out = "" if view.position else "; pass the tokens before the first row where you know them"
         return Miss(
             position=view.position,
             token_id=best.token_ids[0],
@@ -212,7 +213,7 @@ class PromptSearch:
             tolerance=view.check.limit(behind),
             n_checked=bridges.n_tried,
             runner_up=bridges.found[1].distance if len(bridges.found) > 1 else None,
-            diagnosis=f"no row is held at {where}, and {tried} there gives the row at position {behind}",
+            diagnosis=f"no row is held at {where}, and {tried} there gives the row at position {behind}{way_out}",
         )
 
     def _named(self, rivals: Sequence[tuple[int, float]]) -> tuple[Candidate, ...]:
