@@ -14,17 +14,19 @@ import torch
 from torch import Tensor
 
 from sipit.inversion.judging.meter import Meter
-from sipit.inversion.noise.noise_model import NoiseModel
+from sipit.inversion.judging.noise_model import NoiseModel
 from sipit.inversion.noise.posterior import Candidates, TokenPosteriors
 from sipit.inversion.noise.prefixes import BeamPrefixes
 from sipit.inversion.noise.prior import TokenPrior, anywhere_log_probabilities
-from sipit.inversion.noise.token_map import Ranking, TokenMap, first_map, first_states, token_maps
+from sipit.inversion.noise.token_map import Ranking, first_rows_of_all, token_map
 from sipit.models import LanguageModel
 from sipit.observations import Observation
 
-_TEMPER = 0.8  # of the log-likelihoods of the token map: its errors are less regular than a normal law's
+_TEMPER = 0.8  # of the map's log-likelihoods before its offset is known: its errors are less regular than a normal law's
 _ROWS = 4096  # of candidates compared at once
-_LEAST = 128  # candidates run at a position, however sure the ranking is
+_OF_EACH = 3  # tokens run behind every beam, to know the map's offset there
+_DRAWN = 1.0  # tokens that the offset behind all beams counts as
+_LEAST = 16  # candidates run at a position, however sure the ranking is
 _LEFT_OUT = 1e-4  # of the mass at a position: beams and candidates beyond it are not worth their price
 
 
@@ -33,9 +35,8 @@ class Effort:
     """How much a decoding may cost."""
 
     n_beams: int = 64
-    n_candidates: int = 768  # run through the model at each position, over all beams
-    n_first: int = 1024  # run at the first position, twice, where the whole vocabulary costs too much
-    first_block_tokens: int = 2_000_000  # that it may cost, once per model and cut
+    n_shown: int = 96  # tokens run at each position to know what the map misses there
+    n_candidates: int = 384  # more that are run, the likeliest over all beams
     max_batch: int = 256  # in one packed pass
 
 
@@ -46,6 +47,7 @@ class Beams:
     input_ids: Tensor  # (B, T)
     posteriors: Tensor  # (B,) float64: of each prompt, the mass of what was left out on the way counted
     token_posteriors: Tensor  # (T, V) float64: of each token at each position; sums to 1 over V
+    distances: list[dict[int, float]]  # T of: token run at a position → L2 to the row, the least behind any beam
 
 
 class BeamSearch:
@@ -68,14 +70,24 @@ class BeamSearch:
         self._observed = seen.states.to(self._model.device).float()  # (T, W)
         known = torch.tensor(seen.known_prefix, dtype=torch.long)
         batch = self._effort.max_batch
-        self._maps = token_maps(lm, seen.cut, meter)
+        self._map = token_map(lm, seen.cut, meter)
         self._prefixes = BeamPrefixes(self._model, known, max_batch=batch)
         self._prior = TokenPrior(lm, known, meter, max_batch=batch, seq_len=seen.n_positions)
-        self._clean = self._maps.compared(noise.unexpected(self._observed))  # (T, S)
-        self._ranking: Ranking | None = None
+        self._clean = self._map.compared(self._filled())  # (T, S)
+        variances = noise.variances(seen.d_model)
+        self._far = Ranking(self._map, variances, knows_offset=False)
+        self._near = Ranking(self._map, variances, knows_offset=True)
         self._seen = seen
         self._unigram = anywhere_log_probabilities(lm, meter).double().cpu()  # (V,)
+        self._distances: list[dict[int, float]] = []
         self._local: list[Tensor] = []  # (V,) log-probabilities at each row by that row alone
+
+    def _filled(self) -> Tensor:
+        """Return the rows without shift and scale, the mean row's values where coordinates were dropped. (T, W)."""
+        clean, noise = self._noise.unexpected(self._observed), self._noise
+        if not noise.drops or self._map.projection is not None:
+            return clean
+        return torch.where(noise.kept(self._observed), clean, self._map.centre.to(clean))
 
     def run(self) -> Beams:
         """Return the prompts that are left."""
@@ -95,7 +107,10 @@ class BeamSearch:
                 self._prior.grow(token_ids, beams)
         shares = (scores - scores.logsumexp(dim=0)).exp() * posteriors.left  # (B,)
         return Beams(
-            input_ids=tokens, posteriors=shares, token_posteriors=posteriors.ended(tokens, shares, self._local)
+            input_ids=tokens,
+            posteriors=shares,
+            token_posteriors=posteriors.ended(tokens, shares, self._local),
+            distances=self._distances,
         )
 
     def _kept(self, found: Candidates) -> Tensor:
@@ -110,45 +125,56 @@ class BeamSearch:
         prior = self._prior.log_probabilities.double().cpu() + scores[:, None]  # (B, V)
         if self._prefixes.position == 0:
             return self._first_candidates(prior)
-        likelihoods = self._rest_ranking().scores(self._clean[row][None]).double().cpu()  # (1, V)
-        self._local.append((_TEMPER * likelihoods[0] + self._unigram).log_softmax(dim=0))
-        ranked = prior + _TEMPER * likelihoods
-        chosen = _best(ranked, self._effort.n_candidates)
-        return self._judged(row, prior, ranked, *chosen)
+        expected = torch.logaddexp((prior - scores.logsumexp(dim=0)).logsumexp(dim=0), self._unigram)  # (V,)
+        clean = self._clean[row][None]  # (1, S)
+        likelihoods = self._far.scores(clean).double().cpu()  # (1, V)
+        ids, beams = _best_of_each(prior + _TEMPER * likelihoods, _OF_EACH, self._effort.n_shown)
+        states = self._states(ids, beams)
+        offsets = self._offsets(ids, beams, states, len(scores))
+        likelihoods = self._near.scores(clean, offsets).double().cpu()  # (B, V)
+        self._local.append((likelihoods[0] + expected).log_softmax(dim=0))
+        ranked = prior + likelihoods
+        more = ranked.clone()
+        more[beams, ids] = -math.inf
+        new_ids, new_beams = _best(more, ranked.flatten().logsumexp(dim=0), self._effort.n_candidates)
+        states = torch.cat([states, self._states(new_ids, new_beams)])
+        ids, beams = torch.cat([ids, new_ids]), torch.cat([beams, new_beams])
+        exact = prior[beams, ids] + self._likelihoods(row, states)  # (N,)
+        self._note_distances(row, ids, states)
+        ranked += exact.logsumexp(dim=0) - ranked[beams, ids].logsumexp(dim=0)  # noise that is not normal is off
+        ranked[beams, ids] = -math.inf
+        rest = ranked.flatten().logsumexp(dim=0)
+        return Candidates(token_ids=ids, beams=beams, log_scores=exact, log_rest=rest, log_others=ranked)
 
     def _first_candidates(self, prior: Tensor) -> Candidates:
-        """Return candidates for the first position: the whole vocabulary, or where it costs too much the likeliest."""
-        maps, keys, vocabulary = self._maps, self._maps.keys, torch.arange(self._lm.vocab_size)
-        if len(vocabulary) * self._model.layer <= self._effort.first_block_tokens:
-            states = first_states(self._lm, self._seen.cut, self._meter)
-            likelihoods = self._likelihoods(0, states)
-            self._local.append((_TEMPER * likelihoods + self._unigram).log_softmax(dim=0))
-            ids, beams = _best(prior + likelihoods, len(vocabulary))
-            exact = (prior[0] + likelihoods)[ids]
-            others = (prior + likelihoods).index_fill(1, ids, -math.inf)
-            rest = others.flatten().logsumexp(dim=0)
-            return Candidates(token_ids=ids, beams=beams, log_scores=exact, log_rest=rest, log_others=others)
-        ranked = prior + _TEMPER * self._ranked(maps.first).scores(self._clean[:1]).double().cpu()
-        ids, beams = _best(ranked, self._effort.n_first)
-        rows = maps.compared(self._states(ids, beams))
-        likelihoods = self._ranked(first_map(rows, keys.keys(ids).to(rows))).scores(self._clean[:1]).double().cpu()
-        self._local.append((_TEMPER * likelihoods[0] + self._unigram).log_softmax(dim=0))
-        again = prior + _TEMPER * likelihoods
-        unseen = again.clone()
-        unseen[beams, ids] = -math.inf
-        more = _best(unseen, self._effort.n_first)
-        return self._judged(0, prior, again, torch.cat([ids, more[0]]), torch.cat([beams, more[1]]))
-
-    def _judged(self, row: int, prior: Tensor, ranked: Tensor, ids: Tensor, beams: Tensor) -> Candidates:
-        """Return candidates with exact scores, and the mass of all others as the ranking sees it."""
-        states = self._states(ids, beams)
-        exact = prior[beams, ids] + self._likelihoods(row, states)  # (N,)
-        share = ranked[beams, ids].logsumexp(dim=0) - ranked.flatten().logsumexp(dim=0)  # of those run, in log
-        unseen = torch.log1p(-share.exp().clamp(max=1 - 1e-12)) - share
-        log_rest = exact.logsumexp(dim=0) + unseen
-        others = ranked.clone()
+        """Return candidates for a prompt's first position: the whole vocabulary, whose rows there are made once."""
+        states = first_rows_of_all(self._lm, self._seen.cut, self._meter)
+        likelihoods = self._likelihoods(0, states)  # (V,)
+        self._local.append((likelihoods + self._unigram).log_softmax(dim=0))
+        scores = prior + likelihoods  # (1, V)
+        ids, beams = _best(scores, scores.flatten().logsumexp(dim=0), self._lm.vocab_size)
+        self._note_distances(0, ids, states[ids.to(states.device)])
+        others = scores.clone()
         others[beams, ids] = -math.inf
-        return Candidates(token_ids=ids, beams=beams, log_scores=exact, log_rest=log_rest, log_others=others)
+        rest = others.flatten().logsumexp(dim=0)
+        return Candidates(token_ids=ids, beams=beams, log_scores=scores[0, ids], log_rest=rest, log_others=others)
+
+    def _offsets(self, ids: Tensor, beams: Tensor, states: Tensor, n_beams: int) -> Tensor:
+        """Return the mean error of the map behind each beam, drawn towards that behind all of them. (B, S)."""
+        errors = self._map.errors(states, ids)  # (N, S)
+        common = errors.mean(dim=0)
+        beams = beams.to(errors.device)
+        sums = torch.zeros(n_beams, errors.shape[1], device=errors.device).index_add_(0, beams, errors)
+        counts = torch.bincount(beams, minlength=n_beams)[:, None]
+        return (sums + _DRAWN * common) / (counts + _DRAWN)
+
+    def _note_distances(self, row: int, ids: Tensor, states: Tensor) -> None:
+        """Note how far the row lies from what tokens lead to, the nearest behind any beam. (N,), (N, W)."""
+        found: dict[int, float] = {}
+        distances = (self._noise.expected(states) - self._observed[row]).norm(dim=1)  # (N,)
+        for token_id, distance in zip(ids.tolist(), distances.tolist(), strict=True):
+            found[token_id] = min(distance, found.get(token_id, math.inf))
+        self._distances.append(found)
 
     def _likelihoods(self, row: int, states: Tensor) -> Tensor:
         """Return the log-likelihood of a row for each of some states. (N, W) → (N,) float64."""
@@ -162,20 +188,19 @@ class BeamSearch:
         self._meter.n_checked += len(ids)
         return states
 
-    def _rest_ranking(self) -> Ranking:
-        if self._ranking is None:
-            self._ranking = self._ranked(self._maps.rest)
-        return self._ranking
 
-    def _ranked(self, token_map: TokenMap) -> Ranking:
-        variance = torch.full_like(token_map.mean, (self._noise.sigma / self._noise.scale) ** 2)
-        return Ranking(self._maps, token_map, variance)
-
-
-def _best(scores: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Return the tokens and beams of the highest scores: n, or fewer that hold nearly all mass. (B, V) → (n,), (n,)."""
+def _best(scores: Tensor, total: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Return the tokens and beams of the highest scores: n, or fewer that leave little mass. (B, V) → (n,), (n,)."""
     best = scores.flatten().topk(min(n, scores.numel()))
-    shares = (best.values - scores.flatten().logsumexp(dim=0)).exp()
-    enough = max(_LEAST, int((shares.cumsum(dim=0) < 1 - _LEFT_OUT).sum()) + 1)
+    shares = (best.values - total).exp()
+    left = (scores.flatten().logsumexp(dim=0) - total).exp()
+    enough = max(_LEAST, int((left - shares.cumsum(dim=0) > _LEFT_OUT).sum()) + 1)
     places = best.indices[:enough]
+    return places % scores.shape[1], places // scores.shape[1]
+
+
+def _best_of_each(scores: Tensor, n_each: int, n: int) -> tuple[Tensor, Tensor]:
+    """Return the tokens and beams of the n highest scores and of the n_each highest of every beam. (B, V)."""
+    own = scores.topk(n_each, dim=1).indices + torch.arange(len(scores))[:, None] * scores.shape[1]  # (B, n_each)
+    places = torch.cat([own.flatten(), scores.flatten().topk(min(n, scores.numel())).indices]).unique()
     return places % scores.shape[1], places // scores.shape[1]

@@ -19,6 +19,7 @@ Law = Literal["gaussian", "uniform"]
 
 _EDGE = 0.02  # of the half width of a uniform error: how softly it ends, for the width is estimated
 _PRIOR_ROWS = 8.0  # rows that the common variance counts as beside the rows of one coordinate
+_IMMENSE = 1e6  # times the variance of what is seen
 _LEAST_SPREAD = 1e-6  # of the rows' root mean square: below it, arithmetic is what is seen
 
 
@@ -35,6 +36,7 @@ class NoiseModel:
     scale: float = 1.0
     shift: Tensor | None = None  # (D,) added to every row
     drops: bool = False  # whether coordinates that are exactly 0 were dropped and say nothing
+    unseen: Tensor | None = None  # (D,) bool: coordinates that are not looked at
 
     def __post_init__(self) -> None:
         if self.law not in ("gaussian", "uniform"):
@@ -83,11 +85,18 @@ class NoiseModel:
 
     def kept(self, observed: Tensor) -> Tensor:
         """Return which coordinates of observed rows say something. (T, D) → (T, D) bool."""
-        return observed != 0 if self.drops else torch.ones_like(observed, dtype=torch.bool)
+        kept = observed != 0 if self.drops else torch.ones_like(observed, dtype=torch.bool)
+        return kept if self.unseen is None else kept & ~self.unseen.to(kept.device)
 
     def log_likelihood(self, observed: Tensor, states: Tensor) -> Tensor:
         """Return the log-density of observed rows for given states, row by row. (N, D), (N, D) → (N,) float64."""
         return self._log_density(observed - self.expected(states), self.kept(observed)).sum(dim=1)
+
+    def variances(self, width: int) -> Tensor:
+        """Return the variance of the error of each coordinate of a state; immense where it is not looked at. (D,)."""
+        own = (self.spread.double() / self.scale).square() / (3 if self.law == "uniform" else 1)
+        own = own.expand(width) if len(own) == 1 else own
+        return own if self.unseen is None else torch.where(self.unseen, _IMMENSE * own, own)
 
     def _log_density(self, errors: Tensor, kept: Tensor) -> Tensor:
         spread = self.spread.to(errors)
@@ -98,7 +107,7 @@ class NoiseModel:
             density = -0.5 * beyond - torch.log(mass * spread)
         else:
             density = -0.5 * z.square() - torch.log(spread) - 0.5 * math.log(2 * math.pi)
-        return density.double() if not self.drops else (density * kept).double()
+        return density.double() if not self.drops and self.unseen is None else (density * kept).double()
 
     def refitted(self, observed: Tensor, states: Tensor) -> NoiseModel:
         """Return the model of this kind under which the rows are likeliest, given their states. (T, D), (T, D).
