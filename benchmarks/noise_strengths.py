@@ -44,7 +44,9 @@ def main() -> None:
             critical.append(critical_strengths(lm, Cut(layer), prompt, position, options.draws))
             share = 1 / N_TOKENS if position == 0 else (1 - 1 / N_TOKENS) / (len(_POSITIONS) - 1)
             weights.append(torch.full_like(critical[-1], share / options.draws))
-        found[str(layer)] = {str(share): strength_at(share, torch.cat(critical), torch.cat(weights)) for share in SHARES}
+        found[str(layer)] = {
+            str(share): strength_at(share, torch.cat(critical), torch.cat(weights)) for share in SHARES
+        }
         print(layer, found[str(layer)], flush=True)
         write_json(options.out, found)
 

@@ -91,7 +91,7 @@ def _reached_from(starts: set[str]) -> set[str]:
 
 
 # inside `inversion` each room may import those before it, and itself
-ROOMS = ("judging", "evidence", "inverses", "fitting", "proposals", "search", "invert", "places")
+ROOMS = ("judging", "evidence", "inverses", "fitting", "proposals", "search", "noise", "invert", "places")
 
 
 def test_certificate_reaches_what_judges_and_nothing_else() -> None:

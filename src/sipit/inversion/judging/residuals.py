@@ -20,9 +20,10 @@ from sipit.inversion.judging.noise_model import NoiseModel
 from sipit.models import LanguageModel
 from sipit.observations import Observation
 
+PROBABLE = 0.95  # posterior of a prompt from which it is called probable
 _OTHERS = 8  # random tokens run at each position beside the claimed one
 _MOST_DEVIATION = 5.0  # standard deviations that a sum of squares may be off: 1 in 3 million by chance
-_LEAST_SLOPE_SIGNAL = 8.0  # standard deviations of the slope below 1: less tells no prompt from none
+_LEAST_SLOPE_SIGNAL = 16.0  # standard deviations of the slope below 1: less tells no prompt from none
 _CHUNK = 256  # tokens in one packed pass
 
 
@@ -92,8 +93,8 @@ def _reasons(
     worst = int(by_row.abs().argmax())
     if abs(float(by_row[worst])) > _MOST_DEVIATION:
         found.append(
-            f"row {seen.positions[worst]} is {float(by_row[worst]):.3g} standard deviations off the size that the noise "
-            "has elsewhere"
+            f"row {seen.positions[worst]} is {float(by_row[worst]):.3g} standard deviations off the size that the "
+            "noise has elsewhere"
         )
     if abs(by_direction) > _MOST_DEVIATION:
         found.append(
@@ -107,9 +108,7 @@ def _reasons(
     return tuple(found)
 
 
-def _with_others(
-    lm: LanguageModel, seen: Observation, input_ids: Tensor, meter: Meter
-) -> tuple[Tensor, Tensor]:
+def _with_others(lm: LanguageModel, seen: Observation, input_ids: Tensor, meter: Meter) -> tuple[Tensor, Tensor]:
     """Return the states of a prompt, and those of random tokens in place of each. (T, D), (T, M, D) float64."""
     model = lm.cut(seen.cut, seq_len=len(input_ids))
     first = len(seen.known_prefix)
@@ -132,7 +131,8 @@ def _directions(differences: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(gram)
     share = values.flip(0).cumsum(dim=0) / values.sum().clamp(min=1e-300)
     n = int((share < 0.5).sum()) + 1
-    return vectors.flip(1)[:, :n]
+    longest: Tensor = vectors.flip(1)[:, :n]
+    return longest
 
 
 def _slope(z: Tensor, others: Tensor) -> tuple[float, float]:

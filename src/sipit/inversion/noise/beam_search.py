@@ -8,6 +8,7 @@ against loses to another one: so later rows revise earlier tokens. Shapes: B bea
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,16 +19,22 @@ from sipit.inversion.judging.noise_model import NoiseModel
 from sipit.inversion.noise.posterior import Candidates, TokenPosteriors
 from sipit.inversion.noise.prefixes import BeamPrefixes
 from sipit.inversion.noise.prior import TokenPrior, anywhere_log_probabilities
-from sipit.inversion.noise.token_map import Ranking, first_rows_of_all, token_map
+from sipit.inversion.noise.token_map import Ranking, first_rows_of_all, token_map, with_unmapped
 from sipit.models import LanguageModel
 from sipit.observations import Observation
 
-_TEMPER = 0.8  # of the map's log-likelihoods before its offset is known: its errors are less regular than a normal law's
+_TEMPER = (
+    0.8  # of the map's log-likelihoods before its offset is known: its errors are less regular than a normal law's
+)
 _ROWS = 4096  # of candidates compared at once
 _OF_EACH = 3  # tokens run behind every beam, to know the map's offset there
 _DRAWN = 1.0  # tokens that the offset behind all beams counts as
-_LEAST = 16  # candidates run at a position, however sure the ranking is
+_MORE = 1024  # tokens run at a time where nothing fits
+_SURPRISE = 6.0  # standard deviations that the best state's residual is too large by where nothing fits
+_LEAST = 48  # candidates run at a position, however sure the ranking is
 _LEFT_OUT = 1e-4  # of the mass at a position: beams and candidates beyond it are not worth their price
+
+OnPosition = Callable[[Sequence[int]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +44,7 @@ class Effort:
     n_beams: int = 64
     n_shown: int = 96  # tokens run at each position to know what the map misses there
     n_candidates: int = 384  # more that are run, the likeliest over all beams
+    n_surprised: int = 8192  # run in all at positions where nothing fits
     max_batch: int = 256  # in one packed pass
 
 
@@ -79,6 +87,7 @@ class BeamSearch:
         self._near = Ranking(self._map, variances, knows_offset=True)
         self._seen = seen
         self._unigram = anywhere_log_probabilities(lm, meter).double().cpu()  # (V,)
+        self._n_surprised = self._effort.n_surprised
         self._distances: list[dict[int, float]] = []
         self._local: list[Tensor] = []  # (V,) log-probabilities at each row by that row alone
 
@@ -89,8 +98,8 @@ class BeamSearch:
             return clean
         return torch.where(noise.kept(self._observed), clean, self._map.centre.to(clean))
 
-    def run(self) -> Beams:
-        """Return the prompts that are left."""
+    def run(self, on_position: OnPosition | None = None) -> Beams:
+        """Return the prompts that are left; `on_position` is told the best tokens so far after every position."""
         n_rows = len(self._observed)
         scores = torch.zeros(1, dtype=torch.float64)  # (B,)
         tokens = torch.zeros(1, 0, dtype=torch.long)  # (B, t)
@@ -101,6 +110,8 @@ class BeamSearch:
             posteriors.leave_out(row, tokens, found, kept)
             token_ids, beams, scores = found.token_ids[kept], found.beams[kept], found.log_scores[kept]
             tokens = torch.cat([tokens[beams], token_ids[:, None]], dim=1)
+            if on_position is not None:
+                on_position(tokens[0].tolist())
             if row + 1 < n_rows:
                 self._prefixes.grow(token_ids, beams)
                 self._meter.spend(len(kept), self._model.layer)
@@ -134,17 +145,49 @@ class BeamSearch:
         likelihoods = self._near.scores(clean, offsets).double().cpu()  # (B, V)
         self._local.append((likelihoods[0] + expected).log_softmax(dim=0))
         ranked = prior + likelihoods
-        more = ranked.clone()
-        more[beams, ids] = -math.inf
-        new_ids, new_beams = _best(more, ranked.flatten().logsumexp(dim=0), self._effort.n_candidates)
+        more = prior + with_unmapped(likelihoods)
+        new_ids, new_beams = self._more(ranked, more, ids, beams)
         states = torch.cat([states, self._states(new_ids, new_beams)])
         ids, beams = torch.cat([ids, new_ids]), torch.cat([beams, new_beams])
         exact = prior[beams, ids] + self._likelihoods(row, states)  # (N,)
+        while self._n_surprised > 0 and self._is_surprising(row, states[exact.argmax()]):
+            more[beams, ids] = -math.inf
+            new_ids, new_beams = self._unmapped(more, scores)
+            self._n_surprised -= len(new_ids)
+            new_states = self._states(new_ids, new_beams)
+            new_exact = prior[new_beams, new_ids] + self._likelihoods(row, new_states)
+            ids, beams = torch.cat([ids, new_ids]), torch.cat([beams, new_beams])
+            states, exact = torch.cat([states, new_states]), torch.cat([exact, new_exact])
         self._note_distances(row, ids, states)
         ranked += exact.logsumexp(dim=0) - ranked[beams, ids].logsumexp(dim=0)  # noise that is not normal is off
         ranked[beams, ids] = -math.inf
         rest = ranked.flatten().logsumexp(dim=0)
         return Candidates(token_ids=ids, beams=beams, log_scores=exact, log_rest=rest, log_others=ranked)
+
+    def _more(self, ranked: Tensor, unmapped: Tensor, ids: Tensor, beams: Tensor) -> tuple[Tensor, Tensor]:
+        """Return candidates beside those run: half as the map ranks, half as if it were wrong. (B, V), (B, V), (N,)."""
+        chosen = torch.zeros_like(ranked, dtype=torch.bool)
+        for scores in (ranked, unmapped):
+            left = scores.clone()
+            left[beams, ids] = -math.inf
+            more_ids, more_beams = _best(left, scores.flatten().logsumexp(dim=0), self._effort.n_candidates // 2)
+            chosen[more_beams, more_ids] = True
+        places = chosen.flatten().nonzero()[:, 0]
+        return places % ranked.shape[1], places // ranked.shape[1]
+
+    def _is_surprising(self, row: int, state: Tensor) -> bool:
+        """Whether even the best state leaves more of a row than the noise explains: the right token was not run."""
+        kept = self._noise.kept(self._observed[row][None])[0]
+        spread = self._noise.variances(len(state)).to(state).sqrt() * abs(self._noise.scale)
+        z = ((self._observed[row] - self._noise.expected(state[None])[0]) * kept / spread).double()
+        n = float(kept.sum())
+        return float(z.square().sum()) > n + _SURPRISE * math.sqrt(2 * n)
+
+    def _unmapped(self, ranked: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Return more candidates behind the best beam alone, at most those left to be tried. (B, V), (B,)."""
+        best = int(scores.argmax())
+        n = min(_MORE, self._n_surprised, int(ranked[best].isfinite().sum()))
+        return ranked[best].topk(n).indices, torch.full((n,), best)
 
     def _first_candidates(self, prior: Tensor) -> Candidates:
         """Return candidates for a prompt's first position: the whole vocabulary, whose rows there are made once."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,24 +13,25 @@ from sipit.inversion.evidence.result import Candidate, Inversion, Miss, Position
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.judging.noise import noise_floor
 from sipit.inversion.judging.noise_model import NoiseModel
-from sipit.inversion.judging.residuals import Residuals, residuals_of
+from sipit.inversion.judging.replay import replay
+from sipit.inversion.judging.residuals import PROBABLE, Residuals, residuals_of
 from sipit.inversion.judging.tolerance import tolerance_for
-from sipit.inversion.noise.beam_search import Beams, BeamSearch, Effort
+from sipit.inversion.noise.beam_search import Beams, BeamSearch, Effort, OnPosition
 from sipit.inversion.noise.start import first_guess
 from sipit.inversion.noise.token_map import token_map
+from sipit.inversion.search.batching import search
+from sipit.inversion.search.belonging import require_belongs
+from sipit.inversion.search.options import OnProgress, Progress, SearchOptions
 from sipit.models import LanguageModel
 from sipit.models.plain_pass import plain_seconds
 from sipit.observations import Observation
 
-PROBABLE = 0.95  # posterior of the prompt from which it is called probable
-_QUICK = Effort(n_beams=16, n_shown=64, n_candidates=96)  # while the noise is still being estimated
+_QUICK = Effort(n_beams=16, n_shown=64, n_candidates=128, n_surprised=0)  # while the noise is still being estimated
 _ROUNDS = 3  # of estimating the noise and decoding again
 _SETTLED = 0.04  # relative change of the noise below which it counts as known
 _NAMED = 0.01  # posterior from which another token is named
 _MOST_NAMED = 8  # other tokens named at a position
 _HELD_OUT_SLOPE = 0.5  # that held-out coordinates must exceed: of a wrong prompt they account for nothing
-
-OnRound = Callable[[int, str], None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,7 +61,7 @@ def decode(
     *,
     meter: Meter | None = None,
     effort: Effort | None = None,
-    on_round: OnRound | None = None,
+    on_position: OnPosition | None = None,
 ) -> Decoded:
     """Find the most probable prompt behind noisy rows.
 
@@ -70,13 +71,13 @@ def decode(
         noise: what happened to them; None: to be estimated with the prompt.
         meter: charged for every token run.
         effort: how much the decoding may cost.
-        on_round: told the number of each decoding and the noise it goes by.
+        on_position: told the best tokens so far after every position of every decoding.
     """
     meter, effort = meter or Meter(), effort or Effort()
     if noise is None:
-        noise = _estimated(lm, seen, meter, on_round or _ignore)
+        noise = _estimated(lm, seen, meter, on_position)
     noise.require_width(seen.d_model)
-    beams = BeamSearch(lm, seen, noise, meter, effort).run()
+    beams = BeamSearch(lm, seen, noise, meter, effort).run(on_position)
     residuals = residuals_of(lm, seen, _whole(seen, beams.input_ids[0]), noise, meter)
     held_out = None
     if float(beams.posteriors[0]) >= PROBABLE and residuals.is_noise:
@@ -84,20 +85,15 @@ def decode(
     return Decoded(noise=noise, beams=beams, residuals=residuals, held_out_slope=held_out)
 
 
-def _ignore(_: int, __: str) -> None:
-    pass
-
-
 def _whole(seen: Observation, input_ids: Tensor) -> Tensor:
     return torch.cat([torch.tensor(seen.known_prefix, dtype=torch.long), input_ids])
 
 
-def _estimated(lm: LanguageModel, seen: Observation, meter: Meter, on_round: OnRound) -> NoiseModel:
+def _estimated(lm: LanguageModel, seen: Observation, meter: Meter, on_position: OnPosition | None) -> NoiseModel:
     """Return the noise under which rows and prompt are likeliest, found in turn."""
     noise = first_guess(token_map(lm, seen.cut, meter), seen)
-    for number in range(_ROUNDS):
-        on_round(number + 1, noise.says())
-        beams = BeamSearch(lm, seen, noise, meter, _QUICK).run()
+    for _ in range(_ROUNDS):
+        beams = BeamSearch(lm, seen, noise, meter, _QUICK).run(on_position)
         model = lm.cut(seen.cut, seq_len=seen.n_positions)
         states = model.ordinary(_whole(seen, beams.input_ids[0]))[len(seen.known_prefix) :].cpu()
         meter.spend(seen.n_positions, model.layer)
@@ -107,9 +103,7 @@ def _estimated(lm: LanguageModel, seen: Observation, meter: Meter, on_round: OnR
     return noise
 
 
-def _held_out_slope(
-    lm: LanguageModel, seen: Observation, noise: NoiseModel, meter: Meter, effort: Effort
-) -> float:
+def _held_out_slope(lm: LanguageModel, seen: Observation, noise: NoiseModel, meter: Meter, effort: Effort) -> float:
     """Decode from half of the coordinates, and return what the states found account for in the others."""
     generator = torch.Generator().manual_seed(5)
     hidden = torch.rand(seen.d_model, generator=generator) < 0.5  # (D,)
@@ -219,11 +213,45 @@ def _evidence(lm: LanguageModel, seen: Observation, found: Decoded, tolerance: T
     return evidence
 
 
-def timed_decoding(
-    lm: LanguageModel, seen: Observation, noise: NoiseModel | None, on_round: OnRound | None = None
+def invert_noisy(
+    lm: LanguageModel, seen: Observation, noise: NoiseModel | None = None, *, on_progress: OnProgress | None = None
 ) -> Inversion:
-    """Decode noisy rows, and return the result with what it cost."""
+    """Return the most probable prompt behind noisy rows as an inversion, or a recovered one where nothing is noisy.
+
+    Args:
+        lm: the model.
+        seen: the rows, complete behind their known prefix.
+        noise: what happened to them; None: to be estimated with the prompt.
+        on_progress: told after every position how far the decoding under way is.
+
+    Raises:
+        ShapeError, MismatchError: the observation cannot be this model's, or the noise model is of another width.
+    """
+    require_belongs(lm, seen)
     began, meter = time.perf_counter(), Meter()
-    found = decode(lm, seen, noise, meter=meter, on_round=on_round)
+
+    def tell(input_ids: Sequence[int]) -> None:
+        if on_progress is not None:
+            on_progress(
+                Progress(
+                    seq_len=seen.seq_len,
+                    input_ids=tuple(input_ids),
+                    n_checked=meter.n_checked,
+                    n_passes=meter.n_passes,
+                    block_tokens=meter.block_tokens,
+                    seconds=time.perf_counter() - began,
+                )
+            )
+
+    found = decode(lm, seen, noise, meter=meter, on_position=tell)
+    if _explained_by_arithmetic(lm, seen, found, meter):
+        return search(lm, seen, SearchOptions(hint=found.input_ids.tolist(), on_progress=on_progress))
     seconds = time.perf_counter() - began
     return inversion_of(lm, seen, found, meter, is_estimated=noise is None, seconds=seconds)
+
+
+def _explained_by_arithmetic(lm: LanguageModel, seen: Observation, found: Decoded, meter: Meter) -> bool:
+    """Whether the prompt's own states lie within tolerance of all rows, so that no noise needs to be assumed."""
+    compared = replay(lm, seen, _whole(seen, found.input_ids))
+    meter.spend(compared.block_tokens // max(seen.layer, 1), seen.layer)
+    return bool((compared.over <= 0).all())

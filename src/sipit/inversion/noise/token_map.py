@@ -28,6 +28,7 @@ _PROMPTS, _LENGTH = 24, 48  # random prompts that show how rows differ
 _BATCH = 256  # tokens in one packed pass
 _RIDGE = 1e-2  # of the mean squared length of a row in the table
 _SINK = 3.0  # times the median length: rows beyond it are of another kind, and shape no covariance
+_UNMAPPED = 5e-4  # chance that a token's row is nothing like the map says: pieces of words, tokens taken for sinks
 _WIDEST = 2048  # rows wider than this are compared by a random projection to half of it
 
 
@@ -118,7 +119,8 @@ def _made(lm: LanguageModel, cut: Cut, meter: Meter) -> TokenMap:
 def _ordinary(rows: Tensor) -> Tensor:
     """Return rows without those that are far longer than the others. (N, S) → (N', S)."""
     lengths = rows.norm(dim=1)
-    return rows[lengths <= _SINK * lengths.median()]
+    usual: Tensor = rows[lengths <= _SINK * lengths.median()]
+    return usual
 
 
 def _ridge(x: Tensor, y: Tensor) -> Tensor:
@@ -160,4 +162,10 @@ class Ranking:
         """Return log-likelihoods of rows as compared, less known offsets. (N, S), (N, S) → (N, V)."""
         left = (rows - self._mean - (0 if offsets is None else offsets)) @ self._whitening  # (N, S)
         own = 0.5 * left.square().sum(dim=1, keepdim=True)
-        return left @ self._image.T - self._penalty - own + self._constant
+        found: Tensor = left @ self._image.T - self._penalty - own + self._constant
+        return found
+
+
+def with_unmapped(scores: Tensor) -> Tensor:
+    """Return scores in which no token is as unlikely as the map says: its row may be nothing like that. (N, V)."""
+    return torch.logaddexp(scores, scores.amax(dim=1, keepdim=True) + math.log(_UNMAPPED))
