@@ -20,7 +20,7 @@ MODULES = {
 # each may import those before it in this list, and itself
 ARROWS = (
     *("errors", "storage", "observations", "models", "corpora", "inversion", "collisions", "baselines"),
-    *("experiments", "report", "cli", "__main__"),
+    *("experiments", "audit", "report", "cli", "__main__"),
 )
 PUBLIC = [
     *("Inversion", "LanguageModel", "Observation", "SipitError", "check_certificate", "invert", "load"),

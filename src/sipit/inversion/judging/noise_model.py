@@ -36,6 +36,7 @@ class NoiseModel:
     scale: float = 1.0
     shift: Tensor | None = None  # (D,) added to every row
     drops: bool = False  # whether coordinates that are exactly 0 were dropped and say nothing
+    longest: float | None = None  # L2 that rows were cut down to before the noise was added
     unseen: Tensor | None = None  # (D,) bool: coordinates that are not looked at
 
     def __post_init__(self) -> None:
@@ -76,6 +77,8 @@ class NoiseModel:
     def expected(self, states: Tensor) -> Tensor:
         """Return the rows that states give without any error. (N, D) → (N, D)."""
         rows = states if self.scale == 1.0 else self.scale * states
+        if self.longest is not None:
+            rows = rows * (self.longest / rows.norm(dim=1, keepdim=True).clamp(min=1e-30)).clamp(max=1)
         return rows if self.shift is None else rows + self.shift.to(rows)
 
     def unexpected(self, observed: Tensor) -> Tensor:
@@ -155,6 +158,7 @@ class NoiseModel:
             "scale": self.scale,
             "shift": None if self.shift is None else self.shift.tolist(),
             "drops": self.drops,
+            "longest": self.longest,
         }
 
     def says(self) -> str:
@@ -165,6 +169,8 @@ class NoiseModel:
             text += f", states times {self.scale:.4g}"
         if self.shift is not None:
             text += f", one vector of length {float(self.shift.norm()):.3g} added to every row"
+        if self.longest is not None:
+            text += f", on rows cut down to length {self.longest:.4g}"
         return text + (", coordinates that are 0 dropped" if self.drops else "")
 
 
@@ -182,6 +188,7 @@ def noise_model(record: dict[str, Any]) -> NoiseModel:
             scale=float(record["scale"]),
             shift=None if shift is None else torch.tensor(shift, dtype=torch.float64),
             drops=bool(record["drops"]),
+            longest=None if record["longest"] is None else float(record["longest"]),
         )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise OptionError(f"the noise model of the record cannot be read ({error}); invert again") from error

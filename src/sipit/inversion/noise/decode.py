@@ -135,7 +135,7 @@ def inversion_of(
     """Return the result of a decoding as an inversion."""
     verdict, reason = verdict_of(found)
     tolerance = tolerance_for(lm, seen).total
-    evidence = _evidence(lm, seen, found, tolerance)
+    evidence = evidence_of(lm, seen, found)
     ids = [int(i) for i in found.input_ids]
     miss = None
     if verdict == "unmatched":
@@ -184,10 +184,12 @@ def inversion_of(
     )
 
 
-def _evidence(lm: LanguageModel, seen: Observation, found: Decoded, tolerance: Tensor) -> list[PositionEvidence]:
+def evidence_of(lm: LanguageModel, seen: Observation, found: Decoded) -> list[PositionEvidence]:
+    """Return the evidence for every token of the most probable prompt, its posterior among it."""
     model = lm.cut(seen.cut, seq_len=seen.n_positions)
     states = model.ordinary(_whole(seen, found.input_ids))[len(seen.known_prefix) :].double().cpu()
     distances = (seen.states.double().cpu() - found.noise.expected(states)).norm(dim=1)
+    tolerance = tolerance_for(lm, seen).total
     evidence = []
     for row, token_id in enumerate(found.input_ids.tolist()):
         posteriors = found.beams.token_posteriors[row]

@@ -126,7 +126,8 @@ def _ordinary(rows: Tensor) -> Tensor:
 def _ridge(x: Tensor, y: Tensor) -> Tensor:
     gram = (x.T @ x).double()
     gram.diagonal().add_(_RIDGE * float(x.square().sum()) / len(x) + 1e-12)
-    return torch.linalg.solve(gram, (x.T @ y).double()).float()
+    weight: Tensor = torch.linalg.solve(gram, (x.T @ y).double()).float()
+    return weight
 
 
 def _covariance(errors: Tensor) -> Tensor:
