@@ -68,7 +68,7 @@ def _with_noise(
     return Defended(seen=replace(seen, states=sent, fingerprint=None), noise=model)
 
 
-def _rounding(seen: Observation, bits: float, _: torch.Generator) -> Defended:
+def _rounding(seen: Observation, bits: float, __: torch.Generator) -> Defended:
     levels = 2 ** (int(bits) - 1) - 1
     step = seen.states.double().abs().amax(dim=1, keepdim=True) / levels  # (T, 1)
     rows = ((seen.states.double() / step).round() * step).float()

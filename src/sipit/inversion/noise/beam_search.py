@@ -153,6 +153,8 @@ class BeamSearch:
         while self._n_surprised > 0 and self._is_surprising(row, states[exact.argmax()]):
             more[beams, ids] = -math.inf
             new_ids, new_beams = self._unmapped(more, scores)
+            if not len(new_ids):
+                break
             self._n_surprised -= len(new_ids)
             new_states = self._states(new_ids, new_beams)
             new_exact = prior[new_beams, new_ids] + self._likelihoods(row, new_states)
@@ -226,6 +228,8 @@ class BeamSearch:
         return torch.cat(parts).cpu()
 
     def _states(self, ids: Tensor, beams: Tensor) -> Tensor:
+        if not len(ids):
+            return self._observed[:0]
         states = self._prefixes.states(ids, beams).float()
         self._meter.spend(len(ids), self._model.layer)
         self._meter.n_checked += len(ids)
@@ -234,7 +238,7 @@ class BeamSearch:
 
 def _best(scores: Tensor, total: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Return the tokens and beams of the highest scores: n, or fewer that leave little mass. (B, V) → (n,), (n,)."""
-    best = scores.flatten().topk(min(n, scores.numel()))
+    best = scores.flatten().topk(min(n, int(scores.isfinite().sum())))
     shares = (best.values - total).exp()
     left = (scores.flatten().logsumexp(dim=0) - total).exp()
     enough = max(_LEAST, int((left - shares.cumsum(dim=0) > _LEFT_OUT).sum()) + 1)

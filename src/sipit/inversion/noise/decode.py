@@ -26,8 +26,9 @@ from sipit.models import LanguageModel
 from sipit.models.plain_pass import plain_seconds
 from sipit.observations import Observation
 
-_QUICK = Effort(n_beams=16, n_shown=64, n_candidates=128, n_surprised=0)  # while the noise is still being estimated
+_QUICK = Effort(n_beams=16, n_shown=64, n_candidates=128, n_surprised=2048)  # while the noise is still being estimated
 _ROUNDS = 3  # of estimating the noise and decoding again
+_MOST_GROWTH = 1.2  # times the first guess that the estimated noise may be
 _SETTLED = 0.04  # relative change of the noise below which it counts as known
 _NAMED = 0.01  # posterior from which another token is named
 _MOST_NAMED = 8  # other tokens named at a position
@@ -92,12 +93,14 @@ def _whole(seen: Observation, input_ids: Tensor) -> Tensor:
 def _estimated(lm: LanguageModel, seen: Observation, meter: Meter, on_position: OnPosition | None) -> NoiseModel:
     """Return the noise under which rows and prompt are likeliest, found in turn."""
     noise = first_guess(token_map(lm, seen.cut, meter), seen)
+    most = _MOST_GROWTH * noise.sigma  # what a wrong prompt leaves of the rows is more than lies along quiet directions
     for _ in range(_ROUNDS):
         beams = BeamSearch(lm, seen, noise, meter, _QUICK).run(on_position)
         model = lm.cut(seen.cut, seq_len=seen.n_positions)
         states = model.ordinary(_whole(seen, beams.input_ids[0]))[len(seen.known_prefix) :].cpu()
         meter.spend(seen.n_positions, model.layer)
         before, noise = noise, noise.refitted(seen.states.cpu(), states)
+        noise = replace(noise, spread=noise.spread * min(1.0, most / noise.sigma))
         if abs(noise.sigma / before.sigma - 1) < _SETTLED:
             break
     return noise

@@ -40,7 +40,9 @@ class TokenPosteriors:
         go_on = shares[kept].sum()
         shares = shares.index_fill(0, kept, 0.0)
         rest = (found.log_rest - total).exp() * self.left
-        others = (found.log_others - found.log_others.flatten().logsumexp(dim=0)).exp() * rest  # (B, V)
+        others = torch.zeros_like(found.log_others)  # (B, V)
+        if rest > 0:  # else every token was run
+            others = (found.log_others - found.log_others.flatten().logsumexp(dim=0)).exp() * rest
         of_beams = others.sum(dim=1).index_add_(0, found.beams, shares)  # (B,)
         for place in range(row):
             self._mass[place].index_add_(0, prefixes[:, place], of_beams)
