@@ -22,9 +22,7 @@ from sipit.observations import Observation
 
 PROBABLE = 0.95  # posterior of a prompt from which it is called probable
 _OTHERS = 8  # random tokens run at each position beside the claimed one
-_MOST_DEVIATION = (
-    5.0  # standard deviations that a sum of many squares may be off: by chance 1 in a million, in rows of 500
-)
+_MOST_DEVIATION = 5.0  # standard deviations that a sum of squares may be off: by chance 1 in a million, of 500
 _LEAST_SLOPE_SIGNAL = 16.0  # standard deviations of the slope below 1: less tells no prompt from none
 _CHUNK = 256  # tokens in one packed pass
 
