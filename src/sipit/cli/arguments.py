@@ -14,7 +14,7 @@ import sipit.cli.collisions as collisions
 import sipit.cli.commands as commands
 import sipit.cli.places as places
 from sipit import __version__
-from sipit.cli.commands import layer_text
+from sipit.cli.commands import layer_text, noise_of
 from sipit.errors import OptionError
 
 _MODEL = "pinned model (smollm2-135m, gemma-3-270m), folder, .gguf file or hub id"
@@ -113,7 +113,8 @@ def parser() -> argparse.ArgumentParser:
         "invert",
         commands.invert,
         "recover the prompt from an observation file, or from a file that another tool wrote",
-        "Verdicts: recovered (every token within tolerance, no other checked token is), ambiguous (two tokens "
+        "Verdicts: recovered (every token within tolerance, no other checked token is), probable (under an estimated "
+        "noise model the prompt's posterior is 0.95 or more, no proof), ambiguous (two tokens "
         "fit, or one only within --noise), unmatched (the whole vocabulary was tried at a position: usually "
         "another model, layer, site or dtype than the states came from).",
     )
@@ -123,7 +124,14 @@ def parser() -> argparse.ArgumentParser:
     _dump_options(invert)
     _prefix_options(invert)
     invert.add_argument("--policy", choices=_POLICIES, default="auto", help="order of candidates (default: auto)")
-    invert.add_argument("--noise", type=float, default=0.0, metavar="L2", help="noise added to each state, if known")
+    invert.add_argument(
+        "--noise",
+        type=noise_of,
+        default=0.0,
+        metavar="auto|L2",
+        help="noise added to each state: the most it is, as an L2 distance, or auto to estimate it and seek the most "
+        "probable prompt (docs/noise.md)",
+    )
     invert.add_argument("--exhaustive", action="store_true", help="check the whole vocabulary at every position")
     invert.add_argument("--max-batch", type=int, default=256, metavar="N", help="most candidates in one pass")
     invert.add_argument("--seed", type=int, default=0, help="of the random draws")

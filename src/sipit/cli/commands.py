@@ -108,7 +108,10 @@ def invert(options: Namespace) -> int:
     from sipit.observations.formats import is_foreign
     from sipit.storage import require_writable
 
-    SearchOptions(**_search_options(options))  # refuses what no search can run with
+    if options.noise == "auto":
+        _refuse_beside_auto(options)
+    else:
+        SearchOptions(**_search_options(options))  # refuses what no search can run with
     if options.resume is not None:
         require_writable(options.resume)
     if is_foreign(options.file):
@@ -258,6 +261,8 @@ def _invert_all(
         naming = next((seen for _, seen in waiting if seen.model is not None), waiting[0][1])
         lm = lm or loaded(_model_of(options, naming), options)
         fitting = _fitting(lm, waiting)
+        if options.noise == "auto":
+            raise OptionError("--noise auto takes one prompt at a time; name one with --prompt, or a file of one")
         n_refused += len(waiting) - len(fitting)
         with CountDisplay(len(fitting)) as display:
             found_all = invert_many(
@@ -391,6 +396,12 @@ def check(options: Namespace) -> int:
     outcome = check_certificate(record, seen, lm)
     if options.json is not None:
         write_json(options.json, asdict(outcome))
+    if outcome.holds and not outcome.is_proof:
+        print(
+            f"holds: {seen.seq_len} tokens, verdict {outcome.verdict}; what the claimed tokens leave of the rows is "
+            "such noise as the record says; that is no proof, and the posterior is the search's own word"
+        )
+        return 0
     if outcome.holds:
         print(
             f"holds: {seen.seq_len} tokens, verdict {outcome.verdict}; one ordinary forward pass puts every state "
@@ -439,6 +450,29 @@ def loaded(name: str, options: Namespace) -> LanguageModel:
         from sipit.models import load
 
         return load(name, device=options.device, dtype=options.dtype, quantize=options.quantize)
+
+
+def noise_of(text: str) -> float | str:
+    """Return what --noise says: an L2 distance, or that the noise is to be estimated."""
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes an L2 distance or 'auto', got {text!r}") from None
+
+
+def _refuse_beside_auto(options: Namespace) -> None:
+    """Refuse options that a decoding under a noise model has no use for."""
+    given = [
+        name
+        for name, is_given in (
+            ("--policy", options.policy != "auto"),
+            ("--exhaustive", options.exhaustive),
+            ("--resume", options.resume is not None),
+        )
+        if is_given
+    ]
+    if given:
+        raise OptionError(f"--noise auto seeks the most probable prompt, in which {given[0]} has no part; leave it out")
 
 
 def _inverted(lm: LanguageModel, seen: Observation, options: Namespace) -> Inversion:

@@ -9,6 +9,7 @@ from sipit.inversion.evidence.certificate import (
 )
 from sipit.inversion.evidence.result import Candidate, Inversion, Miss, PositionEvidence, Verdict
 from sipit.inversion.invert import invert, invert_many
+from sipit.inversion.judging.noise_model import NoiseModel
 from sipit.inversion.proposals import POLICIES, Policy
 from sipit.inversion.search.belonging import require_belongs
 from sipit.inversion.search.options import OnProgress, Progress, SearchOptions
@@ -20,6 +21,7 @@ __all__ = [
     "CertificateCheck",
     "Inversion",
     "Miss",
+    "NoiseModel",
     "OnProgress",
     "Policy",
     "PositionEvidence",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from sipit.inversion.evidence.result import Inversion
 from sipit.inversion.fitting import fit_inverse
 from sipit.inversion.fitting.fit import OnFitProgress
 from sipit.inversion.inverses.store import fit_path
+from sipit.inversion.judging.noise_model import NoiseModel
+from sipit.inversion.noise.decode import invert_noisy
 from sipit.inversion.proposals import Policy
 from sipit.inversion.search.batching import search, search_together
 from sipit.inversion.search.options import OnProgress, SearchOptions
@@ -34,7 +36,7 @@ def invert(
     site: Site | None = None,
     known_prefix: Sequence[int] | Tensor = (),
     policy: Policy = "auto",
-    noise: float = 0.0,
+    noise: float | Literal["auto"] | NoiseModel = 0.0,
     exhaustive: bool = False,
     max_batch: int = 256,
     seed: int = 0,
@@ -57,8 +59,11 @@ def invert(
         known_prefix: token ids before the first row, whose states need not be there: (P,). The rows then
             start at position P; one pass of the prefix is their price.
         policy: order in which candidates are tried: "auto", "likely", "gradient", "random", "vocabulary".
-        noise: L2 distance added to the states on the way here, if any is known. A token that fits
-            only thanks to it is the nearest one checked, and the verdict is "ambiguous".
+        noise: what was added to the states on the way here. A number is the most that it is, as an L2 distance: a
+            token that fits only thanks to it is the nearest one checked, and the verdict is "ambiguous". A
+            `NoiseModel` says how likely each error is, and "auto" estimates one with the prompt: then the most
+            probable prompt is sought, with a posterior for every token, and the verdict is "probable" where the
+            prompt's is at least 0.95 and what is left of the rows is such noise. See docs/noise.md.
         exhaustive: check the whole vocabulary at every position, so that each runner-up is over all tokens.
         max_batch: most candidates in one packed pass; bounds the memory.
         seed: of the random draws of the policies "random" and "gradient".
@@ -77,6 +82,10 @@ def invert(
         StorageError: the file cannot be read.
     """
     observation = _as_observation(lm, seen, layer, site).behind(known_prefix)
+    if isinstance(noise, NoiseModel) or noise == "auto":
+        return invert_noisy(lm, observation, None if noise == "auto" else noise, on_progress=on_progress)
+    if isinstance(noise, str):
+        raise OptionError(f"noise {noise!r} is unknown; pass a number, a NoiseModel, or 'auto'")
     options = SearchOptions(
         policy=policy,
         noise=noise,

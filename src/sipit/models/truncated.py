@@ -63,20 +63,21 @@ class PrefixCache(Cache):
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens kept."""
-        self._select(torch.arange(min(length, self.length)))
+        self.select(torch.arange(min(length, self.length)))
 
     def forget(self, lane: int, position: int) -> None:
         """Forget the tokens of one lane from a position on."""
-        self._select((~((self.lanes == lane) & (self.positions >= position))).nonzero()[:, 0])
+        self.select((~((self.lanes == lane) & (self.positions >= position))).nonzero()[:, 0])
 
     def drop(self, lane: int) -> None:
         """Forget one lane. Its columns are given back once they and others dropped are half of all."""
         self.lanes = self.lanes.masked_fill(self.lanes == lane, _NO_LANE)
         alive = (self.lanes != _NO_LANE).nonzero()[:, 0]
         if 2 * len(alive) <= self.length:
-            self._select(alive)
+            self.select(alive)
 
-    def _select(self, columns: Tensor) -> None:
+    def select(self, columns: Tensor) -> None:
+        """Keep some of the kept tokens, in their order, and forget the others. (N,)."""
         for layer in self._buffers:
             layer.select(columns)
         self.lanes, self.positions = self.lanes[columns], self.positions[columns]
@@ -284,6 +285,7 @@ class TruncatedModel:
         positions: Tensor,
         sees: Tensor | None = None,
         lanes: Tensor | None = None,
+        attends: Tensor | None = None,
     ) -> Tensor:
         """Return the values of Q tokens that continue cached prefixes, in one row.
 
@@ -293,11 +295,14 @@ class TruncatedModel:
             positions: (Q,) position of each token in its own prompt: the length of its prefix, or more.
             sees: (Q, Q) bool, whether token i attends to packed token j; None: to itself alone.
             lanes: (Q,) whose prefix each token continues, 0 or more; None: lane 0.
+            attends: (Q, P) bool, the kept tokens that each token continues, where lanes do not tell: prefixes
+                that share tokens.
 
         Returns:
             (Q, W)
         """
-        return self._packed_row(self._fast, cache, positions, sees, lanes, input_ids=token_ids.to(self.device)[None])
+        tokens = token_ids.to(self.device)[None]
+        return self._packed_row(self._fast, cache, positions, sees, lanes, attends, input_ids=tokens)
 
     @torch.no_grad()
     def packed_at(
@@ -309,14 +314,14 @@ class TruncatedModel:
         """
         taps = [_Tap(block) for block in cast(nn.ModuleList, getattr(self._fast, self._family.blocks))]
         tapped = clone(self._fast, {self._family.blocks: nn.ModuleList(taps)})
-        last = self._packed_row(tapped, cache, positions, None, None, input_ids=token_ids.to(self.device)[None])
+        last = self._packed_row(tapped, cache, positions, None, None, None, input_ids=token_ids.to(self.device)[None])
         return [states.reshape(len(token_ids), -1) for states in _at_cuts(taps, last, cuts, self.spec.is_behind_all)]
 
     def packed_embeddings(
         self, cache: PrefixCache, embeddings: Tensor, positions: Tensor, lanes: Tensor | None = None
     ) -> Tensor:
         """As `packed`, from embedding vectors (Q, D), each alone behind its prefix; differentiable."""
-        return self._packed_row(self._packed, cache, positions, None, lanes, inputs_embeds=embeddings[None])
+        return self._packed_row(self._packed, cache, positions, None, lanes, None, inputs_embeds=embeddings[None])
 
     def _packed_row(
         self,
@@ -325,6 +330,7 @@ class TruncatedModel:
         positions: Tensor,
         sees: Tensor | None,
         lanes: Tensor | None,
+        attends: Tensor | None,
         **tokens: Tensor,
     ) -> Tensor:
         n_packed = positions.shape[0]
@@ -333,7 +339,8 @@ class TruncatedModel:
         if sees is None:
             sees = torch.eye(n_packed, dtype=torch.bool)
         self._check_scale(n_packed + cache.length)
-        visible = torch.cat([lanes[:, None] == cache.lanes, sees.cpu()], dim=1).to(self.device)  # (Q, P + Q)
+        kept = lanes[:, None] == cache.lanes if attends is None else attends.cpu()  # (Q, P)
+        visible = torch.cat([kept, sees.cpu()], dim=1).to(self.device)  # (Q, P + Q)
         positions = positions.to(self.device)
         places = torch.cat([cache.positions.to(self.device), positions])  # (P + Q,)
         return self._read(

@@ -18,8 +18,11 @@ from torch import Tensor
 
 from sipit.errors import CertificateError, OptionError, ShapeError
 from sipit.inversion.evidence.result import POLICIES, Inversion, Verdict
+from sipit.inversion.judging.meter import Meter
 from sipit.inversion.judging.noise import noise_floor
+from sipit.inversion.judging.noise_model import noise_model
 from sipit.inversion.judging.replay import replay
+from sipit.inversion.judging.residuals import PROBABLE, residuals_of
 from sipit.models import LanguageModel
 from sipit.observations import Observation
 from sipit.storage import read_json, write_json
@@ -44,6 +47,7 @@ class CertificateCheck:
     largest_distance: float | None  # over the positions; None if the replay could not run
     tolerance: float | None  # at that position
     block_tokens: int  # cost of the replay
+    is_proof: bool = True  # whether holding proves the prompt; no residuals under a noise model do
 
 
 def certificate_of(found: Inversion) -> dict[str, Any]:
@@ -117,6 +121,12 @@ def _wrong_keys(record: dict[str, Any]) -> Iterator[str]:
         yield "positions"
     if not isinstance(record.get("miss"), dict | None):
         yield "miss"
+    if not isinstance(record.get("noise_model"), dict | None):
+        yield "noise_model"
+    if record.get("posterior") is not None and not (_is_number(record["posterior"]) and record["posterior"] <= 1.01):
+        yield "posterior"
+    if record.get("verdict") == "probable" and not (record.get("noise_model") and record.get("posterior") is not None):
+        yield "noise_model"
 
 
 def _is_position(evidence: Any) -> bool:
@@ -151,7 +161,9 @@ def check_certificate(
     """Replay a certificate: do the claimed tokens, run through this model, give the observed states?
 
     Costs one ordinary forward pass of the claimed tokens. Holds for the verdicts "recovered" and
-    "ambiguous"; a record of an unmatched search claims no prompt and never holds.
+    "ambiguous"; a record of an unmatched search claims no prompt and never holds. Of a record with a noise
+    model, what is replayed is whether the claimed tokens leave of the rows what that noise would: the
+    posterior is the search's own word, so that it holds is no proof (`is_proof`).
 
     Rows whose file names no positions are replayed at those that the certificate names.
 
@@ -166,6 +178,8 @@ def check_certificate(
     reasons = _mismatches(record, seen, lm)
     distance = tolerance = None
     block_tokens = 0
+    if not reasons and record.get("noise_model") is not None:
+        return _check_noisy(lm, seen, record)
     if not reasons:
         prefix = _known_prefix(record)
         ids = torch.tensor([*prefix, *record["input_ids"]], dtype=torch.long)
@@ -192,6 +206,35 @@ def check_certificate(
         largest_distance=distance,
         tolerance=tolerance,
         block_tokens=block_tokens,
+    )
+
+
+def _check_noisy(lm: LanguageModel, seen: Observation, record: dict[str, Any]) -> CertificateCheck:
+    """Replay a claim under a noise model: whether what the tokens leave of the rows is such noise."""
+    meter = Meter()
+    ids = torch.tensor([*_known_prefix(record), *record["input_ids"]], dtype=torch.long)
+    try:
+        noise = noise_model(record["noise_model"])
+        noise.require_width(seen.d_model)
+    except (OptionError, ShapeError) as error:
+        raise CertificateError(f"the certificate's noise model cannot be used: {error}") from error
+    reasons = list(residuals_of(lm, seen, ids, noise, meter).reasons)
+    if record["text"] != lm.decode(record["input_ids"]):
+        reasons.append("the text is not what the claimed tokens decode to")
+    if record["verdict"] == "recovered":
+        reasons.append("a record with a noise model proves nothing, so the verdict is not 'recovered'")
+    if record["verdict"] == "probable" and record["posterior"] < PROBABLE:
+        reasons.append(
+            f"the posterior is {record['posterior']:.3g}, below {PROBABLE}, so the verdict is not 'probable'"
+        )
+    return CertificateCheck(
+        holds=not reasons,
+        reasons=tuple(reasons),
+        verdict=cast(Verdict, record["verdict"]),
+        largest_distance=None,
+        tolerance=None,
+        block_tokens=meter.block_tokens,
+        is_proof=False,
     )
 
 

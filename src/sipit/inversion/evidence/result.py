@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-Verdict = Literal["recovered", "ambiguous", "unmatched"]
+Verdict = Literal["recovered", "probable", "ambiguous", "unmatched"]
 Policy = Literal["auto", "likely", "gradient", "random", "vocabulary"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
@@ -17,6 +17,7 @@ class Candidate:
     token_id: int
     token: str | None  # its text alone; None without a tokenizer
     distance: float  # L2 to the observed state
+    posterior: float | None = None  # under the noise model; None where there is none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +30,9 @@ class PositionEvidence:
     tolerance: float  # largest distance that arithmetic alone explains here
     runner_up: float | None  # distance of the best other token checked; None where only one was
     n_checked: int  # tokens checked at this position
-    rivals: tuple[Candidate, ...] = ()  # other tokens that fit as well; not empty means ambiguous
+    rivals: tuple[Candidate, ...] = ()  # other tokens that fit as well; not empty means ambiguous, or noise
     is_held: bool = True  # whether a row was held here; else the next one speaks for the token, and its are the numbers
+    posterior: float | None = None  # of the token under the noise model; None where there is none
 
     @property
     def margin(self) -> float | None:
@@ -80,6 +82,9 @@ class Inversion:
     positions: tuple[PositionEvidence, ...]
     miss: Miss | None = None
     known_prefix: tuple[int, ...] = ()  # token ids before the first observed row, as the caller knew them
+    posterior: float | None = None  # of the whole prompt under the noise model; None where there is none
+    noise_model: dict[str, Any] | None = None  # the model, its parameters, whether they were estimated
+    residuals: dict[str, Any] | None = None  # how what is left of the rows compares with that noise
 
     def record(self) -> dict[str, Any]:
         """Return the JSON record; its keys equal the field names."""
@@ -87,12 +92,21 @@ class Inversion:
 
     def summary(self) -> str:
         """Return the verdict and its evidence in a sentence or two."""
+        if self.miss is not None and self.noise_model is not None:
+            return f"unmatched: {self.miss.diagnosis}."
         if self.miss is not None:
             miss = self.miss
             return (
                 f"unmatched: position {miss.position}: best of {miss.n_checked} candidates is "
                 f"{miss.distance:.3g} away, tolerance {miss.tolerance:.2g}; {miss.diagnosis}. "
                 'See "sipit invert --help".'
+            )
+        if self.posterior is not None and self.noise_model is not None:
+            doubtful = sum((p.posterior or 0.0) < 0.95 for p in self.positions)
+            return (
+                f"{self.verdict}: {len(self.input_ids)} tokens, posterior {self.posterior:.3g} of the prompt under "
+                f"{self.noise_model['says']}{', estimated' if self.noise_model['is_estimated'] else ''}; "
+                f"{doubtful} tokens below 0.95; no proof"
             )
         worst = max(self.positions, key=lambda p: p.distance / p.tolerance if p.tolerance else 0.0)
         text = (

@@ -1,0 +1,145 @@
+"""Decoding behind noise, as `sipit invert --noise auto` does it: tokens found, posteriors against the truth, verdicts.
+
+Prompts of 20 tokens cut at random out of a text, Gaussian noise at the strengths of `benchmarks.noise_strengths`, at
+which nearest search behind the true prefix finds 90, 50 and 10 % of the tokens. With --wrong, what must never be
+called recovered or probable instead: states of another layer, site or model, spliced, shuffled and unrelated rows.
+Each case is a line of the file; a second run goes on where the first stopped.
+
+python -m benchmarks.noise --text-file F --strengths strengths.json --prompts 10 --out noise.jsonl
+python -m benchmarks.noise --text-file F --wrong --layers 5 --prompts 10 --out wrong.jsonl
+python -m benchmarks.noise --summary noise.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sipit
+from benchmarks.noise_strengths import N_TOKENS, held_out
+from sipit.inversion.noise.decode import decode, verdict_of
+from sipit.observations import Observation
+from sipit.storage import LineLog
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--text-file", type=Path)
+    parser.add_argument("--strengths", type=Path)
+    parser.add_argument("--layers", default="5,15,30")
+    parser.add_argument("--prompts", type=int, default=10)
+    parser.add_argument("--wrong", action="store_true")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--summary", type=Path)
+    options = parser.parse_args()
+    if options.summary is not None:
+        summarise([json.loads(line) for line in options.summary.read_text("utf-8").splitlines()])
+        return
+    lm = sipit.load(options.model)
+    prompts = held_out(lm, options.text_file, options.prompts, seed=11)
+    log = LineLog(options.out)
+    done = {record["case"] for record in log.records()}
+    layers = [int(layer) for layer in options.layers.split(",")]
+    strengths = {} if options.wrong else json.loads(options.strengths.read_text("utf-8"))
+    cases = _wrong_cases(lm, prompts, layers) if options.wrong else _noisy_cases(lm, prompts, layers, strengths)
+    for case, seen, truth in cases:
+        if case in done:
+            continue
+        began = time.perf_counter()
+        found = decode(lm, seen)
+        verdict, _ = verdict_of(found)
+        tokens = found.input_ids
+        record: dict[str, Any] = {
+            "case": case,
+            "layer": seen.layer,
+            "verdict": verdict,
+            "posterior": found.posterior,
+            "sigma": found.noise.sigma,
+            "seconds": time.perf_counter() - began,
+            "right": (tokens == truth).tolist() if truth is not None else None,
+            "posteriors": found.beams.token_posteriors.gather(1, tokens[:, None])[:, 0].tolist(),
+            "residuals": found.residuals.record(),
+            "held_out_slope": found.held_out_slope,
+        }
+        log.append(record)
+        print(case, verdict, f"{found.posterior:.3f}", sum(record["right"] or []), flush=True)
+
+
+_Case = tuple[str, Observation, Tensor | None]
+
+
+def _noisy_cases(
+    lm: sipit.LanguageModel, prompts: list[Tensor], layers: list[int], strengths: dict[str, dict[str, float]]
+) -> Iterator[_Case]:
+    for number, prompt in enumerate(prompts):
+        for layer in layers:
+            seen = lm.capture(input_ids=prompt, layer=layer)
+            for share, strength in strengths[str(layer)].items():
+                generator = torch.Generator().manual_seed(1000 * number + layer)
+                noise = strength * torch.randn(seen.states.shape, generator=generator)
+                yield f"{layer} {share} {number}", replace(seen, states=seen.states + noise), prompt
+
+
+def _wrong_cases(lm: sipit.LanguageModel, prompts: list[Tensor], layers: list[int]) -> Iterator[_Case]:
+    """Yield states that are no prompt's at the layer they are said to be of, with and without noise on top."""
+    for number, prompt in enumerate(prompts):
+        other = prompts[(number + 1) % len(prompts)]
+        for layer in layers:
+            generator = torch.Generator().manual_seed(1000 * number + layer)
+            own = lm.capture(input_ids=prompt, layer=layer)
+            states, half = own.states, N_TOKENS // 2
+            scrambled = torch.randperm(states.shape[1], generator=generator)
+            wrong = {
+                "next layer": lm.capture(input_ids=prompt, layer=min(layer + 1, lm.n_layers - 1)).states,
+                "layer before": lm.capture(input_ids=prompt, layer=layer - 1).states,
+                "final": lm.capture(input_ids=prompt, site="final").states,
+                "spliced": torch.cat([states[:half], lm.capture(input_ids=other, layer=layer).states[half:]]),
+                "rows reversed": states.flip(0),
+                "another model": states[:, scrambled],
+                "white": states.std() * torch.randn(states.shape, generator=generator),
+                "one row repeated": states[:1].expand_as(states),
+            }
+            for name, rows in wrong.items():
+                noise = torch.randn(rows.shape, generator=generator)
+                usual = float(states[1:].norm(dim=1).median()) / states.shape[1] ** 0.5  # root mean square of a row
+                for share in (0.0, 0.5):
+                    yield f"{layer} {name} {share} {number}", replace(own, states=rows + share * usual * noise), None
+
+
+def summarise(records: list[dict[str, Any]]) -> None:
+    """Print what the lines of a run amount to."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for record in records:
+        groups[record["case"].rpartition(" ")[0]].append(record)
+    for name, group in groups.items():
+        verdicts = dict(Counter(record["verdict"] for record in group))
+        seconds = sum(record["seconds"] for record in group) / len(group)
+        if group[0]["right"] is None:
+            print(f"{name:32s} {len(group):3d} {verdicts}")
+            continue
+        rights = [right for record in group for right in record["right"]]
+        probable = [all(r["right"]) for r in group if r["verdict"] == "probable"]
+        print(
+            f"{name:12s} {len(group):3d} prompts, tokens {sum(rights) / len(rights):.3f}, probable right "
+            f"{sum(probable)} of {len(probable)}, {verdicts}, {seconds:.1f} s a prompt"
+        )
+    pairs = [pair for r in records if r["right"] for pair in zip(r["posteriors"], r["right"], strict=True)]
+    for tenth in range(10):
+        inside = [(p, right) for p, right in pairs if min(int(10 * p), 9) == tenth]
+        if inside:
+            stated, true = (sum(x) / len(inside) for x in zip(*inside, strict=True))
+            print(f"posterior {tenth / 10:.1f}: {len(inside):5d} tokens, stated {stated:.3f}, right {true:.3f}")
+
+
+if __name__ == "__main__":
+    main()

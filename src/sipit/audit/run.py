@@ -1,0 +1,136 @@
+"""Run an audit: each prompt in each cell, one line of a log each, so that a second run goes on where one stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sipit.audit.cells import Cell, Plan, Trial, cells_of
+from sipit.audit.defences import Defended, defence_named
+from sipit.audit.utility import Utility, utility_of
+from sipit.inversion import invert
+from sipit.inversion.noise.decode import decode, evidence_of, verdict_of
+from sipit.models import LanguageModel
+from sipit.models.plain_pass import plain_seconds
+from sipit.observations import Site, dtype_named
+from sipit.storage import LineLog
+
+OnTrial = Callable[[Trial], None]
+
+
+def audit(
+    lm: LanguageModel,
+    prompts: Sequence[Tensor],
+    *,
+    layers: Sequence[int],
+    folder: Path,
+    sites: Sequence[Site] = ("block",),
+    dtypes: Sequence[str] = ("float32",),
+    defences: Sequence[str] = ("none",),
+    on_trial: OnTrial | None = None,
+) -> tuple[list[Cell], list[Trial]]:
+    """Attack prompts' states in every cell, and return what came of it.
+
+    Args:
+        lm: the model.
+        prompts: token ids, (T,) each.
+        layers: blocks run, for sites that have several.
+        folder: where the log lies; it holds the prompts, so only its owner may read it.
+        sites: what leaks.
+        dtypes: that rows are stored in.
+        defences: each "NAME:STRENGTH", or "none".
+        on_trial: told each trial as it is done.
+
+    Raises:
+        OptionError: there is no such layer, site, dtype or defence.
+        StorageError: the log cannot be written.
+    """
+    named = {text: defence_named(text) for text in defences}
+    plans = {
+        Plan(layer=lm.checked_layer(layer, site), site=site, dtype=dtype, defence=one.name, strength=strength): text
+        for site in sites
+        for layer in layers
+        for dtype in dtypes
+        for text, (one, strength) in named.items()
+    }
+    log = LineLog(folder / "trials.jsonl", is_private=True)
+    trials = {(t["cell"], t["prompt_sha256"]): _trial(t) for t in log.records() if t["fingerprint"] == lm.fingerprint}
+    for number, prompt in enumerate(prompts):
+        digest = hashlib.sha256(prompt.numpy().tobytes()).hexdigest()
+        for plan, text in plans.items():
+            if (plan.key, digest) in trials:
+                continue
+            trial = _tried(lm, plan, text, number, prompt)
+            log.append({**trial.record(), "prompt_sha256": digest, "fingerprint": lm.fingerprint})
+            trials[plan.key, digest] = trial
+            if on_trial is not None:
+                on_trial(trial)
+    wanted = {hashlib.sha256(prompt.numpy().tobytes()).hexdigest() for prompt in prompts}
+    used = [trial for (_, digest), trial in trials.items() if digest in wanted]
+    return cells_of(list(plans), used), used
+
+
+def _trial(record: dict[str, Any]) -> Trial:
+    fields = {name: record[name] for name in Trial.__dataclass_fields__}
+    return Trial(**{**fields, "shown": tuple(record["shown"])})
+
+
+def _tried(lm: LanguageModel, plan: Plan, text: str, number: int, prompt: Tensor) -> Trial:
+    """Attack one prompt in one cell."""
+    site: Any = plan.site
+    seen = lm.capture(input_ids=prompt, layer=plan.layer, site=site)
+    defence, strength = defence_named(text)
+    generator = torch.Generator().manual_seed(1000 * number + plan.layer)
+    stored = replace(seen, states=seen.states.to(dtype_named(plan.dtype)))
+    defended = defence.apply(stored, strength, generator)
+    if defended.noise is not None:
+        sent = defended.seen.states.to(dtype_named(plan.dtype)).float()
+        defended = replace(defended, seen=replace(defended.seen, states=sent))
+    utility = utility_of(lm, seen, defended.seen)
+    return _attacked(lm, plan, number, prompt, defended, utility)
+
+
+def _attacked(
+    lm: LanguageModel, plan: Plan, number: int, truth: Tensor, defended: Defended, utility: Utility | None
+) -> Trial:
+    seen = defended.seen
+    began = time.perf_counter()
+    if defended.noise is None:
+        found = invert(lm, seen)
+        verdict, evidence = str(found.verdict), found.positions
+        ids = list(found.input_ids)
+    else:
+        decoded = decode(lm, seen, defended.noise)
+        verdict, evidence = str(verdict_of(decoded)[0]), tuple(evidence_of(lm, seen, decoded))
+        ids = decoded.input_ids.tolist()
+    seconds = time.perf_counter() - began
+    right = [a == b for a, b in zip(ids, truth.tolist(), strict=False)]  # an unmatched search ends early
+    shown = [
+        {
+            "token": one.token,
+            "is_right": right[i],
+            "distance": one.distance,
+            "runner_up": one.runner_up,
+            "posterior": one.posterior,
+        }
+        for i, one in enumerate(evidence)
+    ]
+    return Trial(
+        cell=plan.key,
+        prompt=number,
+        verdict=verdict,
+        tokens=seen.seq_len,
+        exact_tokens=sum(right),
+        seconds=seconds,
+        wall_ratio=seconds / max(plain_seconds(lm, seen.cut, seen.n_positions), 1e-9),
+        kl=None if utility is None else utility.kl,
+        agreement=None if utility is None else utility.agreement,
+        shown=tuple(shown),
+    )

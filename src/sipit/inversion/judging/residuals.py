@@ -1,0 +1,147 @@
+"""Whether what is left of the rows looks like the noise it is said to be.
+
+Noise that is large enough explains any rows by any prompt. What tells a right prompt is that nothing of the states is
+left over: the residuals are as large at every position as the noise model says, no larger along the directions in
+which tokens differ than along others, and the states account in full for how the rows differ from those of other
+tokens. Any of a wrong model, layer or prompt leaves its own states in the residuals. Shapes: T rows, D = their width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sipit.inversion.judging.meter import Meter
+from sipit.inversion.judging.noise_model import NoiseModel
+from sipit.models import LanguageModel
+from sipit.observations import Observation
+
+PROBABLE = 0.95  # posterior of a prompt from which it is called probable
+_OTHERS = 8  # random tokens run at each position beside the claimed one
+_MOST_DEVIATION = 5.0  # standard deviations that a sum of squares may be off: by chance 1 in a million, of 500
+_LEAST_SLOPE_SIGNAL = 16.0  # standard deviations of the slope below 1: less tells no prompt from none
+_CHUNK = 256  # tokens in one packed pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Residuals:
+    """What is left of the rows once the states of a prompt are taken away, in standard deviations of such noise."""
+
+    sigma: float  # root mean square of the residuals over the coordinates
+    rows: float  # deviation of the row whose energy is furthest from what the noise model says
+    directions: float  # deviation of the energy along the directions in which tokens differ
+    slope: float  # share of the rows' distance from other tokens' states that the prompt's states account for: 1
+    slope_error: float  # its standard deviation
+    gap: float  # root mean square distance of other tokens' states
+    reasons: tuple[str, ...]  # why they are not what the model says; empty where they are
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether the residuals look like the noise, and the prompt's states account for the rest."""
+        return not self.reasons
+
+    def record(self) -> dict[str, Any]:
+        """Return the comparison as JSON values."""
+        return asdict(self)
+
+
+def residuals_of(lm: LanguageModel, seen: Observation, input_ids: Tensor, noise: NoiseModel, meter: Meter) -> Residuals:
+    """Compare the rows of a prompt with its states under a noise model.
+
+    Args:
+        lm: the model.
+        seen: the rows, complete behind their known prefix.
+        input_ids: the whole prompt, known prefix included: (P + T,).
+        noise: the model.
+        meter: charged for every token run.
+    """
+    states, others = _with_others(lm, seen, input_ids, meter)  # (T, D), (T, M, D)
+    observed = seen.states.to(states.device).double()
+    kept = noise.kept(observed)  # (T, D)
+    error = (observed - noise.expected(states)) * kept
+    spread = noise.variances(observed.shape[1]).to(states.device).sqrt() * abs(noise.scale)
+    z = error / spread  # (T, D)
+    excess = _kurtosis(noise)
+    counts = kept.sum(dim=1).clamp(min=1).double()  # (T,)
+    by_row = (z.square().sum(dim=1) - counts) / (counts * excess).sqrt()  # (T,)
+    along = _directions(((others - states[:, None]) * kept[:, None] / spread).flatten(0, 1))  # (D, K)
+    energy = float((z @ along).square().sum())
+    n_along = max(along.shape[1] * len(z), 1)
+    by_direction = (energy - n_along) / math.sqrt(2 * n_along)
+    slope, slope_error = _slope(z, noise.scale * (others - states[:, None]) * kept[:, None] / spread)
+    worst = float(by_row[by_row.abs().argmax()])
+    gaps = (others - states[:, None]).square().sum(dim=2).mean().sqrt()
+    return Residuals(
+        sigma=float((error.square().sum() / counts.sum()).sqrt()),
+        rows=worst,
+        directions=by_direction,
+        slope=slope,
+        slope_error=slope_error,
+        gap=float(gaps),
+        reasons=_reasons(seen, by_row, by_direction, slope, slope_error),
+    )
+
+
+def _reasons(
+    seen: Observation, by_row: Tensor, by_direction: float, slope: float, slope_error: float
+) -> tuple[str, ...]:
+    found = []
+    worst = int(by_row.abs().argmax())
+    if abs(float(by_row[worst])) > _MOST_DEVIATION:
+        found.append(
+            f"row {seen.positions[worst]} is {float(by_row[worst]):.3g} standard deviations off the size that the "
+            "noise has elsewhere"
+        )
+    if abs(by_direction) > _MOST_DEVIATION:
+        found.append(
+            f"along the directions in which tokens differ, more is left than noise explains: {by_direction:.3g} "
+            "standard deviations"
+        )
+    if abs(slope - 1) > _MOST_DEVIATION * slope_error + 0.05:
+        found.append(f"the states account for {slope:.2f} of how the rows differ from those of other tokens, not for 1")
+    if slope_error * _LEAST_SLOPE_SIGNAL > 1:
+        found.append("the noise hides the states, so the rows say nothing of the tokens")
+    return tuple(found)
+
+
+def _with_others(lm: LanguageModel, seen: Observation, input_ids: Tensor, meter: Meter) -> tuple[Tensor, Tensor]:
+    """Return the states of a prompt, and those of random tokens in place of each. (T, D), (T, M, D) float64."""
+    model = lm.cut(seen.cut, seq_len=len(input_ids))
+    first = len(seen.known_prefix)
+    n_rows = len(input_ids) - first
+    states = model.ordinary(input_ids)[first:].double()
+    generator = torch.Generator().manual_seed(4)
+    tokens = torch.randint(lm.vocab_size, (n_rows, _OTHERS), generator=generator)
+    cache = model.cache_of(input_ids)
+    places = torch.arange(first, len(input_ids)).repeat_interleave(_OTHERS)
+    attends = torch.arange(len(input_ids))[None] < places[:, None]  # (T · M, P + T)
+    parts = torch.arange(len(places)).split(_CHUNK)
+    rows = [model.packed(cache, tokens.flatten()[i], places[i], attends=attends[i]) for i in parts]
+    meter.spend(2 * len(input_ids) + len(places), model.layer)
+    return states, torch.cat(rows).double().view(n_rows, _OTHERS, -1)
+
+
+def _directions(differences: Tensor) -> Tensor:
+    """Return the directions along which differences of tokens are longest, half of their energy. (N, D) → (D, K)."""
+    gram = differences.T @ differences
+    values, vectors = torch.linalg.eigh(gram)
+    share = values.flip(0).cumsum(dim=0) / values.sum().clamp(min=1e-300)
+    n = int((share < 0.5).sum()) + 1
+    longest: Tensor = vectors.flip(1)[:, :n]
+    return longest
+
+
+def _slope(z: Tensor, others: Tensor) -> tuple[float, float]:
+    """Return the slope of rows on states, both less other tokens' states, and its error. (T, D), (T, M, D)."""
+    mean = others.mean(dim=1)  # (T, D) from the claimed state to the mean other one
+    energy = float(mean.square().sum())
+    return 1 - float((z * mean).sum()) / max(energy, 1e-300), 1 / math.sqrt(max(energy, 1e-300))
+
+
+def _kurtosis(noise: NoiseModel) -> float:
+    """Return the variance of a squared error over the square of its variance."""
+    return 0.8 if noise.law == "uniform" else 2.0

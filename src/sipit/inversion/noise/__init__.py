@@ -1,0 +1,1 @@
+"""Prompts behind noise: the most probable one under a stated noise model, with a posterior."""

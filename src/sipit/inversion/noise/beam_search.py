@@ -1,0 +1,253 @@
+"""Beam search for the prompts that are most probable under a noise model and the language model.
+
+At each position the tokens of all beams compete: the best by prior and token map are run through the model, and the
+beams that go on are the best by prior and the exact likelihood of all rows so far. A beam that a later row speaks
+against loses to another one: so later rows revise earlier tokens. Shapes: B beams, N candidates, V = vocab_size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sipit.inversion.judging.meter import Meter
+from sipit.inversion.judging.noise_model import NoiseModel
+from sipit.inversion.noise.posterior import Candidates, TokenPosteriors
+from sipit.inversion.noise.prefixes import BeamPrefixes
+from sipit.inversion.noise.prior import TokenPrior, anywhere_log_probabilities
+from sipit.inversion.noise.token_map import Ranking, first_rows_of_all, token_map, with_unmapped
+from sipit.models import LanguageModel
+from sipit.observations import Observation
+
+_TEMPER = (
+    0.8  # of the map's log-likelihoods before its offset is known: its errors are less regular than a normal law's
+)
+_ROWS = 4096  # of candidates compared at once
+_OF_EACH = 3  # tokens run behind every beam, to know the map's offset there
+_DRAWN = 1.0  # tokens that the offset behind all beams counts as
+_MORE = 1024  # tokens run at a time where nothing fits
+_SURPRISE = 6.0  # standard deviations that the best state's residual is too large by where nothing fits
+_LEAST = 48  # candidates run at a position, however sure the ranking is
+_LEFT_OUT = 1e-4  # of the mass at a position: beams and candidates beyond it are not worth their price
+
+OnPosition = Callable[[Sequence[int]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How much a decoding may cost."""
+
+    n_beams: int = 64
+    n_shown: int = 96  # tokens run at each position to know what the map misses there
+    n_candidates: int = 384  # more that are run, the likeliest over all beams
+    n_surprised: int = 8192  # run in all at positions where nothing fits
+    max_batch: int = 256  # in one packed pass
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Beams:
+    """The prompts that were left at the end, the most probable first. B of them, of T tokens."""
+
+    input_ids: Tensor  # (B, T)
+    posteriors: Tensor  # (B,) float64: of each prompt, the mass of what was left out on the way counted
+    token_posteriors: Tensor  # (T, V) float64: of each token at each position; sums to 1 over V
+    distances: list[dict[int, float]]  # T of: token run at a position → L2 to the row, the least behind any beam
+
+
+class BeamSearch:
+    """One search, position by position.
+
+    Args:
+        lm: the model.
+        seen: the rows, complete behind their known prefix.
+        noise: what happened to them.
+        meter: charged for every token run.
+        effort: how much it may cost.
+    """
+
+    def __init__(
+        self, lm: LanguageModel, seen: Observation, noise: NoiseModel, meter: Meter, effort: Effort | None = None
+    ) -> None:
+        self._lm, self._noise, self._meter = lm, noise, meter
+        self._effort = effort or Effort()
+        self._model = lm.cut(seen.cut, seq_len=seen.n_positions)
+        self._observed = seen.states.to(self._model.device).float()  # (T, W)
+        known = torch.tensor(seen.known_prefix, dtype=torch.long)
+        batch = self._effort.max_batch
+        self._map = token_map(lm, seen.cut, meter)
+        self._prefixes = BeamPrefixes(self._model, known, max_batch=batch)
+        self._prior = TokenPrior(lm, known, meter, max_batch=batch, seq_len=seen.n_positions)
+        self._clean = self._map.compared(self._filled())  # (T, S)
+        variances = noise.variances(seen.d_model)
+        self._far = Ranking(self._map, variances, knows_offset=False)
+        self._near = Ranking(self._map, variances, knows_offset=True)
+        self._seen = seen
+        self._unigram = anywhere_log_probabilities(lm, meter).double().cpu()  # (V,)
+        self._n_surprised = self._effort.n_surprised
+        self._distances: list[dict[int, float]] = []
+        self._local: list[Tensor] = []  # (V,) log-probabilities at each row by that row alone
+
+    def _filled(self) -> Tensor:
+        """Return the rows without shift and scale, the mean row's values where coordinates were dropped. (T, W)."""
+        clean, noise = self._noise.unexpected(self._observed), self._noise
+        if not noise.drops or self._map.projection is not None:
+            return clean
+        return torch.where(noise.kept(self._observed), clean, self._map.centre.to(clean))
+
+    def run(self, on_position: OnPosition | None = None) -> Beams:
+        """Return the prompts that are left; `on_position` is told the best tokens so far after every position."""
+        n_rows = len(self._observed)
+        scores = torch.zeros(1, dtype=torch.float64)  # (B,)
+        tokens = torch.zeros(1, 0, dtype=torch.long)  # (B, t)
+        posteriors = TokenPosteriors(n_rows, self._lm.vocab_size)
+        for row in range(n_rows):
+            found = self._candidates(row, scores)
+            kept = self._kept(found)
+            posteriors.leave_out(row, tokens, found, kept)
+            token_ids, beams, scores = found.token_ids[kept], found.beams[kept], found.log_scores[kept]
+            tokens = torch.cat([tokens[beams], token_ids[:, None]], dim=1)
+            if on_position is not None:
+                on_position(tokens[0].tolist())
+            if row + 1 < n_rows:
+                self._prefixes.grow(token_ids, beams)
+                self._meter.spend(len(kept), self._model.layer)
+                self._prior.grow(token_ids, beams)
+        shares = (scores - scores.logsumexp(dim=0)).exp() * posteriors.left  # (B,)
+        return Beams(
+            input_ids=tokens,
+            posteriors=shares,
+            token_posteriors=posteriors.ended(tokens, shares, self._local),
+            distances=self._distances,
+        )
+
+    def _kept(self, found: Candidates) -> Tensor:
+        """Return the candidates that become beams: the best, until little mass is left. (B',)."""
+        ordered = found.log_scores.sort(descending=True, stable=True)
+        shares = (ordered.values - ordered.values.logsumexp(dim=0)).exp()
+        enough = int((shares.cumsum(dim=0) < 1 - _LEFT_OUT).sum()) + 1
+        return ordered.indices[: min(enough, self._effort.n_beams)]
+
+    def _candidates(self, row: int, scores: Tensor) -> Candidates:
+        """Return the best continuations of all beams at one row, with their exact scores."""
+        prior = self._prior.log_probabilities.double().cpu() + scores[:, None]  # (B, V)
+        if self._prefixes.position == 0:
+            return self._first_candidates(prior)
+        expected = torch.logaddexp((prior - scores.logsumexp(dim=0)).logsumexp(dim=0), self._unigram)  # (V,)
+        clean = self._clean[row][None]  # (1, S)
+        likelihoods = self._far.scores(clean).double().cpu()  # (1, V)
+        ids, beams = _best_of_each(prior + _TEMPER * likelihoods, _OF_EACH, self._effort.n_shown)
+        states = self._states(ids, beams)
+        offsets = self._offsets(ids, beams, states, len(scores))
+        likelihoods = self._near.scores(clean, offsets).double().cpu()  # (B, V)
+        self._local.append((likelihoods[0] + expected).log_softmax(dim=0))
+        ranked = prior + likelihoods
+        more = prior + with_unmapped(likelihoods)
+        new_ids, new_beams = self._more(ranked, more, ids, beams)
+        states = torch.cat([states, self._states(new_ids, new_beams)])
+        ids, beams = torch.cat([ids, new_ids]), torch.cat([beams, new_beams])
+        exact = prior[beams, ids] + self._likelihoods(row, states)  # (N,)
+        while self._n_surprised > 0 and self._is_surprising(row, states[exact.argmax()]):
+            more[beams, ids] = -math.inf
+            new_ids, new_beams = self._unmapped(more, scores)
+            if not len(new_ids):
+                break
+            self._n_surprised -= len(new_ids)
+            new_states = self._states(new_ids, new_beams)
+            new_exact = prior[new_beams, new_ids] + self._likelihoods(row, new_states)
+            ids, beams = torch.cat([ids, new_ids]), torch.cat([beams, new_beams])
+            states, exact = torch.cat([states, new_states]), torch.cat([exact, new_exact])
+        self._note_distances(row, ids, states)
+        ranked += exact.logsumexp(dim=0) - ranked[beams, ids].logsumexp(dim=0)  # noise that is not normal is off
+        ranked[beams, ids] = -math.inf
+        rest = ranked.flatten().logsumexp(dim=0)
+        return Candidates(token_ids=ids, beams=beams, log_scores=exact, log_rest=rest, log_others=ranked)
+
+    def _more(self, ranked: Tensor, unmapped: Tensor, ids: Tensor, beams: Tensor) -> tuple[Tensor, Tensor]:
+        """Return candidates beside those run: half as the map ranks, half as if it were wrong. (B, V), (B, V), (N,)."""
+        chosen = torch.zeros_like(ranked, dtype=torch.bool)
+        for scores in (ranked, unmapped):
+            left = scores.clone()
+            left[beams, ids] = -math.inf
+            more_ids, more_beams = _best(left, scores.flatten().logsumexp(dim=0), self._effort.n_candidates // 2)
+            chosen[more_beams, more_ids] = True
+        places = chosen.flatten().nonzero()[:, 0]
+        return places % ranked.shape[1], places // ranked.shape[1]
+
+    def _is_surprising(self, row: int, state: Tensor) -> bool:
+        """Whether even the best state leaves more of a row than the noise explains: the right token was not run."""
+        kept = self._noise.kept(self._observed[row][None])[0]
+        spread = self._noise.variances(len(state)).to(state).sqrt() * abs(self._noise.scale)
+        z = ((self._observed[row] - self._noise.expected(state[None])[0]) * kept / spread).double()
+        n = float(kept.sum())
+        return float(z.square().sum()) > n + _SURPRISE * math.sqrt(2 * n)
+
+    def _unmapped(self, ranked: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Return more candidates behind the best beam alone, at most those left to be tried. (B, V), (B,)."""
+        best = int(scores.argmax())
+        n = min(_MORE, self._n_surprised, int(ranked[best].isfinite().sum()))
+        return ranked[best].topk(n).indices, torch.full((n,), best)
+
+    def _first_candidates(self, prior: Tensor) -> Candidates:
+        """Return candidates for a prompt's first position: the whole vocabulary, whose rows there are made once."""
+        states = first_rows_of_all(self._lm, self._seen.cut, self._meter)
+        likelihoods = self._likelihoods(0, states)  # (V,)
+        self._local.append((likelihoods + self._unigram).log_softmax(dim=0))
+        scores = prior + likelihoods  # (1, V)
+        ids, beams = _best(scores, scores.flatten().logsumexp(dim=0), self._lm.vocab_size)
+        self._note_distances(0, ids, states[ids.to(states.device)])
+        others = scores.clone()
+        others[beams, ids] = -math.inf
+        rest = others.flatten().logsumexp(dim=0)
+        return Candidates(token_ids=ids, beams=beams, log_scores=scores[0, ids], log_rest=rest, log_others=others)
+
+    def _offsets(self, ids: Tensor, beams: Tensor, states: Tensor, n_beams: int) -> Tensor:
+        """Return the mean error of the map behind each beam, drawn towards that behind all of them. (B, S)."""
+        errors = self._map.errors(states, ids)  # (N, S)
+        common = errors.mean(dim=0)
+        beams = beams.to(errors.device)
+        sums = torch.zeros(n_beams, errors.shape[1], device=errors.device).index_add_(0, beams, errors)
+        counts = torch.bincount(beams, minlength=n_beams)[:, None]
+        return (sums + _DRAWN * common) / (counts + _DRAWN)
+
+    def _note_distances(self, row: int, ids: Tensor, states: Tensor) -> None:
+        """Note how far the row lies from what tokens lead to, the nearest behind any beam. (N,), (N, W)."""
+        found: dict[int, float] = {}
+        distances = (self._noise.expected(states) - self._observed[row]).norm(dim=1)  # (N,)
+        for token_id, distance in zip(ids.tolist(), distances.tolist(), strict=True):
+            found[token_id] = min(distance, found.get(token_id, math.inf))
+        self._distances.append(found)
+
+    def _likelihoods(self, row: int, states: Tensor) -> Tensor:
+        """Return the log-likelihood of a row for each of some states. (N, W) → (N,) float64."""
+        observed = self._observed[row]
+        parts = [self._noise.log_likelihood(observed.expand_as(part), part) for part in states.split(_ROWS)]
+        return torch.cat(parts).cpu()
+
+    def _states(self, ids: Tensor, beams: Tensor) -> Tensor:
+        if not len(ids):
+            return self._observed[:0]
+        states = self._prefixes.states(ids, beams).float()
+        self._meter.spend(len(ids), self._model.layer)
+        self._meter.n_checked += len(ids)
+        return states
+
+
+def _best(scores: Tensor, total: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Return the tokens and beams of the highest scores: n, or fewer that leave little mass. (B, V) → (n,), (n,)."""
+    best = scores.flatten().topk(min(n, int(scores.isfinite().sum())))
+    shares = (best.values - total).exp()
+    left = (scores.flatten().logsumexp(dim=0) - total).exp()
+    enough = max(_LEAST, int((left - shares.cumsum(dim=0) > _LEFT_OUT).sum()) + 1)
+    places = best.indices[:enough]
+    return places % scores.shape[1], places // scores.shape[1]
+
+
+def _best_of_each(scores: Tensor, n_each: int, n: int) -> tuple[Tensor, Tensor]:
+    """Return the tokens and beams of the n highest scores and of the n_each highest of every beam. (B, V)."""
+    own = scores.topk(n_each, dim=1).indices + torch.arange(len(scores))[:, None] * scores.shape[1]  # (B, n_each)
+    places = torch.cat([own.flatten(), scores.flatten().topk(min(n, scores.numel())).indices]).unique()
+    return places % scores.shape[1], places // scores.shape[1]

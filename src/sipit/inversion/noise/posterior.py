@@ -1,0 +1,65 @@
+"""The posterior of every token at every position, what a beam search leaves out on the way included.
+
+A search that counts only what is left at its end is sure of everything: the beams that are left share their early
+tokens. Here a path that is left out keeps the share of all mass it had then, and those that go on share the rest.
+Shapes: T rows, B beams, N candidates, V = vocab_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Candidates:
+    """Continuations of beams at one position. N of them were run through the model."""
+
+    token_ids: Tensor  # (N,)
+    beams: Tensor  # (N,) that each continues
+    log_scores: Tensor  # (N,) float64
+    log_rest: Tensor  # () float64: log-mass of all that were not run
+    log_others: Tensor  # (B, V) float64: of those, but for a constant, as they were ranked; -inf of those run
+
+
+class TokenPosteriors:
+    """Where the mass of one search is."""
+
+    def __init__(self, n_rows: int, vocab_size: int) -> None:
+        self._mass = torch.zeros(n_rows, vocab_size, dtype=torch.float64)  # (T, V) of what was left out
+        self._ahead = torch.zeros(n_rows, dtype=torch.float64)  # (T,) of it, with no token at a position yet
+        self.left = 1.0  # mass of the paths that go on
+
+    def leave_out(self, row: int, prefixes: Tensor, found: Candidates, kept: Tensor) -> None:
+        """Count the candidates at a row that do not go on. (B, t) tokens of the beams so far, (B',) that do."""
+        total = torch.logaddexp(found.log_scores.logsumexp(dim=0), found.log_rest)
+        shares = (found.log_scores - total).exp() * self.left  # (N,)
+        go_on = shares[kept].sum()
+        shares = shares.index_fill(0, kept, 0.0)
+        rest = (found.log_rest - total).exp() * self.left
+        others = torch.zeros_like(found.log_others)  # (B, V)
+        if rest > 0:  # else every token was run
+            others = (found.log_others - found.log_others.flatten().logsumexp(dim=0)).exp() * rest
+        of_beams = others.sum(dim=1).index_add_(0, found.beams, shares)  # (B,)
+        for place in range(row):
+            self._mass[place].index_add_(0, prefixes[:, place], of_beams)
+        self._mass[row] += others.sum(dim=0)
+        self._mass[row].index_add_(0, found.token_ids, shares)
+        self._ahead[row + 1 :] += of_beams.sum()
+        self.left = float(go_on)
+
+    def ended(self, tokens: Tensor, shares: Tensor, local: Sequence[Tensor]) -> Tensor:
+        """Return the posterior of every token, given the beams left at the end. (B, T), (B,) → (T, V).
+
+        Of paths that were left out before a position, the token there is not known: it is as that row alone tells,
+        whose log-probabilities are given: T of (V,).
+        """
+        found = self._mass.clone()
+        for place in range(len(found)):
+            found[place].index_add_(0, tokens[:, place], shares)
+            found[place] += self._ahead[place] * local[place].exp()
+        known: Tensor = found / found.sum(dim=1, keepdim=True)
+        return known

@@ -1,0 +1,77 @@
+"""Log-probabilities of the next token behind each beam, under the language model itself.
+
+A share of the probability is spread over the whole vocabulary: a prompt may hold what the model thinks impossible.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sipit.inversion.judging.calibration import calibration_prompts
+from sipit.inversion.judging.meter import Meter
+from sipit.inversion.noise.prefixes import BeamPrefixes
+from sipit.inversion.proposals.continuations import opening_log_probabilities
+from sipit.models import LanguageModel
+
+_ANY = 0.01  # of the probability: that a token is any of the vocabulary
+_ANY_FIRST = 0.1  # the same of a prompt's first token, of which the model knows least
+
+
+class TokenPrior:
+    """The language model behind every beam. B beams, V = vocab_size.
+
+    Args:
+        lm: the model.
+        known: token ids before the first observed row: (P,).
+        meter: charged for every token run.
+        max_batch: most tokens in one packed pass.
+        seq_len: of the whole prompt.
+    """
+
+    def __init__(self, lm: LanguageModel, known: Tensor, meter: Meter, *, max_batch: int, seq_len: int) -> None:
+        self._lm, self._meter = lm, meter
+        model = lm.cut(lm.final_cut, seq_len=seq_len)
+        self._n_blocks = model.layer
+        if len(known):
+            self._prefixes = BeamPrefixes(model, known[:-1], max_batch=max_batch)
+            self.log_probabilities = self._grown(known[-1:], torch.zeros(1, dtype=torch.long))  # (B, V)
+        else:
+            self._prefixes = BeamPrefixes(model, known, max_batch=max_batch)
+            both = torch.stack([opening_log_probabilities(lm, meter), anywhere_log_probabilities(lm, meter)])
+            self.log_probabilities = _widened(both.logsumexp(dim=0) - math.log(2), _ANY_FIRST)[None]
+
+    def grow(self, token_ids: Tensor, beams: Tensor) -> None:
+        """Make new beams of tokens behind old ones. (B',), (B',)."""
+        self.log_probabilities = self._grown(token_ids, beams)
+
+    def _grown(self, token_ids: Tensor, beams: Tensor) -> Tensor:
+        finals = self._prefixes.grow(token_ids, beams)  # (B', D)
+        self._meter.spend(len(token_ids), self._n_blocks)
+        return _widened(self._lm.next_token_logits(finals).log_softmax(dim=1), _ANY)
+
+
+def _widened(logs: Tensor, share: float) -> Tensor:
+    """Return log-probabilities with a share of them spread evenly. (…, V)."""
+    floor = torch.full_like(logs, math.log(share / logs.shape[-1]))
+    return torch.logaddexp(logs + math.log1p(-share), floor)
+
+
+def anywhere_log_probabilities(lm: LanguageModel, meter: Meter) -> Tensor:
+    """Return log-probabilities of a token somewhere in a text, made once. (V,).
+
+    The mean of the model's predictions behind every token of a few texts; flat without a tokenizer.
+    """
+
+    def made() -> Tensor:
+        if lm.tokenizer is None:
+            return torch.full((lm.vocab_size,), -math.log(lm.vocab_size), device=lm.device)
+        full = lm.cut(lm.final_cut)
+        prompts = calibration_prompts(lm)[-1:]
+        meter.spend(sum(len(ids) for ids in prompts), full.layer)
+        logs = torch.cat([lm.next_token_logits(full.ordinary(ids)).log_softmax(dim=1) for ids in prompts])
+        return _widened(logs.logsumexp(dim=0) - math.log(len(logs)), _ANY_FIRST)
+
+    return lm.derived("log-probabilities anywhere", made)

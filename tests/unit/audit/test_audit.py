@@ -1,0 +1,94 @@
+"""Audits: cells, intervals, defences, resuming."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from scipy.stats import binomtest
+
+from sipit import LanguageModel
+from sipit.audit import Plan, Trial, audit, cells_of, defence_named, given_away, wilson
+from sipit.audit.utility import utility_of
+from sipit.errors import OptionError
+from tests.tiny_models import random_ids, text_model
+
+PROMPTS = [random_ids(8, seed=seed, vocab_size=256) for seed in (1, 2)]
+CELL_KEYS = {
+    *("layer", "site", "dtype", "defence", "strength", "prompts", "exact_prompts", "tokens", "exact_tokens"),
+    *("low", "high", "wall_ratio", "kl", "agreement"),
+}
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    return text_model()
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 5), (5, 5), (3, 7), (40, 50)])
+def test_wilson_is_scipys(hits: int, n: int) -> None:
+    expected = binomtest(hits, n).proportion_ci(method="wilson")
+    assert wilson(hits, n) == pytest.approx((expected.low, expected.high))
+
+
+def test_bare_states_give_prompts_away_and_noise_hides_them(lm: LanguageModel, tmp_path: Path) -> None:
+    cells, trials = audit(lm, PROMPTS, layers=[2], folder=tmp_path, defences=["none", "gaussian:20"])
+    bare, hidden = cells
+    assert set(bare.record()) >= CELL_KEYS
+    assert (bare.prompts, bare.exact_prompts, bare.tokens, bare.exact_tokens) == (2, 2, 16, 16)
+    assert (bare.kl, bare.agreement) == (0.0, 1.0)
+    assert hidden.exact_prompts == 0
+    assert hidden.kl is not None
+    assert hidden.kl > 0.01
+    assert given_away(cells) == 1.0
+    assert len(trials) == 4
+
+
+def test_an_audit_goes_on_where_it_stopped(lm: LanguageModel, tmp_path: Path) -> None:
+    first: list[Trial] = []
+    audit(lm, PROMPTS[:1], layers=[1], folder=tmp_path, on_trial=first.append)
+    more: list[Trial] = []
+    cells, _ = audit(lm, PROMPTS, layers=[1], folder=tmp_path, on_trial=more.append)
+    assert [len(first), len(more)] == [1, 1]
+    assert cells[0].prompts == 2
+    lines = (tmp_path / "trials.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["exact_tokens"] for line in lines] == [8, 8]
+
+
+@pytest.mark.parametrize("text", ["dropping:0.2", "rounding:8", "rounding:3", "dp-gaussian:100", "gaussian:0.1"])
+def test_each_defence_changes_rows_and_keeps_their_shape(lm: LanguageModel, text: str) -> None:
+    seen = lm.capture(input_ids=PROMPTS[0], layer=2)
+    defence, strength = defence_named(text)
+    sent = defence.apply(seen, strength, torch.Generator().manual_seed(0)).seen
+    assert sent.states.shape == seen.states.shape
+    assert not torch.equal(sent.states.float(), seen.states)
+    again = defence.apply(seen, strength, torch.Generator().manual_seed(0)).seen
+    assert torch.equal(sent.states, again.states)
+
+
+def test_dropped_states_are_still_read(lm: LanguageModel, tmp_path: Path) -> None:
+    cells, _ = audit(lm, PROMPTS[:1], layers=[2], folder=tmp_path, defences=["dropping:0.2"])
+    assert cells[0].exact_tokens == 8
+
+
+@pytest.mark.parametrize("text", ["gauss:1", "gaussian", "gaussian:x", "rounding:1", "rounding:2.5", "dropping:1"])
+def test_bad_defences_are_refused(text: str) -> None:
+    with pytest.raises(OptionError, match=r"choose one of|no strength"):
+        defence_named(text)
+
+
+def test_utility_of_rows_as_they_are_is_whole(lm: LanguageModel) -> None:
+    seen = lm.capture(input_ids=PROMPTS[0], layer=2)
+    found = utility_of(lm, seen, seen)
+    assert found is not None
+    assert (found.kl, found.agreement) == (0.0, 1.0)
+    keys = lm.capture(input_ids=PROMPTS[0], layer=1, site="keys")
+    assert utility_of(lm, keys, keys) is None
+
+
+def test_cells_without_trials_are_left_out() -> None:
+    plan = Plan(layer=1, site="block", dtype="float32", defence="none", strength=0.0)
+    assert cells_of([plan], []) == []
+    assert given_away([]) == 0.0
