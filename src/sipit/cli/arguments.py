@@ -234,11 +234,15 @@ def _dump_options(command: argparse.ArgumentParser) -> None:
 
 def _prefix_options(command: argparse.ArgumentParser) -> None:
     """Add what a user knows of the tokens before the first row."""
-    group = command.add_argument_group("tokens that have no rows")
+    group = command.add_argument_group("where the rows belong")
     group.add_argument(
         "--positions",
         metavar="P",
         help="position of each row where some have none: 0,2,5 or a range as 1:64:2; the last is that of the last row",
+    )
+    group.add_argument("--shuffled", action="store_true", help="the rows are out of order; they are put in order first")
+    group.add_argument(
+        "--permuted", action="store_true", help="the columns are, behind one permutation that all rows share"
     )
     known = group.add_mutually_exclusive_group()
     known.add_argument(

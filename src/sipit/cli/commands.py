@@ -261,8 +261,13 @@ def _invert_all(
         naming = next((seen for _, seen in waiting if seen.model is not None), waiting[0][1])
         lm = lm or loaded(_model_of(options, naming), options)
         fitting = _fitting(lm, waiting)
-        if options.noise == "auto":
-            raise OptionError("--noise auto takes one prompt at a time; name one with --prompt, or a file of one")
+        alone = {
+            "--noise auto": options.noise == "auto",
+            "--shuffled": options.shuffled,
+            "--permuted": options.permuted,
+        }
+        for name in (name for name, is_given in alone.items() if is_given):
+            raise OptionError(f"{name} takes one prompt at a time; name one with --prompt, or a file of one")
         n_refused += len(waiting) - len(fitting)
         with CountDisplay(len(fitting)) as display:
             found_all = invert_many(
@@ -491,6 +496,8 @@ def _inverted(lm: LanguageModel, seen: Observation, options: Namespace) -> Inver
             found = run(
                 lm,
                 seen,
+                is_shuffled=options.shuffled,
+                is_permuted=options.permuted,
                 use_fit=not options.no_fit,
                 hint=() if kept is None else kept.input_ids,
                 on_progress=display.update if kept is None else display.also(kept.update),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,14 +13,18 @@ import torch
 from torch import Tensor
 
 from sipit.errors import OptionError, ShapeError
+from sipit.inversion.evidence.cost import cost_of
 from sipit.inversion.evidence.result import Inversion
 from sipit.inversion.fitting import fit_inverse
 from sipit.inversion.fitting.fit import OnFitProgress
 from sipit.inversion.inverses.store import fit_path
+from sipit.inversion.judging.meter import Meter
 from sipit.inversion.judging.noise_model import NoiseModel
 from sipit.inversion.noise.decode import invert_noisy
 from sipit.inversion.proposals import Policy
+from sipit.inversion.search.arrangement import arrangement_of
 from sipit.inversion.search.batching import search, search_together
+from sipit.inversion.search.belonging import require_belongs
 from sipit.inversion.search.options import OnProgress, SearchOptions
 from sipit.models import LanguageModel
 from sipit.observations import Cut, Observation, Site, read_observation
@@ -35,6 +41,8 @@ def invert(
     layer: int | None = None,
     site: Site | None = None,
     known_prefix: Sequence[int] | Tensor = (),
+    is_shuffled: bool = False,
+    is_permuted: bool = False,
     policy: Policy = "auto",
     noise: float | Literal["auto"] | NoiseModel = 0.0,
     exhaustive: bool = False,
@@ -58,6 +66,9 @@ def invert(
         site: what leaked, "block" by default, for a bare array; see docs/sites.md.
         known_prefix: token ids before the first row, whose states need not be there: (P,). The rows then
             start at position P; one pass of the prefix is their price.
+        is_shuffled: whether the rows are out of order. They are put in order first, by the tokens that they fit
+            one after the other; the result names their order.
+        is_permuted: whether the columns are, all rows' alike, as behind one secret permutation.
         policy: order in which candidates are tried: "auto", "likely", "gradient", "random", "vocabulary".
         noise: what was added to the states on the way here. A number is the most that it is, as an L2 distance: a
             token that fits only thanks to it is the nearest one checked, and the verdict is "ambiguous". A
@@ -82,6 +93,10 @@ def invert(
         StorageError: the file cannot be read.
     """
     observation = _as_observation(lm, seen, layer, site).behind(known_prefix)
+    if (is_shuffled or is_permuted) and (hint or noise):
+        raise OptionError(
+            "rows or columns out of order are put in order without a hint and without noise; leave it out"
+        )
     if isinstance(noise, NoiseModel) or noise == "auto":
         return invert_noisy(lm, observation, None if noise == "auto" else noise, on_progress=on_progress)
     if isinstance(noise, str):
@@ -96,7 +111,26 @@ def invert(
         hint=hint,
         on_progress=on_progress,
     )
+    if is_shuffled or is_permuted:
+        return _inverted_in_order(lm, observation, options, is_shuffled=is_shuffled, is_permuted=is_permuted)
     return search(lm, observation, options)
+
+
+def _inverted_in_order(
+    lm: LanguageModel, seen: Observation, options: SearchOptions, *, is_shuffled: bool, is_permuted: bool
+) -> Inversion:
+    """Put rows and columns in order, then invert them as any others: the order is a proposal, the search its proof."""
+    require_belongs(lm, seen)
+    began, meter = time.perf_counter(), Meter()
+    arrangement = arrangement_of(lm, seen, meter, is_shuffled=is_shuffled, is_permuted=is_permuted)
+    rows, columns = arrangement.row_order, arrangement.column_order
+    arranged = seen.arranged(row_order=rows, column_order=columns)
+    found = search(lm, arranged, replace(options, hint=arrangement.input_ids))
+    meter.block_tokens += found.block_tokens
+    meter.n_checked += found.n_checked
+    meter.n_passes += found.n_passes
+    cost = cost_of(lm, seen, meter, time.perf_counter() - began)
+    return replace(found, observation=seen.digest(), row_order=rows, column_order=columns, **cost)
 
 
 def _as_observation(lm: LanguageModel, seen: Any, layer: int | None, site: Site | None) -> Observation:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -157,6 +157,27 @@ class Observation:
             )
         shift = len(ids) if first == 0 else 0
         return replace(self, known_prefix=ids, positions=tuple(p + shift for p in self.positions))
+
+    def arranged(self, *, row_order: Sequence[int] = (), column_order: Sequence[int] = ()) -> Observation:
+        """Return this observation with its rows and columns in another order; () leaves them as they are.
+
+        Args:
+            row_order: (seq_len,) row of this observation at each place.
+            column_order: (d_model,) column of it at each coordinate.
+
+        Raises:
+            InputError: an order does not name each row or column once.
+        """
+        states, half = self.states, self.half_step
+        for dim, order, what in ((0, row_order, "rows"), (1, column_order, "columns")):
+            if not order:
+                continue
+            if sorted(order) != list(range(states.shape[dim])):
+                raise InputError(f"an order of the {states.shape[dim]} {what} names each of them once, from 0")
+            index = torch.tensor(order, device=states.device)
+            states = states.index_select(dim, index)
+            half = None if half is None else half.index_select(dim, index)
+        return replace(self, states=states, half_step=half)
 
     def digest(self) -> str:
         """Return the SHA-256 of the stored values, dtype, shape, place and rounding, as hexadecimal digits."""

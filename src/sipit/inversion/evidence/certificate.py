@@ -16,7 +16,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor
 
-from sipit.errors import CertificateError, OptionError, ShapeError
+from sipit.errors import CertificateError, InputError, OptionError, ShapeError
 from sipit.inversion.evidence.result import POLICIES, Inversion, Verdict
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.judging.noise import noise_floor
@@ -119,6 +119,10 @@ def _wrong_keys(record: dict[str, Any]) -> Iterator[str]:
         yield "known_prefix"
     if not isinstance(positions, list) or not all(map(_is_position, positions)):
         yield "positions"
+    for key in ("row_order", "column_order"):
+        order = record.get(key, [])
+        if not isinstance(order, list) or not all(map(_is_count, order)):
+            yield key
     if not isinstance(record.get("miss"), dict | None):
         yield "miss"
     if not isinstance(record.get("noise_model"), dict | None):
@@ -178,6 +182,8 @@ def check_certificate(
     reasons = _mismatches(record, seen, lm)
     distance = tolerance = None
     block_tokens = 0
+    if not reasons:
+        seen = seen.arranged(row_order=record.get("row_order", ()), column_order=record.get("column_order", ()))
     if not reasons and record.get("noise_model") is not None:
         return _check_noisy(lm, seen, record)
     if not reasons:
@@ -313,6 +319,10 @@ def _mismatches(record: dict[str, Any], seen: Observation, lm: LanguageModel) ->
         reasons.append("the certificate is about another known prefix than the observation's")
     if seen.positions != _claimed_places(record) and record["verdict"] != "unmatched":
         reasons.append(f"the observation holds other positions than the certificate, behind {len(known)} known tokens")
+    try:
+        seen.arranged(row_order=record.get("row_order", ()), column_order=record.get("column_order", ()))
+    except InputError as error:
+        reasons.append(f"the certificate's arrangement is none: {error}")
     try:
         lm.checked_layer(seen.layer, seen.site)
         if seen.d_model != lm.width(seen.cut):

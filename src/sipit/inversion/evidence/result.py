@@ -85,6 +85,8 @@ class Inversion:
     posterior: float | None = None  # of the whole prompt under the noise model; None where there is none
     noise_model: dict[str, Any] | None = None  # the model, its parameters, whether they were estimated
     residuals: dict[str, Any] | None = None  # how what is left of the rows compares with that noise
+    row_order: tuple[int, ...] = ()  # row of the observation at each place; () where they were taken as they lie
+    column_order: tuple[int, ...] = ()  # its column at each coordinate; () where they were taken as they lie
 
     def record(self) -> dict[str, Any]:
         """Return the JSON record; its keys equal the field names."""

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sipit.inversion.evidence.cost import cost_of
 from sipit.inversion.evidence.result import Candidate, Inversion, Miss, PositionEvidence, Verdict
 from sipit.inversion.judging.meter import Meter
-from sipit.inversion.judging.noise import noise_floor
 from sipit.inversion.judging.noise_model import NoiseModel
 from sipit.inversion.judging.replay import replay
 from sipit.inversion.judging.residuals import PROBABLE, Residuals, residuals_of
@@ -23,7 +23,6 @@ from sipit.inversion.search.batching import search
 from sipit.inversion.search.belonging import require_belongs
 from sipit.inversion.search.options import OnProgress, Progress, SearchOptions
 from sipit.models import LanguageModel
-from sipit.models.plain_pass import plain_seconds
 from sipit.observations import Observation
 
 _QUICK = Effort(n_beams=16, n_shown=64, n_candidates=128, n_surprised=2048)  # while the noise is still being estimated
@@ -169,13 +168,7 @@ def inversion_of(
         seq_len=seen.seq_len,
         tolerance=float(tolerance.max()),
         noise=0.0,
-        seconds=seconds,
-        wall_ratio=seconds / max(plain_seconds(lm, seen.cut, seen.n_positions), 1e-9),
-        n_passes=meter.n_passes,
-        block_tokens=meter.block_tokens,
-        prefill_ratio=meter.block_tokens / (seen.n_positions * max(seen.layer, 1)),
-        calibration_block_tokens=noise_floor(lm, seen.cut, seen.n_positions).block_tokens,
-        n_checked=meter.n_checked,
+        **cost_of(lm, seen, meter, seconds),
         observation=seen.digest(),
         dtype=seen.dtype,
         model_dtype=str(lm.dtype).removeprefix("torch."),

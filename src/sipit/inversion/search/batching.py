@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from sipit.errors import OptionError
+from sipit.inversion.evidence.cost import cost_of
 from sipit.inversion.evidence.result import Inversion
 from sipit.inversion.judging.check import PackedCheck
 from sipit.inversion.judging.meter import Meter
-from sipit.inversion.judging.noise import noise_floor
 from sipit.inversion.judging.tolerance import tolerance_for
 from sipit.inversion.proposals import Hinted, SearchView, proposal_for
 from sipit.inversion.proposals.price import pass_price
@@ -29,7 +29,6 @@ from sipit.inversion.search.options import Progress, SearchOptions
 from sipit.inversion.search.prompt_search import PromptSearch
 from sipit.inversion.search.tree import Tree
 from sipit.models import LanguageModel, PrefixCache
-from sipit.models.plain_pass import plain_seconds
 from sipit.observations import Observation
 
 _PREFIX_TOKENS = 512  # of a known prefix that are run at once
@@ -276,13 +275,7 @@ class BatchScheduler:
             seq_len=seen.n_sought,
             tolerance=slot.tolerance,
             noise=self._options.noise,
-            seconds=slot.seconds,
-            wall_ratio=slot.seconds / max(plain_seconds(lm, seen.cut, seen.n_positions), 1e-9),
-            n_passes=meter.n_passes,
-            block_tokens=meter.block_tokens,
-            prefill_ratio=meter.block_tokens / (seen.n_positions * max(seen.layer, 1)),
-            calibration_block_tokens=noise_floor(lm, seen.cut, seen.n_positions).block_tokens,
-            n_checked=meter.n_checked,
+            **cost_of(lm, seen, meter, slot.seconds),
             observation=seen.digest(),
             dtype=seen.dtype,
             model_dtype=str(lm.dtype).removeprefix("torch."),
