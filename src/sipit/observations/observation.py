@@ -52,7 +52,8 @@ class Observation:
     known_prefix: tuple[int, ...] = ()  # token ids before the first row, where they are known: (P,)
     model: str | None = None  # what the model was called where the states were captured
     fingerprint: str | None = None  # of that model's weights, if known
-    half_step: Tensor | None = None  # (seq_len, d_model) most that a rounding coarser than the dtype's moved each value
+    half_step: Tensor | None = None  # (seq_len, d_model) most that a rounding coarser than the dtype's moved each
+    # value; inf where the value is not held, as of logits of which the k largest are
 
     def __post_init__(self) -> None:
         states = self.states
@@ -83,11 +84,11 @@ class Observation:
         if step is not None and (
             step.shape != states.shape
             or step.dtype != torch.float32
-            or not bool((step >= 0).all() & step.isfinite().all())
+            or not bool((step >= 0).all() & (step < torch.inf).any(dim=1).all())
         ):
             raise InputError(
-                f"half_step must be float32, finite, 0 or more and of the states' shape {tuple(states.shape)}, got "
-                f"{step.dtype} of shape {tuple(step.shape)}"
+                f"half_step must be float32, 0 or more, finite somewhere in each row and of the states' shape "
+                f"{tuple(states.shape)}, got {step.dtype} of shape {tuple(step.shape)}"
             )
         if any(type(i) is not int for i in self.known_prefix):
             raise InputError("the known prefix holds something else than whole numbers; pass token ids")
@@ -134,6 +135,11 @@ class Observation:
         """Whether every position behind the known prefix is held."""
         first = len(self.known_prefix)
         return self.positions == tuple(range(first, first + self.seq_len))
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether some values of its rows are not held."""
+        return self.half_step is not None and bool(self.half_step.isinf().any())
 
     def behind(self, known_prefix: Iterable[int]) -> Observation:
         """Return this observation with the token ids that stand before its first row; itself where there are none.

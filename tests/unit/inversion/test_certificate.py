@@ -22,7 +22,7 @@ KEYS = (
     *("format", "version", "digest", "model", "fingerprint", "layer", "site", "policy", "verdict", "text"),
     *("input_ids", "seq_len", "tolerance", "noise", "seconds", "block_tokens", "prefill_ratio", "n_checked"),
     *("calibration_block_tokens", "observation", "dtype", "model_dtype", "positions", "miss", "known_prefix"),
-    *("wall_ratio", "n_passes", "posterior", "noise_model", "residuals"),
+    *("wall_ratio", "n_passes", "posterior", "noise_model", "residuals", "row_order", "column_order"),
 )
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from sipit.inversion.inverses.linear_head import linear_head
 from sipit.models import LanguageModel
 from sipit.models.unrotated import unrotated_keys
 from sipit.observations import Cut, Site
@@ -58,29 +58,14 @@ def _lengthened(lm: LanguageModel, cut: Cut) -> Restored:
 
 def _before_the_head(lm: LanguageModel, cut: Cut) -> Restored:
     """Solve for the states after the final norm: a constant added to all logits of a row plays no part."""
-    head: Any = cast(Any, lm.model).get_output_embeddings()
-    n_rows = int(head.weight.shape[0])
-    used = torch.arange(min(n_rows, _PER_COORDINATE * int(head.weight.shape[1])))
-    used = used * n_rows // len(used)  # evenly spread
-    weight = head.weight[used.to(head.weight.device)].detach().double().cpu()  # (K, D)
-    bias = getattr(head, "bias", None)
-    offset = torch.zeros(len(used), dtype=torch.float64) if bias is None else bias.detach().double().cpu()[used]
-    cap = getattr(cast(Any, lm.model).config, "final_logit_softcapping", None)
-
-    def centred(logits: Tensor) -> Tensor:
-        chosen = logits[:, used.to(logits.device)].double().cpu()
-        if cap and cut.site == "logits":
-            chosen = torch.atanh((chosen / cap).clamp(-1 + 1e-6, 1 - 1e-6)) * cap
-        return chosen - chosen.mean(dim=1, keepdim=True)
-
-    states = lm.capture(input_ids=torch.arange(16) * 7919 % lm.vocab_size, site="final").states
-    known = centred(lm.head(states[None].to(lm.device))[0])  # (N, K)
-    image = states.double().cpu() @ (weight - weight.mean(dim=0)).T  # (N, K)
-    scale = float((image * known).sum() / image.square().sum())  # families multiply their logits by a constant
-    inverse = torch.linalg.pinv(scale * (weight - weight.mean(dim=0)))  # (D, K)
+    head = linear_head(lm, cut.site)
+    used = head.spread(_PER_COORDINATE * head.weight.shape[1])  # (K,)
+    weight = head.rows(used)  # (K, D)
+    inverse = torch.linalg.pinv(weight - weight.mean(dim=0))  # (D, K)
 
     def rows(values: Tensor, _: Tensor) -> Tensor:
-        states: Tensor = (centred(values) - (offset - offset.mean())) @ inverse.T
+        logits = head.uncapped(values[:, used.to(values.device)]) - head.offset[used]
+        states: Tensor = (logits - logits.mean(dim=1, keepdim=True)) @ inverse.T
         return states.float().to(values.device)
 
     return Restored(cut=lm.final_cut, rows=rows, are_states=True)

@@ -120,7 +120,7 @@ class PackedCheck:
         self._meter.n_checked += len(token_ids)
         rows = positions.to(states.device)
         observed = self.observed[rows]  # (Q, D)
-        distances = (states - observed).norm(dim=1)  # (Q,)
+        distances = self._tolerance.distances(states, observed, rows)  # (Q,)
         excess = self._tolerance.excess(states, observed, rows)  # (Q,)
         limit = self._limit[rows]
         return Checked(

@@ -50,8 +50,9 @@ def replay(lm: LanguageModel, seen: Observation, input_ids: Tensor, *, noise: fl
     observed = seen.states.to(states.device)
     wide = torch.promote_types(torch.promote_types(states.dtype, observed.dtype), torch.float32)
     states, observed = states.to(wide), observed.to(wide)
-    distances = (states - observed).norm(dim=1).double().cpu()  # (T,)
-    excess = limits.excess(states, observed, torch.arange(len(states))).double().cpu()  # (T,)
+    rows = torch.arange(len(states))
+    distances = limits.distances(states, observed, rows).double().cpu()  # (T,)
+    excess = limits.excess(states, observed, rows).double().cpu()  # (T,)
     noises, allowed = limits.noise.cpu() + noise, limits.total.cpu() + noise  # (T,)
     over = torch.maximum(distances - allowed, excess - noises)  # (T,)
     for row in over.argsort(descending=True)[:_REMEASURED].tolist():

@@ -28,7 +28,8 @@ class Tolerance:
 
     noise: Tensor  # (T,) float64: explained by the order of sums
     is_coarse: Tensor  # (T,) bool: not clearly below the gap to wrong tokens, so that one may fit as well
-    half_step: Tensor | None  # (T, D): most that rounding moved each stored value; None: not rounded
+    half_step: Tensor | None  # (T, D): most that rounding moved each stored value, inf: not held; None: not rounded
+    is_partial: bool  # whether some values are not held
     is_open: Tensor  # (T,) bool: the rounding alone may let many other tokens fit
     total: Tensor  # (T,) float64: noise plus the norm of half_step
 
@@ -49,9 +50,21 @@ class Tolerance:
             noise=spread(self.noise),
             is_coarse=spread(self.is_coarse),
             half_step=None if self.half_step is None else spread(self.half_step),
+            is_partial=self.is_partial,
             is_open=spread(self.is_open),
             total=spread(self.total),
         )
+
+    def distances(self, states: Tensor, observed: Tensor, rows: Tensor) -> Tensor:
+        """Return the L2 distance of states from the observed values, over those that are held.
+
+        (N, D), (N, D), (N,) → (N,).
+        """
+        gap = states - observed
+        if self.is_partial and self.half_step is not None:
+            gap = gap.masked_fill(self.half_step[rows.to(self.half_step.device)].isinf().to(gap.device), 0.0)
+        length: Tensor = torch.linalg.vector_norm(gap, dim=1)
+        return length
 
     def excess(self, states: Tensor, observed: Tensor, rows: Tensor) -> Tensor:
         """Return how far states lie from all values that would be stored as the observed ones.
@@ -69,7 +82,10 @@ class Tolerance:
 def tolerance_for(lm: LanguageModel, seen: Observation) -> Tolerance:
     """Return the tolerance at each position of an observation."""
     floor = noise_floor(lm, seen.cut, seen.n_positions)
-    norms = seen.states.double().norm(dim=1)  # (T,)
+    held = seen.states.double()  # (T, D)
+    if seen.is_partial and seen.half_step is not None:
+        held = held.masked_fill(seen.half_step.isinf(), 0.0)
+    norms = held.norm(dim=1)  # (T,)
     first, rest = _allowed(floor.first, floor.first_gap), _allowed(floor.rest, floor.rest_gap)
     ratios = torch.full_like(norms, rest)
     if seen.positions[0] == 0:
@@ -85,14 +101,26 @@ def tolerance_for(lm: LanguageModel, seen: Observation) -> Tolerance:
         half = half_ulp(stored) if half is None else half + half_ulp(stored)
     if half is None:
         return Tolerance(
-            noise=noise, is_coarse=is_coarse, half_step=None, is_open=torch.zeros_like(is_coarse), total=noise
+            noise=noise,
+            is_coarse=is_coarse,
+            half_step=None,
+            is_partial=False,
+            is_open=torch.zeros_like(is_coarse),
+            total=noise,
         )
     gaps = torch.full_like(norms, floor.rest_gap)
     if seen.positions[0] == 0:
         gaps[0] = floor.first_gap
     is_open = _may_hold_others(half, gaps * norms, lm.vocab_size)
-    total = noise + half.double().norm(dim=1)
-    return Tolerance(noise=noise, is_coarse=is_coarse | is_open, half_step=half, is_open=is_open, total=total)
+    total = noise + half.double().masked_fill(half.isinf(), 0.0).norm(dim=1)
+    return Tolerance(
+        noise=noise,
+        is_coarse=is_coarse | is_open,
+        half_step=half,
+        is_partial=seen.is_partial,
+        is_open=is_open,
+        total=total,
+    )
 
 
 def _may_hold_others(half_step: Tensor, gaps: Tensor, vocab_size: int) -> Tensor:
@@ -101,10 +129,12 @@ def _may_hold_others(half_step: Tensor, gaps: Tensor, vocab_size: int) -> Tensor
     A state a gap d away is off by d / sqrt(D) a coordinate, which a box of half-width h holds with probability
     erf(h sqrt(D / 2) / d), if errors are about normal; it must hold all D of them, for one of V tokens. The box counts
     as twice as wide, since they are only about normal, and its median width does: few coordinates are massive.
+    Values that are not held have no say.
     """
-    widths = half_step.double().median(dim=1).values * math.sqrt(half_step.shape[1])  # (T,)
+    n_held = half_step.isfinite().sum(dim=1)  # (T,)
+    widths = half_step.double().masked_fill(half_step.isinf(), torch.nan).nanmedian(dim=1).values * n_held.sqrt()
     held = torch.erf(2 * widths / (math.sqrt(2) * gaps.clamp(min=1e-300)))
-    return half_step.shape[1] * held.log() + math.log(vocab_size) > math.log(_LUCK)
+    return n_held * held.log() + math.log(vocab_size) > math.log(_LUCK)
 
 
 def _allowed(noise: float, gap: float) -> float:

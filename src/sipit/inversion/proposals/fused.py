@@ -77,8 +77,8 @@ class FusedProposal:
         self._inverse = inverse
         self._likely = Likely(view)
         self._restored = restored(view.lm, view.seen.cut)
-        places = torch.arange(len(view.check.observed))
-        self._observed = self._restored.rows(view.check.observed, places)  # (T, D)
+        places = torch.arange(len(view.values))
+        self._observed = self._restored.rows(view.values, places)  # (T, D)
         self._queries = inverse.queries(self._observed)  # (T, K)
         n_above = view.lm.n_layers - view.seen.layer
         self._patience = view.seen.seq_len * n_above / max(view.seen.layer, 1) if is_cautious else -1.0
@@ -92,7 +92,7 @@ class FusedProposal:
         self._right = [0.0] * (len(_BANDS) + 1)  # and that proved right
         self._guesses: dict[int, _Guesses] = {}  # first position of a block → its best tokens
         self._checked: list[Checked] = []
-        self._overheard = OffPathEvidence(view.check.observed)
+        self._overheard = OffPathEvidence(view.values)
         self._echoes = RepeatedStates(self._observed, inverse.echo_reach)
         self._first = 0.0
         self._rest: Tensor | None = None  # (V,) the order settled after many candidates in vain

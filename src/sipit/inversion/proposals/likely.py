@@ -44,7 +44,7 @@ class Likely(Ordered):
             return torch.stack([next(others) if p else opening for p in positions])
         with fast_arithmetic(view.lm.device, view.lm.dtype):
             if self._finals is None:
-                values, cut = view.check.observed, self._restored.cut
+                values, cut = view.values, self._restored.cut
                 states = self._restored.rows(values, torch.arange(len(values)))  # (T, D)
                 self._finals, n_blocks = view.lm.final_states(states, cut.layer, cut.site)
                 view.meter.spend(len(states), n_blocks)

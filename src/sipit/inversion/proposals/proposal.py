@@ -33,6 +33,7 @@ class SearchView:
     meter: Meter
     generator: torch.Generator
     price: float  # what one more packed pass may cost in wasted tokens
+    values: Tensor  # (T, W) observed values, those that are not held estimated
     is_held: Tensor  # (T,) bool: positions that a row is held of
     prefix: list[int] = field(default_factory=list)  # accepted token ids
 
@@ -49,7 +50,7 @@ class SearchView:
     @property
     def target(self) -> Tensor:
         """The observed state at this position. (D,)."""
-        return self.check.observed[self.position]
+        return self.values[self.position]
 
 
 class Proposal(Protocol):

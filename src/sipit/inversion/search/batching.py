@@ -19,6 +19,7 @@ from torch import Tensor
 from sipit.errors import OptionError
 from sipit.inversion.evidence.cost import cost_of
 from sipit.inversion.evidence.result import Inversion
+from sipit.inversion.inverses.linear_head import completed
 from sipit.inversion.judging.check import PackedCheck
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.judging.tolerance import tolerance_for
@@ -148,6 +149,7 @@ class BatchScheduler:
             meter=meter,
             generator=generator,
             price=price,
+            values=completed(lm, whole, check.observed),
             is_held=is_held,
             prefix=prefix,
         )

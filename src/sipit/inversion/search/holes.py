@@ -163,7 +163,7 @@ def _reordered(view: SearchView, rest: Tensor, run: Sequence[tuple[Tensor, Tenso
     keys = token_keys(view.lm)
     tokens = torch.cat([ids for ids, _ in run])
     states = torch.cat([states for _, states in run]).float()
-    row = view.check.observed[int(view.is_held[view.position :].int().argmax()) + view.position]
+    row = view.values[int(view.is_held[view.position :].int().argmax()) + view.position]
     query = ridge(states, keys.keys(tokens), _RIDGE)(row[None].float())
     cosines = keys.scores(query)[0].cpu()[rest[:, 0]]  # (N,)
     by_score = cosines.argsort(descending=True).argsort()
