@@ -162,7 +162,7 @@ def _invert_dumps(options: Namespace) -> int:
         require_writable(options.json)
     lm = loaded(options.model, options)
     if len(entries) == 1:
-        seen, truth = observation_of(dumps[0], lm.n_layers, lm.d_head), dumps[0].input_ids
+        seen, truth = observation_of(dumps[0], lm.shape), dumps[0].input_ids
         prefix = _known_prefix(options, lm)
         if truth is not None and len(truth) == len(prefix) + seen.seq_len:
             truth = truth[len(prefix) :]  # the ids that lie beside a suffix are often those of the whole prompt
@@ -173,7 +173,7 @@ def _invert_dumps(options: Namespace) -> int:
             named.append((f"{options.file}: entry {number}", entry))
             continue
         try:
-            named.append((entry.name, _placed(options, lm, observation_of(entry, lm.n_layers, lm.d_head))))
+            named.append((entry.name, _placed(options, lm, observation_of(entry, lm.shape))))
         except SipitError as error:
             named.append((entry.name, error))
     return _invert_all(options, named, lm)
@@ -433,7 +433,7 @@ def _recorded_dump(options: Namespace, record: dict[str, Any], lm: LanguageModel
     found = []
     for entry in settled_dumps(list(read_dumps(options.file, wanted)), wanted):
         if isinstance(entry, Dump):
-            found.append(observation_of(entry, lm.n_layers, lm.d_head))
+            found.append(observation_of(entry, lm.shape))
         elif not found:
             raise entry
     named = [seen for seen in found if seen.digest() == record.get("observation")]

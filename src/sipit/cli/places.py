@@ -196,7 +196,7 @@ def _verified(lm: LanguageModel, entries: Iterator[_Labelled]) -> Iterator[tuple
         if isinstance(labelled, SipitError):
             return name, labelled
         try:
-            seen = observation_of(labelled, lm.n_layers, lm.d_head) if isinstance(labelled, Dump) else labelled
+            seen = observation_of(labelled, lm.shape) if isinstance(labelled, Dump) else labelled
             ids = [int(i) for i in lm.encode(said)] if isinstance(said, str) else said
             return name, run(lm, seen, ids or (), others=others)
         except SipitError as error:

@@ -136,7 +136,7 @@ def _inverted_in_order(
 def _as_observation(lm: LanguageModel, seen: Any, layer: int | None, site: Site | None) -> Observation:
     if isinstance(seen, str | Path) and is_foreign(Path(seen)):
         wanted = Wanted(layer=layer, site=site)
-        return observed(read_dumps(Path(seen), wanted), wanted, lm.n_layers, lm.d_head)
+        return observed(read_dumps(Path(seen), wanted), wanted, lm.shape)
     if isinstance(seen, str | Path):
         seen = read_observation(seen)
     if isinstance(seen, Observation):

@@ -23,6 +23,7 @@ from sipit.models.rope import fresh, frozen, regime, switch_length
 from sipit.models.sites import SITES, SiteSpec
 from sipit.models.truncated import TappedModel, TruncatedModel, UpperModel
 from sipit.observations import Cut, Observation, Site, dtype_named
+from sipit.observations.formats.dump import ModelShape
 
 Prompt = str | Sequence[int] | Tensor | Sequence[Mapping[str, str]]
 
@@ -112,6 +113,13 @@ class LanguageModel:
         config = cast(Any, self.model).config.get_text_config()
         n_heads = getattr(config, "num_attention_heads", None)
         return getattr(config, "head_dim", None) or (self.d_model // n_heads if n_heads else None)
+
+    @property
+    def shape(self) -> ModelShape:
+        """What of this model decides how dumped values are laid out."""
+        head = cast(Any, self.model).get_output_embeddings()
+        n_logits = self.vocab_size if head is None else int(head.weight.shape[0])
+        return ModelShape(n_layers=self.n_layers, d_head=self.d_head, vocab_size=n_logits)
 
     @torch.no_grad()
     def head(self, states: Tensor) -> Tensor:

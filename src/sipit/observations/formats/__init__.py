@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from sipit.errors import InputError, SipitError, StorageError
 from sipit.observations.formats.arrays import NumpyArchiveFormat, NumpyFormat, SafetensorsFormat
 from sipit.observations.formats.deepspec import DeepSpecFormat
-from sipit.observations.formats.dump import Dump, Wanted, brief, file_name
+from sipit.observations.formats.dump import Dump, ModelShape, Wanted, brief, file_name
 from sipit.observations.formats.json_states import JsonFormat
 from sipit.observations.formats.llama_cpp import LlamaCppFormat
 from sipit.observations.formats.mlx import MlxFormat
@@ -28,6 +28,7 @@ from sipit.storage import require_file
 __all__ = [
     "FORMATS",
     "Dump",
+    "ModelShape",
     "ObservationFormat",
     "Wanted",
     "is_foreign",

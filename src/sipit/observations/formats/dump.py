@@ -28,6 +28,15 @@ _FAULTS = (
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """What of a model decides how values are laid out."""
+
+    n_layers: int
+    d_head: int | None = None  # width of a key
+    vocab_size: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Wanted:
     """What the user said of a file; None where nothing was said."""
 
@@ -53,6 +62,7 @@ class Dump:
     scales: Tensor | None = None  # (T,) scale of each row of quantised values
     rounded: str | None = None  # precision the values once had, where the file says: "bfloat16", "decimals:7"
     is_interleaved: bool = False  # keys whose heads hold each rotary pair side by side, transformers' hold halves
+    columns: Tensor | None = None  # (T, W) coordinate of each value where a row holds some only; -1: none
     notes: tuple[str, ...] = ()  # what was decided, one short line each
 
 

@@ -1,4 +1,4 @@
-"""States in JSON: SGLang's answers, llama.cpp's embeddings, and plain lists of rows.
+"""States in JSON: SGLang's answers, llama.cpp's embeddings, plain lists of rows; and log-probabilities of a prompt.
 
 SGLang: `meta_info.hidden_states` of a `/generate` answer holds a matrix of the prompt's rows, then a vector for each
 decoding step; with a prefix-cache hit the cached rows are missing. llama.cpp: `embedding` holds a row a token where
@@ -10,7 +10,7 @@ Source: SGLang's examples/runtime/hidden_states; llama.cpp's examples/embedding 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,14 +21,14 @@ from torch import Tensor
 
 from sipit.errors import InputError, ShapeError
 from sipit.observations.formats.dump import Dump, EachInTurn, Place, Wanted, brief, file_name
-from sipit.observations.formats.rows import chosen_prompts
+from sipit.observations.formats.rows import chosen_prompts, one_prompt
 from sipit.observations.formats.tensor_file import first_bytes
-from sipit.observations.formats.tensors import one_prompt
+from sipit.observations.formats.top_logits import answers_in, of_input_top_logprobs, of_prompt_logprobs
 from sipit.storage import parse_json
 
 _MOST_BYTES = 1 << 29  # numbers in Python take several times as much memory as their digits
 _LOOKED_AT = 1 << 16
-_KEYS = (b'"hidden_states"', b'"embedding"', b'"embeddings"')
+_KEYS = (b'"hidden_states"', b'"embedding"', b'"embeddings"', b'"prompt_logprobs"', b'"input_top_logprobs"')
 _ROWS = re.compile(rb"\s*\[\s*\[+\s*-?\d")
 _DECIMALS = range(3, 9)  # digits behind the point that a producer may have printed
 _UNIT = 1e-4  # nearer to 1 than this all lengths are 1
@@ -67,10 +67,21 @@ def _prompts(path: Path, wanted: Wanted) -> Iterator[Callable[[], Dump]]:
         document = parse_json(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{name} is not whole JSON ({brief(error)}); have its producer write it again") from error
+    tops = list(answers_in(document))
+    if tops:
+        for number in chosen_prompts(len(tops), wanted, name):
+            yield partial(_top, name if len(tops) == 1 else f"{name}: prompt {number}", *tops[number], wanted)
+        return
     found = list(_found(document, name))
     for number in chosen_prompts(len(found), wanted, name):
         title = name if len(found) == 1 else f"{name}: prompt {number}"
         yield partial(_dump, title, found[number], wanted)
+
+
+def _top(name: str, kind: str, entries: Any, beside: Mapping[str, Any], wanted: Wanted) -> Dump:
+    if kind == "sglang":
+        return of_input_top_logprobs(name, entries, wanted)
+    return of_prompt_logprobs(name, entries, wanted, beside)
 
 
 def _dump(name: str, found: _Found, wanted: Wanted) -> Dump:

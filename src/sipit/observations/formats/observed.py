@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sipit.errors import InputError, OptionError, SipitError
 from sipit.observations.cut import OF_ONE_LAYER, SITES, Site
-from sipit.observations.formats.dump import Dump, Place, Wanted
+from sipit.observations.formats.dump import Dump, ModelShape, Place, Wanted
 from sipit.observations.observation import DTYPES, Observation
 from sipit.observations.rounding import as_rounded, of_decimals, of_float8
 
@@ -28,25 +28,26 @@ def settled_dumps(items: Sequence[Dump | SipitError], wanted: Wanted) -> list[Du
     return [item if isinstance(item, SipitError) else _placed(item, wanted) for item in items]
 
 
-def observation_of(dump: Dump, n_layers: int, d_head: int | None = None) -> Observation:
+def observation_of(dump: Dump, shape: ModelShape) -> Observation:
     """Return the observation that a dump at a known place is.
 
     The rounding that the file names, or that shows in the values, is in the observation, and so in the tolerance.
 
     Args:
         dump: of a known site, and a known layer unless that is "final".
-        n_layers: of the model, for states behind its final norm.
-        d_head: width of a key of the model, for keys in another order.
+        shape: of the model.
 
     Raises:
         InputError, ShapeError, NonFiniteError: its values cannot be states.
     """
     values, _, half_step = rounded(dump)
     if dump.is_interleaved:
-        order = _halves_of_pairs(dump, values.shape[1], d_head)
+        order = _halves_of_pairs(dump, values.shape[1], shape.d_head)
         values, half_step = values[:, order], None if half_step is None else half_step[:, order]
+    if dump.columns is not None:
+        values, half_step = _spread(dump, values, half_step, shape.vocab_size)
     first = dump.positions_from or 0
-    layer = n_layers if dump.layer is None else dump.layer
+    layer = shape.n_layers if dump.layer is None else dump.layer
     positions = tuple(range(first, first + values.shape[0]))
     try:
         return Observation(
@@ -54,6 +55,30 @@ def observation_of(dump: Dump, n_layers: int, d_head: int | None = None) -> Obse
         )
     except SipitError as error:
         raise type(error)(f"{dump.name}: {error}") from error
+
+
+def _spread(
+    dump: Dump, values: Tensor, half_step: Tensor | None, vocab_size: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """Put the values of some columns where they belong; the others are not held. (T, k) → (T, V).
+
+    Raises:
+        InputError: a column lies outside the vocabulary.
+    """
+    columns = dump.columns
+    assert columns is not None
+    if vocab_size is None or int(columns.max()) >= vocab_size:
+        raise InputError(
+            f"{dump.name} names token id {int(columns.max())}, the model's vocabulary has {vocab_size}; name its model"
+        )
+    rows, places = (columns >= 0).nonzero(as_tuple=True)
+    held = columns[rows, places]
+    lowest = values.float().min(dim=1, keepdim=True).values.to(values.dtype)  # what is not held counts as no more
+    whole = lowest.expand(len(values), vocab_size).clone()
+    whole[rows, held] = values[rows, places]
+    steps = torch.full(whole.shape, torch.inf)
+    steps[rows, held] = 0.0 if half_step is None else half_step[rows, places]
+    return whole, steps
 
 
 def _halves_of_pairs(dump: Dump, width: int, d_head: int | None) -> Tensor:
@@ -86,9 +111,7 @@ def rounded(dump: Dump) -> tuple[Tensor, str | None, Tensor | None]:
     return dump.values.float().contiguous(), found.says, found.half_step
 
 
-def observed(
-    items: Iterator[Dump | SipitError], wanted: Wanted, n_layers: int, d_head: int | None = None
-) -> Observation:
+def observed(items: Iterator[Dump | SipitError], wanted: Wanted, shape: ModelShape) -> Observation:
     """Return the one observation among what a file holds.
 
     Raises:
@@ -101,7 +124,7 @@ def observed(
             raise item
     if len(found) != 1:
         raise OptionError(f"the file holds {len(found)} prompts or places; read one of them with its key or prompt")
-    return observation_of(cast(Dump, found[0]), n_layers, d_head)
+    return observation_of(cast(Dump, found[0]), shape)
 
 
 def _placed(dump: Dump, wanted: Wanted) -> Dump | SipitError:

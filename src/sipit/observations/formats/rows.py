@@ -206,6 +206,21 @@ def settled(dump: Dump, wanted: Wanted) -> Dump:
     return replace(dump, layer=layer, site=site, choices=choices, notes=tuple(notes))
 
 
+def one_prompt(name: str, stored: Tensor, wanted: Wanted, place: Place | None, **more: object) -> Dump:
+    """Return the dump of (T, W) values at a place that may be unknown; `more` are fields of it."""
+    require_plain(stored, name)
+    raw = stored.dtype == torch.uint16 or (wanted.dtype is not None and stored.dtype == torch.uint8)
+    values, rounded = floats_of(raw_as(stored, wanted.dtype, name) if raw else stored, name)
+    layer, site = place or (None, None)
+    dump = Dump(name=name, values=values, layer=layer, site=site, rounded=rounded)
+    notes = more.pop("notes", ())
+    assert isinstance(notes, tuple)
+    notes = (*notes, f"dtype {name_of(stored.dtype)}", f"rows {stored.shape[0] if stored.ndim else 0}")
+    if rounded is not None:
+        notes += (f"scale: none beside, {rounded} values taken as they are",)
+    return settled(replace(dump, notes=notes, **more), wanted)  # type: ignore[arg-type]
+
+
 def without_padding(mask: Tensor, name: str) -> tuple[slice, str | None]:
     """Return the rows that an attention mask (T,) keeps, and a note where some are cut.
 

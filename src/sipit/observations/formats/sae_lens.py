@@ -17,8 +17,8 @@ import torch
 
 from sipit.errors import InputError, OptionError, ShapeError, StorageError
 from sipit.observations.formats.dump import Dump, EachInTurn, Wanted, brief, file_name
-from sipit.observations.formats.rows import ids_of, is_wanted, require_same_length
-from sipit.observations.formats.tensors import one_prompt, place_of_hook
+from sipit.observations.formats.rows import ids_of, is_wanted, one_prompt, require_same_length
+from sipit.observations.formats.tensors import place_of_hook
 from sipit.storage import read_json
 
 _IDS, _UNFINISHED = "token_ids", ".tmp_shards"

@@ -22,17 +22,15 @@ from sipit.observations.formats.dump import Dump, Place, Wanted
 from sipit.observations.formats.rows import (
     chosen_layers,
     chosen_prompts,
-    floats_of,
     ids_of,
     is_wanted,
-    name_of,
-    raw_as,
+    one_prompt,
     require_plain,
     require_same_length,
-    settled,
     split_width,
     without_padding,
 )
+from sipit.observations.formats.top_logits import of_tensors, pair_in
 
 Maker = Callable[[], Dump]
 _HOOK = re.compile(r"blocks\.(\d{1,4})\.hook_resid_(pre|post)")
@@ -45,21 +43,6 @@ def place_of_hook(name: str) -> Place | None:
     if found:
         return int(found[1]) + (found[2] == "post"), "block"
     return None
-
-
-def one_prompt(name: str, stored: Tensor, wanted: Wanted, place: Place | None, **more: object) -> Dump:
-    """Return the dump of (T, W) values at a place that may be unknown; `more` are fields of it."""
-    require_plain(stored, name)
-    raw = stored.dtype == torch.uint16 or (wanted.dtype is not None and stored.dtype == torch.uint8)
-    values, rounded = floats_of(raw_as(stored, wanted.dtype, name) if raw else stored, name)
-    layer, site = place or (None, None)
-    dump = Dump(name=name, values=values, layer=layer, site=site, rounded=rounded)
-    notes = more.pop("notes", ())
-    assert isinstance(notes, tuple)
-    notes = (*notes, f"dtype {name_of(stored.dtype)}", f"rows {stored.shape[0] if stored.ndim else 0}")
-    if rounded is not None:
-        notes += (f"scale: none beside, {rounded} values taken as they are",)
-    return settled(replace(dump, notes=notes, **more), wanted)  # type: ignore[arg-type]
 
 
 def batch(
@@ -94,8 +77,7 @@ def _of_batch(
 ) -> Dump:
     title = name if len(prompts) == 1 else f"{name}: prompt {number}"
     rows = prompts[number]
-    ids = next((_row_of(beside[key], number, len(prompts), title) for key in _IDS if key in beside), None)
-    mask = _row_of(beside[_MASK], number, len(prompts), title) if _MASK in beside else None
+    ids, mask = _ids_and_mask(beside, number, len(prompts), title)
     for what, row in (("token ids", ids), ("attention mask", mask)):
         if row is not None and row.shape[0] != rows.shape[0]:
             require_same_length(rows.shape[0], range(row.shape[0]), f"{title} ({what})")
@@ -241,6 +223,11 @@ def _safely(begin: Callable[[], Iterator[Maker]]) -> Iterator[Maker]:
 def named(name: str, tensors: Mapping[Any, Any], wanted: Wanted) -> Iterator[Maker]:
     """Yield the states under each name: the one asked for, else each that a hook's name or a float matrix tells."""
     keys = [key for key in tensors if isinstance(key, str)]
+    pair = pair_in(tensors) if wanted.key is None else None
+    if pair is not None:
+        beside = {key: tensors[key] for key in (*_IDS, _MASK) if key in tensors and key not in pair}
+        yield from _tops(name, tensors[pair[0]], tensors[pair[1]], wanted, beside)
+        return
     if wanted.key is not None:
         if wanted.key not in keys:
             raise OptionError(f"{name} holds no {wanted.key[:60]!r}; --key may be one of {', '.join(keys)[:120]}")
@@ -256,6 +243,28 @@ def named(name: str, tensors: Mapping[Any, Any], wanted: Wanted) -> Iterator[Mak
     for key in chosen:
         title = f"{name}: {key[:80]}" if len(keys) > 1 else name
         yield from _safely(partial(stacked, title, tensors[key], wanted, place_of_hook(key), tensors))
+
+
+def _tops(name: str, values: Tensor, token_ids: Tensor, wanted: Wanted, beside: Mapping[Any, Any]) -> Iterator[Maker]:
+    """Yield the k largest logits of each prompt's rows, (B, T, k) or (T, k)."""
+    values, token_ids = (part if part.ndim == 3 else part[None] for part in (values, token_ids))
+    for number in chosen_prompts(len(values), wanted, name):
+        yield partial(_tops_of_batch, name, values, token_ids, number, wanted, beside)
+
+
+def _tops_of_batch(
+    name: str, values: Tensor, token_ids: Tensor, number: int, wanted: Wanted, beside: Mapping[Any, Any]
+) -> Dump:
+    title = name if len(values) == 1 else f"{name}: prompt {number}"
+    ids, mask = _ids_and_mask(beside, number, len(values), title)
+    kept = slice(None) if mask is None else without_padding(mask, f"{title}: {_MASK}")[0]
+    known = None if ids is None else ids_of(ids[kept], f"{title}: ids")
+    return of_tensors(title, values[number][kept], token_ids[number][kept], wanted, known)
+
+
+def _ids_and_mask(beside: Mapping[Any, Any], number: int, count: int, name: str) -> tuple[Tensor | None, Tensor | None]:
+    ids = next((_row_of(beside[key], number, count, name) for key in _IDS if key in beside), None)
+    return ids, _row_of(beside[_MASK], number, count, name) if _MASK in beside else None
 
 
 def _may_be_states(key: str, stored: object) -> bool:

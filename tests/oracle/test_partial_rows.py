@@ -1,0 +1,90 @@
+"""A few of each row's logits decide as all of them do: exact where they tell tokens apart, and nothing false."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import sipit
+from sipit import LanguageModel, Observation
+from sipit.cli import main
+from sipit.errors import InputError, OptionError
+from sipit.inversion import certificate_of, check_certificate
+from sipit.inversion.inverses.linear_head import completed
+from sipit.observations import Site, read_observation, write_observation
+from tests.tiny_models import FAMILIES, random_ids, tiny_model
+
+IDS = random_ids(8, seed=9)
+
+
+def _largest(seen: Observation, k: int) -> Observation:
+    top = seen.states.topk(k, dim=1)
+    states = top.values.amin(1, keepdim=True).expand_as(seen.states).scatter(1, top.indices, top.values).contiguous()
+    steps = torch.full(states.shape, torch.inf).scatter(1, top.indices, 0.0)
+    return replace(seen, states=states, half_step=steps)
+
+
+@pytest.mark.parametrize("site", ["logits", "log_probs"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_largest_logits_give_the_prompt_back(family: str, site: Site) -> None:
+    lm = LanguageModel(tiny_model(family))
+    seen = _largest(lm.capture(input_ids=IDS, site=site), 20)
+    found = sipit.invert(lm, seen)
+    assert (found.verdict, found.input_ids) == ("recovered", tuple(IDS.tolist()))
+    assert check_certificate(certificate_of(found), seen, lm).holds
+
+
+def test_another_model_is_unmatched_and_a_changed_value_breaks_the_certificate(llama: LanguageModel) -> None:
+    seen = _largest(llama.capture(input_ids=IDS, site="logits"), 20)
+    assert (
+        sipit.invert(LanguageModel(tiny_model("llama", seed=5)), replace(seen, fingerprint=None)).verdict == "unmatched"
+    )
+    found = sipit.invert(llama, seen)
+    assert seen.half_step is not None
+    held = seen.half_step.isfinite()
+    moved = replace(seen, states=seen.states + 0.01 * held)
+    record = certificate_of(replace(found, observation=moved.digest()))
+    assert not check_certificate(record, moved, llama).holds
+    unheld = replace(seen, states=seen.states - 5.0 * ~held)  # what is not held has no say
+    record = certificate_of(replace(found, observation=unheld.digest()))
+    assert check_certificate(record, unheld, llama).holds
+
+
+def test_estimates_of_what_is_not_held_keep_what_is(llama: LanguageModel) -> None:
+    whole = llama.capture(input_ids=IDS, site="logits")
+    seen = _largest(whole, 60)  # more than the states are wide: they are known but for rounding
+    assert seen.half_step is not None
+    estimate = completed(llama, seen, seen.states)
+    held = seen.half_step.isfinite()
+    assert torch.equal(estimate[held], seen.states[held])
+    assert torch.allclose(estimate, whole.states, atol=1e-3)
+
+
+def test_missing_values_of_other_sites_are_refused(llama: LanguageModel) -> None:
+    seen = llama.capture(input_ids=IDS, layer=2)
+    steps = torch.zeros(seen.states.shape)
+    steps[:, 3] = torch.inf
+    with pytest.raises(OptionError, match="only logits and log_probs"):
+        sipit.invert(llama, replace(seen, half_step=steps))
+    with pytest.raises(InputError, match="finite somewhere in each row"):
+        replace(seen, half_step=torch.full(seen.states.shape, torch.inf))
+
+
+def test_files_and_the_command_line_take_them(
+    text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lm = sipit.load(str(text_folder))
+    seen = _largest(lm.capture("few of many", site="logits"), 30)
+    write_observation(seen, tmp_path / "own")
+    assert read_observation(tmp_path / "own").digest() == seen.digest()
+    top = lm.capture("few of many", site="logits").states.topk(30, dim=1)
+    torch.save({"values": top.values, "indices": top.indices}, tmp_path / "top.pt")
+    record = tmp_path / "record.json"
+    for name in ("own", "top.pt"):
+        model = ["--model", str(text_folder)]
+        assert main(["invert", str(tmp_path / name), *model, "--no-fit", "--json", str(record)]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == "few of many"
+        assert main(["check", str(record), str(tmp_path / name), *model]) == 0
