@@ -288,3 +288,27 @@ def test_folder_is_verified_file_by_file(
     assert code == 1
     assert [line["holds"] for line in lines if "holds" in line] == [True, True, True, False]
     assert "3 of 5 hold, refused 1" in err
+
+
+@pytest.mark.parametrize("n_before", [0, 3])
+def test_rows_of_zeros_at_either_end_are_padding(
+    n_before: int, tmp_path: Path, text_folder: Path, states: tuple[Tensor, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows, record = states[2][0], tmp_path / "record.json"
+    padded = torch.cat([rows.new_zeros(n_before, rows.shape[1]), rows, rows.new_zeros(2, rows.shape[1])])
+    np.save(tmp_path / "a.npy", padded.numpy())
+    told = ("--model", text_folder, "--layer", "2", "--json", record)
+    code, out, err = _run(capfd, "invert", tmp_path / "a.npy", *told)
+    assert (code, out.strip()) == (0, TEXT)
+    assert f"padding: {n_before + 2} rows of zeros cut ({n_before} before, 2 behind)" in err
+    assert _run(capfd, "check", record, tmp_path / "a.npy")[0] == 0
+
+
+def test_top_logits_are_named_where_rows_are_identified(
+    tmp_path: Path, text_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    top = torch.randn(4, 60).topk(20, dim=1)
+    torch.save({"values": top.values, "indices": top.indices}, tmp_path / "a.pt")
+    code, _, err = _run(capfd, "identify", tmp_path / "a.pt", "--model", text_folder)
+    assert code == 2
+    assert "'sipit invert' reads it" in err

@@ -29,7 +29,17 @@ _PARAGRAPH = (
 )
 
 
-_DEMO_OPTIONS = Namespace(policy="auto", noise=0.0, exhaustive=False, max_batch=256, seed=0, no_fit=False, resume=None)
+_DEMO_OPTIONS = Namespace(
+    policy="auto",
+    noise=0.0,
+    exhaustive=False,
+    max_batch=256,
+    seed=0,
+    no_fit=False,
+    resume=None,
+    shuffled=False,
+    permuted=False,
+)
 
 
 def demo(options: Namespace) -> int:
@@ -146,11 +156,12 @@ def _invert_one(options: Namespace, lm: LanguageModel, seen: Observation, truth:
 
 def _invert_dumps(options: Namespace) -> int:
     """Invert what another tool wrote, at the place that the file or the user names."""
-    from sipit.observations.formats import Dump, observation_of, read_dumps, settled_dumps
+    from sipit.observations.formats import Dump, observation_of, read_dumps, settled_dumps, unpadded
     from sipit.storage import require_writable
 
     wanted = wanted_of(options)
-    entries = settled_dumps(list(read_dumps(options.file, wanted)), wanted)
+    settled = settled_dumps(list(read_dumps(options.file, wanted)), wanted)
+    entries = [unpadded(entry) if isinstance(entry, Dump) else entry for entry in settled]
     dumps = [dump for dump in entries if isinstance(dump, Dump)]
     if not dumps:
         raise next(error for error in entries if isinstance(error, SipitError))
@@ -424,7 +435,7 @@ def check(options: Namespace) -> int:
 
 def _recorded_dump(options: Namespace, record: dict[str, Any], lm: LanguageModel) -> Observation:
     """Return the observation in another tool's file that a certificate is about, by its digest."""
-    from sipit.observations.formats import Dump, observation_of, read_dumps, settled_dumps
+    from sipit.observations.formats import Dump, observation_of, read_dumps, settled_dumps, unpadded
 
     layer, site = record.get("layer"), record.get("site")
     if type(layer) is not int or not isinstance(site, str):
@@ -433,7 +444,7 @@ def _recorded_dump(options: Namespace, record: dict[str, Any], lm: LanguageModel
     found = []
     for entry in settled_dumps(list(read_dumps(options.file, wanted)), wanted):
         if isinstance(entry, Dump):
-            found.append(observation_of(entry, lm.shape))
+            found.append(observation_of(unpadded(entry), lm.shape))
         elif not found:
             raise entry
     named = [seen for seen in found if seen.digest() == record.get("observation")]

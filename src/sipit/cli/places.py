@@ -113,6 +113,11 @@ def _rows_in(path: Path, wanted: Wanted) -> Iterator[tuple[str, tuple[Tensor, tu
         for number, dump in enumerate(read_dumps(path, wanted)):
             if isinstance(dump, SipitError):
                 yield f"{path}: entry {number}", dump
+            elif dump.columns is not None:
+                yield (
+                    dump.name,
+                    InputError(f"{dump.name} holds {dump.site} of some tokens only; 'sipit invert' reads it"),
+                )
             else:
                 yield dump.name, (dump.values, dump.input_ids)
         return

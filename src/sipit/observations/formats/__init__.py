@@ -19,7 +19,7 @@ from sipit.observations.formats.dump import Dump, ModelShape, Wanted, brief, fil
 from sipit.observations.formats.json_states import JsonFormat
 from sipit.observations.formats.llama_cpp import LlamaCppFormat
 from sipit.observations.formats.mlx import MlxFormat
-from sipit.observations.formats.observed import observation_of, observed, settled_dumps
+from sipit.observations.formats.observed import observation_of, observed, settled_dumps, unpadded
 from sipit.observations.formats.sae_lens import SaeLensFormat
 from sipit.observations.formats.torch_files import TorchFormat
 from sipit.observations.formats.vllm import VllmFormat
@@ -36,6 +36,7 @@ __all__ = [
     "observed",
     "read_dumps",
     "settled_dumps",
+    "unpadded",
 ]
 
 # Endings of files that hold values. Others in a folder (locks, settings, logs) are passed over unless a format knows

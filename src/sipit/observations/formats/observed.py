@@ -57,6 +57,26 @@ def observation_of(dump: Dump, shape: ModelShape) -> Observation:
         raise type(error)(f"{dump.name}: {error}") from error
 
 
+def unpadded(dump: Dump) -> Dump:
+    """Return a dump without the rows of zeros at either end, which are padding; those of an embedding may be tokens."""
+    filled = dump.values.ne(0).any(dim=1).nonzero()[:, 0].tolist()
+    if dump.layer == 0 or not filled or len(filled) == len(dump.values):
+        return dump
+    kept = slice(filled[0], filled[-1] + 1)
+    n_cut = len(dump.values) - (kept.stop - kept.start)
+    if not n_cut:
+        return dump
+    ids = dump.input_ids
+    return replace(
+        dump,
+        values=dump.values[kept],
+        scales=None if dump.scales is None else dump.scales[kept],
+        columns=None if dump.columns is None else dump.columns[kept],
+        input_ids=ids[kept] if ids is not None and len(ids) == len(dump.values) else ids,
+        notes=(*dump.notes, f"padding: {n_cut} rows of zeros cut ({kept.start} before, {n_cut - kept.start} behind)"),
+    )
+
+
 def _spread(
     dump: Dump, values: Tensor, half_step: Tensor | None, vocab_size: int | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -124,7 +144,7 @@ def observed(items: Iterator[Dump | SipitError], wanted: Wanted, shape: ModelSha
             raise item
     if len(found) != 1:
         raise OptionError(f"the file holds {len(found)} prompts or places; read one of them with its key or prompt")
-    return observation_of(cast(Dump, found[0]), shape)
+    return observation_of(unpadded(cast(Dump, found[0])), shape)
 
 
 def _placed(dump: Dump, wanted: Wanted) -> Dump | SipitError:
