@@ -89,9 +89,9 @@ def main() -> None:
         if options.plant:
             rows, distance = planted(rows)
             found = search_pairs([rows], within=2 * distance)
-            is_found = (found.pairs[0].first, found.pairs[0].second, found.n_within) == (0, n_rows - 1, 1)
+            is_found = (found.pairs[0].first, found.pairs[0].second, found.n_collisions) == (0, n_rows - 1, 1)
             print(f"{n_rows:>8} rows, a pair planted {distance:.6g} apart: {'found' if is_found else 'NOT FOUND'}, "
-                  f"{found.pairs[0].distance:.6g} apart, {found.n_within} within twice that")  # fmt: skip
+                  f"{found.pairs[0].distance:.6g} apart, {found.n_collisions} within twice that")  # fmt: skip
             continue
         seconds = []
         for _ in range(options.repeats):

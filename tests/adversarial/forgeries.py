@@ -46,7 +46,7 @@ def forgery(number: int) -> Case:
     lm = LanguageModel(twin_model(family, FIRST, SECOND, seed=rng.randrange(2)), name=family)
     seen = lm.capture(input_ids=ids, layer=layer, dtype=rng.choice(("float32", "float32", "bfloat16", "float16")))
     true = certificate_of(sipit.invert(lm, seen, use_fit=False))
-    how, record = _forged(rng, true)
+    how, record = _forged(rng, true, lm, seen)
     what = f"{family}, layer {layer}, {seen.dtype}, ids {ids.tolist()}, {true['verdict']}: {how}"
     try:
         if true["verdict"] != "unmatched" and not check_certificate(true, seen, lm).holds:
@@ -61,15 +61,17 @@ def forgery(number: int) -> Case:
     return Case(number=number, what=what, outcome="holds" if check.holds else "does not hold", fault=fault)
 
 
-def _forged(rng: random.Random, true: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def _forged(
+    rng: random.Random, true: dict[str, Any], lm: LanguageModel, seen: Observation
+) -> tuple[str, dict[str, Any]]:
     """Return what was forged, and the record with a digest that matches."""
     record = json.loads(json.dumps(true))
-    positions, kind = record["positions"], rng.randrange(6)
+    positions, kind = record["positions"], rng.randrange(11)
     if kind == 0:
         how, raw = damaged_json(rng, json.dumps(true).encode())
         try:
             record = json.loads(raw)
-        except ValueError:
+        except (ValueError, RecursionError):
             return how, {}
         if not isinstance(record, dict):
             return how, {}
@@ -90,6 +92,29 @@ def _forged(rng: random.Random, true: dict[str, Any]) -> tuple[str, dict[str, An
         place = rng.randrange(len(positions))
         record["input_ids"][place] = positions[place]["token_id"] = rng.randrange(VOCAB)
         how = f"noise {record['noise']:.2g} and another token at {place}"
+    elif kind == 5 and positions:
+        how = _with_noise_model(rng, record, lm, seen)
+    elif kind == 6 and positions:
+        n_known = rng.randrange(1, 3)
+        record["known_prefix"] = [rng.randrange(VOCAB) for _ in range(n_known)]
+        how = f"{n_known} tokens said to be known"
+    elif kind == 7 and positions:
+        key, n = rng.choice((("row_order", len(positions)), ("column_order", seen.d_model)))
+        order = list(range(n))
+        rng.shuffle(order)
+        record[key] = rng.choice((order, order[:-1], [0] * n, [*order[:-1], n]))
+        how = f"{key} {record[key][:8]}"
+    elif kind == 8 and positions:
+        place = rng.randrange(len(positions))
+        positions[place]["is_held"] = False
+        record["input_ids"][place] = positions[place]["token_id"] = rng.randrange(VOCAB)
+        how = f"no row said to be held at {place}, and another token there"
+    elif kind == 9 and positions:
+        extra = rng.randrange(VOCAB)
+        record["input_ids"].append(extra)
+        positions.append({**positions[-1], "token_id": extra, "is_held": rng.random() < 0.5})
+        record["seq_len"] += 1
+        how = f"token {extra} behind the last"
     else:
         record["input_ids"].reverse()
         positions.reverse()
@@ -99,8 +124,49 @@ def _forged(rng: random.Random, true: dict[str, Any]) -> tuple[str, dict[str, An
     return how, {**record, "digest": f"sha256:{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()}"}
 
 
+def _with_noise_model(rng: random.Random, record: dict[str, Any], lm: LanguageModel, seen: Observation) -> str:
+    """Claim other tokens under a noise model made to explain them."""
+    ids, positions = record["input_ids"], record["positions"]
+    for place in rng.sample(range(len(ids)), rng.randrange(1, len(ids) + 1)):
+        ids[place] = positions[place]["token_id"] = rng.randrange(VOCAB)
+        positions[place]["rivals"] = []
+    states = lm.capture(input_ids=ids, layer=seen.layer).states.double()
+    left = seen.states.double() - states  # (T, D)
+    size = max(float(left.square().mean().sqrt()), 1e-9)
+    draw = torch.Generator().manual_seed(rng.randrange(1 << 30))
+    model: dict[str, Any] = {"law": "gaussian", "spread": size, "scale": 1.0, "shift": None, "drops": False}
+    kind = rng.choice(("size", "coordinates", "shift", "large", "dropped", "scale"))
+    if kind == "coordinates":
+        model["spread"] = left.square().mean(dim=0).sqrt().clamp(min=1e-9).tolist()
+    elif kind == "shift":
+        model["spread"] = 0.01 * size
+        model["shift"] = (left.mean(dim=0) + 0.01 * size * torch.randn(seen.d_model, generator=draw)).tolist()
+    elif kind == "large":
+        model["spread"] = size * 10 ** rng.uniform(0, 9)
+    elif kind == "scale":
+        model["scale"] = float((seen.states.double() * states).sum() / states.square().sum()) or 1.0
+    elif kind == "dropped":
+        model["drops"] = True
+    record |= {
+        "verdict": rng.choice(("probable", "probable", "ambiguous")),
+        "posterior": 0.99,
+        "text": lm.decode(ids),
+        "noise_model": {**model, "sigma": size, "longest": None, "says": "noise", "is_estimated": True},
+    }
+    return f"ids {ids} under noise of kind {kind}"
+
+
 def _false_claim(lm: LanguageModel, seen: Observation, record: dict[str, Any], true: dict[str, Any]) -> str | None:
     """Return what is false about a record that holds, by every token of the vocabulary in float64."""
+    if record.get("noise_model"):
+        return "a claim under noise is another one" if record["input_ids"] != true["input_ids"] else None
+    seen = seen.arranged(row_order=record.get("row_order", ()), column_order=record.get("column_order", ()))
+    if record.get("known_prefix"):
+        return "holds behind a prefix that was not there"
+    if len(record["input_ids"]) != len(true["input_ids"]) or not all(
+        p.get("is_held", True) for p in record["positions"]
+    ):
+        return "holds with other positions than those observed"
     cut = LanguageModel(copy_of(lm.model).double(), name="wide").cut(seen.cut)
     claimed = record["input_ids"]
     for place, token_id in enumerate(claimed):

@@ -87,7 +87,7 @@ def test_widened_rows_are_inverted_with_the_rounding_they_once_had(
     np.save(tmp_path / "rows.npy", rows)
     found = sipit.invert(text_lm, tmp_path / "rows.npy", layer=2)
     assert (found.verdict, found.text) == ("recovered", TEXT)
-    assert found.dtype == stored
+    assert found.observation_dtype == stored
 
 
 def test_folder_of_other_files_goes_past_a_broken_one(

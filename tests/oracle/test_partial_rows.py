@@ -46,10 +46,10 @@ def test_another_model_is_unmatched_and_a_changed_value_breaks_the_certificate(l
     assert seen.half_step is not None
     held = seen.half_step.isfinite()
     moved = replace(seen, states=seen.states + 0.01 * held)
-    record = certificate_of(replace(found, observation=moved.digest()))
+    record = certificate_of(replace(found, observation_sha256=moved.digest()))
     assert not check_certificate(record, moved, llama).holds
     unheld = replace(seen, states=seen.states - 5.0 * ~held)  # what is not held has no say
-    record = certificate_of(replace(found, observation=unheld.digest()))
+    record = certificate_of(replace(found, observation_sha256=unheld.digest()))
     assert check_certificate(record, unheld, llama).holds
 
 

@@ -123,7 +123,7 @@ def run_families(options: argparse.Namespace) -> int:
                 print(
                     f"{result.family:>18} {layer_name(result.layer, result.site):>6} {result.n_prompts:>8} "
                     f"{near.distance:10.4g} {short(near.relative_to_norm)} {short(near.relative_to_median)} "
-                    f"{distance:9.2g} {result.n_equal:>6} {result.n_within:>8}  "
+                    f"{distance:9.2g} {result.n_equal:>6} {result.n_collisions:>8}  "
                     f"{near.first_label} | {near.second_label}"
                 )
         climbs = []
@@ -166,7 +166,7 @@ def run_constructed(options: argparse.Namespace) -> int:
         print(
             f"{case.name}: {'collides' if case.found else 'does not'} ({'' if is_expected else 'NOT '}as expected), "
             f"{case.n_pairs} pairs, {case.n_equal} equal, "
-            f"{case.n_within} within {case.threshold:g}, {nearest}"
+            f"{case.n_collisions} within {case.threshold:g}, {nearest}"
             + (f", {case.n_not_finite} states not finite" if case.n_not_finite else "")
         )
         print(f"    {case.what}")
@@ -206,8 +206,8 @@ def run_precision(options: argparse.Namespace) -> int:
         distance = float("nan") if result.distance is None else result.distance
         print(
             f"{layer_name(result.layer, result.site):>6} {result.precision:>19} {result.weight_error:8.2%} "
-            f"{distance:10.4g} {short(result.distance_over_mean_norm)} {short(result.distance_over_median)} "
-            f"{result.n_equal:>6} {result.n_within:>8}"
+            f"{distance:10.4g} {short(result.relative_to_norm)} {short(result.relative_to_median)} "
+            f"{result.n_equal:>6} {result.n_collisions:>8}"
         )
     write(
         options.json, {**head(lm), "source": source, "n_prompts": len(prompts), "results": [asdict(r) for r in results]}

@@ -261,8 +261,8 @@ def _invert_all(
     log = None if options.json is None else LineLog(options.json, is_private=True)
     digests = {name: seen.digest() for name, seen in named}
     records = [] if log is None else log.records()
-    done = {record.get("observation") for record in records}
-    recovered = {record.get("observation") for record in records if record.get("verdict") == "recovered"}
+    done = {record.get("observation_sha256") for record in records}
+    recovered = {record.get("observation_sha256") for record in records if record.get("verdict") == "recovered"}
     waiting = [(name, seen) for name, seen in named if digests[name] not in done]
     if len(waiting) < len(named):
         say(f"{options.json} already holds {len(named) - len(waiting)} of {len(named)} observations; going on")
@@ -447,7 +447,7 @@ def _recorded_dump(options: Namespace, record: dict[str, Any], lm: LanguageModel
             found.append(observation_of(unpadded(entry), lm.shape))
         elif not found:
             raise entry
-    named = [seen for seen in found if seen.digest() == record.get("observation")]
+    named = [seen for seen in found if seen.digest() == record.get("observation_sha256")]
     return (named or found)[0]
 
 

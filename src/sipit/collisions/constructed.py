@@ -32,7 +32,7 @@ class ConstructedCase:
     n_pairs: int  # of prompts with finite states
     n_not_finite: int  # prompts whose state holds NaN or infinity: not collisions
     n_equal: int  # pairs of states equal in every value
-    n_within: int  # pairs at or below the threshold, the equal ones included
+    n_collisions: int  # pairs at or below the threshold, the equal ones included
     threshold: float  # L2
     distance: float | None  # L2 of the closest pair; None without a pair of finite states
     relative_to_norm: float | None  # distance / mean norm of its two states
@@ -82,7 +82,7 @@ def _searched(case: Construction, threshold: float, seed: int) -> ConstructedCas
         name=case.name,
         what=case.what,
         expected=case.expected,
-        found=found.n_within > 0,
+        found=found.n_collisions > 0,
         layer=case.cut[0],
         site=case.cut[1],
         dtype=str(states.dtype).removeprefix("torch."),
@@ -90,7 +90,7 @@ def _searched(case: Construction, threshold: float, seed: int) -> ConstructedCas
         n_pairs=found.n_pairs,
         n_not_finite=found.n_not_finite,
         n_equal=found.n_equal,
-        n_within=found.n_within,
+        n_collisions=found.n_collisions,
         threshold=threshold,
         distance=closest.distance if closest else None,
         relative_to_norm=closest.relative_to_norm if closest else None,

@@ -236,7 +236,7 @@ def _summary(
     return PairSummary(
         n_pairs=sum(found.n_covered for found in searches),
         n_equal=sum(found.n_equal for found in searches),
-        n_collisions=sum(found.n_within for found in searches),
+        n_collisions=sum(found.n_collisions for found in searches),
         n_multiplied=sum(found.n_multiplied for found in searches),
         n_decided=sum(found.n_decided for found in searches),
         closest=closest,

@@ -69,7 +69,7 @@ class FamilyResult:
     n_pairs: int  # of prompts with finite states
     n_not_finite: int  # prompts whose state holds NaN or infinity; they take no part
     n_equal: int  # pairs of states equal in every value
-    n_within: int  # pairs at or below the threshold, the equal ones included
+    n_collisions: int  # pairs at or below the threshold, the equal ones included
     threshold: float  # L2
     mean_norm: float | None  # of the states
     median_distance: float | None  # of the pairs
@@ -242,7 +242,7 @@ def _result(
         n_pairs=found.n_pairs,
         n_not_finite=found.n_not_finite,
         n_equal=found.n_equal,
-        n_within=found.n_within,
+        n_collisions=found.n_collisions,
         threshold=threshold,
         mean_norm=found.mean_norm,
         median_distance=found.median_distance,

@@ -49,7 +49,7 @@ class PairSearch:
     n_multiplied: int  # pairs whose whole rows were multiplied
     n_decided: int  # pairs whose float64 distance was computed
     n_equal: int  # pairs equal in every value
-    n_within: int  # pairs at distance <= `within`, equal ones included
+    n_collisions: int  # pairs at distance <= `within`, equal ones included
 
 
 def nearest_pairs(blocks: Sequence[Block], *, k: int = 1) -> list[NearPair]:
@@ -119,7 +119,7 @@ def search_pairs(
         n_multiplied=best.n_multiplied,
         n_decided=best.n_decided,
         n_equal=n_equal,
-        n_within=best.n_within + n_equal,
+        n_collisions=best.n_collisions + n_equal,
     )
 
 
@@ -157,7 +157,7 @@ def search_between(
         n_multiplied=best.n_multiplied,
         n_decided=best.n_decided,
         n_equal=best.n_zero,
-        n_within=best.n_within,
+        n_collisions=best.n_collisions,
     )
 
 
@@ -190,7 +190,7 @@ class _Best:
         self.rows = rows
         self.k = k
         self.bound = torch.inf  # proven: k pairs are at most this far apart
-        self.n_projected = self.n_multiplied = self.n_decided = self.n_within = self.n_zero = 0
+        self.n_projected = self.n_multiplied = self.n_decided = self.n_collisions = self.n_zero = 0
         self._within = within
         self._weights = weights  # (N,) number of rows equal to each
         self._first = torch.empty(0, dtype=torch.long)
@@ -208,7 +208,7 @@ class _Best:
         distances = self.rows.distances(first, second)
         self.n_decided += len(first)
         near = distances <= self._within
-        self.n_within += int((self._weights[first[near]] * self._weights[second[near]]).sum())
+        self.n_collisions += int((self._weights[first[near]] * self._weights[second[near]]).sum())
         self.n_zero += int((distances == 0).sum())
         worth = distances <= self.bound
         self._first = torch.cat([self._first, first[worth]])

@@ -47,15 +47,15 @@ class PrecisionResult:
     n_pairs: int  # of prompts with finite states
     n_not_finite: int  # prompts whose state holds NaN or infinity; they take no part
     n_equal: int  # pairs of states equal in every value
-    n_within: int  # pairs at or below the threshold, the equal ones included
+    n_collisions: int  # pairs at or below the threshold, the equal ones included
     threshold: float  # L2
     weight_error: float  # ‖rounded − given‖ / ‖given‖ over the weights rounded
     mean_norm: float | None  # of the states
     median_distance: float | None  # of the pairs
     median_is_exact: bool  # over all pairs, not over a seeded sample of them
     distance: float | None  # L2 of the closest pair; None without a pair
-    distance_over_mean_norm: float | None
-    distance_over_median: float | None
+    relative_to_norm: float | None
+    relative_to_median: float | None
     first: int | None  # the closest pair: numbers of its prompts
     second: int | None
 
@@ -109,15 +109,15 @@ def precision_survey(
                     n_pairs=found.n_pairs,
                     n_not_finite=found.n_not_finite,
                     n_equal=found.n_equal,
-                    n_within=found.n_within,
+                    n_collisions=found.n_collisions,
                     threshold=threshold,
                     weight_error=error,
                     mean_norm=found.mean_norm,
                     median_distance=found.median_distance,
                     median_is_exact=found.median_is_exact,
                     distance=distance,
-                    distance_over_mean_norm=None if distance is None else ratio(distance, found.mean_norm),
-                    distance_over_median=None if distance is None else ratio(distance, found.median_distance),
+                    relative_to_norm=None if distance is None else ratio(distance, found.mean_norm),
+                    relative_to_median=None if distance is None else ratio(distance, found.median_distance),
                     first=closest.first if closest else None,
                     second=closest.second if closest else None,
                 )

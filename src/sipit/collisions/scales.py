@@ -40,7 +40,7 @@ class Closeness:
     n_not_finite: int  # rows left out for NaN or infinity: they have no distance, so they cannot collide
     n_pairs: int  # of finite rows
     n_equal: int  # pairs equal in every value
-    n_within: int  # pairs at or below the threshold, the equal ones included
+    n_collisions: int  # pairs at or below the threshold, the equal ones included
     threshold: float  # L2
     mean_norm: float | None  # of the finite rows; None without one
     median_distance: float | None  # of the pairs; None without one
@@ -74,7 +74,7 @@ def closeness(states: Tensor, *, k: int = 1, threshold: float = THRESHOLD, seed:
         n_not_finite=len(states) - n_rows,
         n_pairs=n_pairs,
         n_equal=near.n_equal if near else 0,
-        n_within=near.n_within if near else 0,
+        n_collisions=near.n_collisions if near else 0,
         threshold=threshold,
         mean_norm=float(norms.mean()) if n_rows else None,
         median_distance=median,

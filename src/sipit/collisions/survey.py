@@ -108,7 +108,7 @@ def _surveyed(
         n_pairs=found.n_covered,
         threshold=threshold,
         n_equal=found.n_equal,
-        n_collisions=found.n_within,
+        n_collisions=found.n_collisions,
         closest=scaled_pairs(found.pairs, norms, spread.median),
         closest_varied=scaled_pairs(rest.pairs, norms, spread.median),
         farthest=farthest,

@@ -130,7 +130,7 @@ def _inverted_in_order(
     meter.n_checked += found.n_checked
     meter.n_passes += found.n_passes
     cost = cost_of(lm, seen, meter, time.perf_counter() - began)
-    return replace(found, observation=seen.digest(), row_order=rows, column_order=columns, **cost)
+    return replace(found, observation_sha256=seen.digest(), row_order=rows, column_order=columns, **cost)
 
 
 def _as_observation(lm: LanguageModel, seen: Any, layer: int | None, site: Site | None) -> Observation:

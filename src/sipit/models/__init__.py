@@ -2,7 +2,7 @@
 
 from sipit.models.language_model import LanguageModel
 from sipit.models.loading import load
-from sipit.models.prepacked import LaidOut
+from sipit.models.prepacked import PrepackedMatrix
 from sipit.models.truncated import PrefixCache, TappedModel, TruncatedModel
 
-__all__ = ["LaidOut", "LanguageModel", "PrefixCache", "TappedModel", "TruncatedModel", "load"]
+__all__ = ["LanguageModel", "PrefixCache", "PrepackedMatrix", "TappedModel", "TruncatedModel", "load"]

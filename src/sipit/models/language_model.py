@@ -17,7 +17,7 @@ from sipit.models.families import family_of, module_at
 from sipit.models.fingerprint import fingerprint
 from sipit.models.generation import GenerationCache
 from sipit.models.head import LogitsHead
-from sipit.models.prepacked import forget_layouts, prepacked
+from sipit.models.prepacked import drop_prepacked, prepacked
 from sipit.models.quantized import rounds_activations
 from sipit.models.rope import fresh, frozen, regime, switch_length
 from sipit.models.sites import SITES, SiteSpec
@@ -346,9 +346,9 @@ class LanguageModel:
     def _fast_head(self) -> Any:
         return prepacked(cast(Any, self.model).get_output_embeddings())
 
-    def forget_layouts(self) -> None:
+    def drop_prepacked(self) -> None:
         """Give back the copies of the weights that are laid out for fast products, until they are needed again."""
-        forget_layouts(self.model)
+        drop_prepacked(self.model)
 
     def tapped(self, cuts: Sequence[Cut], *, seq_len: int | None = None) -> TappedModel:
         """Return the model stopped after the last of several cuts, giving the states at all of them.
@@ -489,7 +489,7 @@ class LanguageModel:
         except (TypeError, RuntimeError, ValueError, AttributeError, LookupError) as error:
             raise self._refusal(f"cannot run its last block on states alone ({error})") from error
         finally:
-            self.forget_layouts()
+            self.drop_prepacked()
 
     def _check_packing(self, cut: TruncatedModel) -> None:
         """Refuse a model whose packed pass, with wrong tokens between the right ones, gives other states."""
@@ -508,7 +508,7 @@ class LanguageModel:
         except (TypeError, RuntimeError, ValueError, AttributeError, LookupError, AssertionError) as error:
             raise self._refusal(f"cannot run a packed pass ({error})") from error
         finally:
-            self.forget_layouts()
+            self.drop_prepacked()
         expected = self._probe_states[cut.layer].cpu().double()
         if cut.layer == self.n_layers:
             expected = cut.ordinary(self._probe_ids).cpu().double()

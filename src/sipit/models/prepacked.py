@@ -60,13 +60,13 @@ def _with_layout(module: nn.Module) -> nn.Module:
     return fast
 
 
-def forget_layouts(module: nn.Module) -> None:
+def drop_prepacked(module: nn.Module) -> None:
     """Give the laid-out weights of a module back; they are made again when they are used."""
     for part in module.modules():
         _layouts.pop(part, None)
 
 
-class LaidOut:
+class PrepackedMatrix:
     """A matrix laid out once for products with it, where that is possible. (out, in)."""
 
     def __init__(self, matrix: Tensor) -> None:

@@ -68,7 +68,7 @@ def test_cases_are_what_brute_force_finds() -> None:
         assert (case.n_prompts, case.n_pairs, case.n_not_finite) == (len(states), len(gaps), finite.count(False)), name
         assert case.found == any(gap <= 1e-6 for gap in gaps), name
         if case.dtype == "float64":
-            assert case.n_within == sum(gap <= 1e-6 for gap in gaps), name
+            assert case.n_collisions == sum(gap <= 1e-6 for gap in gaps), name
             assert case.distance == pytest.approx(min(gaps), rel=1e-9, abs=1e-12), name
         assert len({tuple(ids.tolist()) for ids in one.prompts}) == len(one.prompts), name
 
@@ -90,8 +90,8 @@ def test_overflow_is_not_a_collision() -> None:
 
 
 def test_each_order_of_the_prefix_collides_after_one_block_and_none_after_two() -> None:
-    assert _cases()["equal positions, reordered prefix, layer 1"].n_within == 24 * 23 // 2
-    assert _cases()["equal positions, reordered prefix, layer 2"].n_within == 0
+    assert _cases()["equal positions, reordered prefix, layer 1"].n_collisions == 24 * 23 // 2
+    assert _cases()["equal positions, reordered prefix, layer 2"].n_collisions == 0
 
 
 def test_altered_states_reach_every_later_block() -> None:

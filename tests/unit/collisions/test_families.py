@@ -101,7 +101,7 @@ def test_closest_pairs_are_those_of_full_forward_passes() -> None:
             (float((states[i] - states[j]).norm()), i, j) for i, j in itertools.combinations(range(len(states)), 2)
         )
         assert result.n_pairs == len(gaps)
-        assert result.n_within == sum(gap <= 5.0 for gap, _, _ in gaps)
+        assert result.n_collisions == sum(gap <= 5.0 for gap, _, _ in gaps)
         for pair, (gap, i, j) in zip(result.pairs, gaps, strict=False):
             assert (pair.first_ids, pair.second_ids) == (members[i].ids.tolist(), members[j].ids.tolist())
             assert (pair.first_text, pair.second_text) == (texts[i], texts[j])
@@ -131,11 +131,11 @@ def test_one_token_repeated_collides_under_rotary_positions_without_bos() -> Non
     model = tiny_model("llama").double()
     members = _members(*([11] * n for n in (1, 2, 3, 30)))
     (result,) = survey_families(LanguageModel(model), {"runs": members}, [Cut(4, "block")])
-    assert result.n_within == 6
+    assert result.n_collisions == 6
     model = tiny_model("llama").double()
     behind = _members(*([0] + [11] * n for n in (1, 2, 3, 30)))
     (result,) = survey_families(LanguageModel(model), {"runs": behind}, [Cut(4, "block")])
-    assert result.n_within == 0
+    assert result.n_collisions == 0
     truth = true_states(model, "llama", behind[0].ids)[Cut(4, "block")][-1]
     assert float(truth.norm()) > 1
 
@@ -146,7 +146,7 @@ def test_states_that_are_not_finite_are_counted_and_never_collide() -> None:
     lm = LanguageModel(model)
     families = {"broken": _members([5, 1], [5, 2], [5, 3], [6, 1], [7, 1])}
     (result,) = survey_families(lm, families, [Cut(2, "block")])
-    assert (result.n_prompts, result.n_not_finite, result.n_pairs, result.n_within) == (5, 3, 1, 0)
+    assert (result.n_prompts, result.n_not_finite, result.n_pairs, result.n_collisions) == (5, 3, 1, 0)
 
 
 def test_results_are_json_and_progress_reaches_its_end() -> None:

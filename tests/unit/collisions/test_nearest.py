@@ -140,7 +140,7 @@ def test_pairs_within_a_distance_are_counted_once_each(memory: int) -> None:
     rows[300] = rows[7]
     radius = brute(rows, 4000)[-1][0]
     found = search_pairs([rows], k=3, within=radius, memory=memory)
-    assert found.n_within == sum(d <= radius for d, _, _ in brute(rows, 5000))
+    assert found.n_collisions == sum(d <= radius for d, _, _ in brute(rows, 5000))
     assert found.n_equal == 11 * 10 // 2 + 1
     assert as_tuples(found.pairs) == brute(rows, 3)
 
@@ -164,7 +164,7 @@ def test_search_between_pairs_a_row_of_each_side(memory: int) -> None:
     distances = (left.double()[:, None] - right.double()[None]).norm(dim=2)
     order = distances.flatten().argsort(stable=True)[:400]
     assert [(p.first, p.second - 300) for p in found.pairs] == [(int(n) // 350, int(n) % 350) for n in order]
-    assert (found.n_equal, found.n_covered, found.n_within) == (300, 300 * 350, 300)
+    assert (found.n_equal, found.n_covered, found.n_collisions) == (300, 300 * 350, 300)
 
 
 def test_reduced_product_precision_widens_the_screens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +307,7 @@ def test_distances_that_overflow_come_last_in_order() -> None:
 
 
 def test_a_limit_far_beyond_the_rows_counts_every_pair() -> None:
-    assert search_pairs([clustered(301, 5)], within=1e300).n_within == 301 * 300 // 2
+    assert search_pairs([clustered(301, 5)], within=1e300).n_collisions == 301 * 300 // 2
 
 
 @pytest.mark.parametrize("seed", range(30))

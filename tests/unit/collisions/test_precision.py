@@ -82,10 +82,10 @@ def test_survey_is_what_brute_force_finds(precision: Precision) -> None:
         norm = statistics.fmean(float(state.norm()) for state in states)
         assert (result.first, result.second) == closest
         assert result.distance == pytest.approx(gaps[closest], rel=1e-4)
-        assert result.distance_over_mean_norm == pytest.approx(gaps[closest] / norm, rel=1e-4)
+        assert result.relative_to_norm == pytest.approx(gaps[closest] / norm, rel=1e-4)
         median = statistics.median(gaps.values())
-        assert result.distance_over_median == pytest.approx(gaps[closest] / median, rel=1e-4)
-        assert (result.n_pairs, result.n_equal, result.n_within, result.median_is_exact) == (45, 0, 0, True)
+        assert result.relative_to_median == pytest.approx(gaps[closest] / median, rel=1e-4)
+        assert (result.n_pairs, result.n_equal, result.n_collisions, result.median_is_exact) == (45, 0, 0, True)
 
 
 def test_scale_free_distances_ignore_the_scale_of_the_states() -> None:
@@ -97,8 +97,8 @@ def test_scale_free_distances_ignore_the_scale_of_the_states() -> None:
     )
     assert one.distance is not None
     assert two.distance == pytest.approx(2 * one.distance, rel=1e-5)
-    assert two.distance_over_median == pytest.approx(one.distance_over_median, rel=1e-5)
-    assert two.distance_over_mean_norm == pytest.approx(one.distance_over_mean_norm, rel=1e-5)
+    assert two.relative_to_median == pytest.approx(one.relative_to_median, rel=1e-5)
+    assert two.relative_to_norm == pytest.approx(one.relative_to_norm, rel=1e-5)
 
 
 def test_float64_tells_a_collision_from_a_close_pair() -> None:

@@ -39,7 +39,7 @@ def test_closeness_is_that_of_a_double_loop(n: int) -> None:
         assert pair.relative_to_norm == pytest.approx(2 * gap / (norms[places[0]] + norms[places[1]]), rel=1e-12)
         assert pair.relative_to_median == pytest.approx(gap / statistics.median(gaps.values()), rel=1e-12)
     assert len(found.pairs) == min(3, len(gaps))
-    assert found.n_within == sum(gap <= threshold * (1 + 1e-12) for gap in gaps.values())
+    assert found.n_collisions == sum(gap <= threshold * (1 + 1e-12) for gap in gaps.values())
     assert found.median_distance == pytest.approx(statistics.median(gaps.values()), rel=1e-12)
     assert found.mean_norm == pytest.approx(statistics.fmean(norms), rel=1e-12)
     assert (found.n_rows, found.n_pairs, found.n_equal, found.n_not_finite) == (n, len(gaps), 0, 0)
@@ -57,12 +57,12 @@ def test_rows_that_are_not_finite_take_no_part_and_keep_their_numbers() -> None:
 @pytest.mark.parametrize("n", [0, 1])
 def test_too_few_rows_have_no_closest_pair(n: int) -> None:
     found = closeness(_rows(n))
-    assert (found.pairs, found.median_distance, found.n_within) == ([], None, 0)
+    assert (found.pairs, found.median_distance, found.n_collisions) == ([], None, 0)
 
 
 def test_scales_of_zero_states_are_null() -> None:
     found = closeness(torch.zeros(3, 4))
-    assert (found.n_equal, found.n_within, found.pairs[0].distance) == (3, 3, 0.0)
+    assert (found.n_equal, found.n_collisions, found.pairs[0].distance) == (3, 3, 0.0)
     assert found.pairs[0].relative_to_norm is None
     assert found.pairs[0].relative_to_median is None
 

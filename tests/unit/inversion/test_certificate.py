@@ -21,7 +21,15 @@ TEXT = "sworn 🦔\n"
 KEYS = (
     *("format", "version", "digest", "model", "fingerprint", "layer", "site", "policy", "verdict", "text"),
     *("input_ids", "seq_len", "tolerance", "noise", "seconds", "block_tokens", "prefill_ratio", "n_checked"),
-    *("calibration_block_tokens", "observation", "dtype", "model_dtype", "positions", "miss", "known_prefix"),
+    *(
+        "calibration_block_tokens",
+        "observation_sha256",
+        "observation_dtype",
+        "model_dtype",
+        "positions",
+        "miss",
+        "known_prefix",
+    ),
     *("wall_ratio", "n_passes", "posterior", "noise_model", "residuals", "row_order", "column_order"),
 )
 
@@ -327,7 +335,7 @@ def test_malformed_certificate_is_an_error_of_its_own(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"version": 2},
+        {"version": 1},
         {"verdict": "certain"},
         {"input_ids": ["a"]},
         {"input_ids": [1.5]},

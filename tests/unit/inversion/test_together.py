@@ -46,7 +46,7 @@ def test_however_they_share_every_prompt_is_recovered_in_order(
     found = list(search_together(lm, observations, SearchOptions(max_batch=max_batch, policy=policy), n_slots=n_slots))
     assert [f.input_ids for f in found] == [_ids(n) for n in LENGTHS]
     assert {f.verdict for f in found} == {"recovered"}
-    assert [f.observation for f in found] == [seen.digest() for seen in observations]
+    assert [f.observation_sha256 for f in found] == [seen.digest() for seen in observations]
 
 
 def test_sharing_neither_exceeds_the_batch_nor_runs_prompts_apart(
@@ -83,7 +83,9 @@ def test_one_prompt_of_another_model_is_unmatched_and_leaves_its_neighbours_alon
 def test_cost_of_each_is_its_own(lm: LanguageModel, observations: list[Observation]) -> None:
     list(invert_many(lm, observations))  # the anchors, once
     for found in search_together(lm, observations, SearchOptions(policy="vocabulary"), n_slots=5):
-        alone = sipit.invert(lm, next(o for o in observations if o.digest() == found.observation), policy="vocabulary")
+        alone = sipit.invert(
+            lm, next(o for o in observations if o.digest() == found.observation_sha256), policy="vocabulary"
+        )
         assert (found.block_tokens, found.n_checked) == (alone.block_tokens, alone.n_checked)
         assert found.seconds > 0
 

@@ -144,7 +144,7 @@ def test_rounded_observations_are_recovered_by_a_float32_model(
     seen = family_lm.capture(input_ids=IDS, layer=layer, site=site, dtype=dtype)
     found = sipit.invert(family_lm, seen, policy="vocabulary")
     assert (found.verdict, found.input_ids) == ("recovered", tuple(IDS.tolist()))
-    assert found.dtype == dtype
+    assert found.observation_dtype == dtype
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3_text"])

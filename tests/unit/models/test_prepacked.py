@@ -106,7 +106,7 @@ def test_products_with_a_laid_out_matrix(
         monkeypatch.setattr(module, "_is_available", lambda: False)
     generator = torch.Generator().manual_seed(0)
     matrix, rows = torch.randn(12, 8, generator=generator), torch.randn(5, 8, generator=generator)
-    found = module.LaidOut(matrix.to(dtype)).product(rows)
+    found = module.PrepackedMatrix(matrix.to(dtype)).product(rows)
     assert found.dtype == dtype
     atol = 1e-5 if dtype == torch.float32 else 0.1
     torch.testing.assert_close(found.float(), rows @ matrix.T, rtol=atol, atol=atol)
@@ -120,7 +120,7 @@ def test_layouts_are_forgotten_and_made_again() -> None:
         before = prepacked(model)(rows)
         assert module._held_bytes() > 0
         held = module._held_bytes()
-        module.forget_layouts(model)
+        module.drop_prepacked(model)
         assert module._held_bytes() == held - 2 * 8 * 8 * 4
         assert torch.equal(prepacked(model)(rows), before)
         assert module._held_bytes() == held

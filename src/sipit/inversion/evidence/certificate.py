@@ -28,10 +28,11 @@ from sipit.observations import Observation
 from sipit.storage import read_json, write_json
 
 _FORMAT = "sipit.certificate"
-_VERSION = 1
+_VERSION = 2
 _MOST_RIVALS = 16  # tokens that an inversion names beside the accepted one, at most
+_VALUES_A_PARAMETER = 8  # observed values for each number of a noise model, below which it fits whatever is claimed
 _LARGEST = 1e300  # a number beyond it is no distance, no count and no time
-_TEXTS = ("digest", "model", "fingerprint", "site", "observation", "dtype", "model_dtype")
+_TEXTS = ("digest", "model", "fingerprint", "site", "observation_sha256", "observation_dtype", "model_dtype")
 _COUNTS = ("layer", "seq_len", "block_tokens", "calibration_block_tokens", "n_checked")  # whole numbers, 0 or more
 _NUMBERS = ("tolerance", "noise", "seconds", "prefill_ratio")  # finite, 0 or more
 _POSITION_NUMBERS = ("distance", "tolerance")
@@ -225,6 +226,11 @@ def _check_noisy(lm: LanguageModel, seen: Observation, record: dict[str, Any]) -
     except (OptionError, ShapeError) as error:
         raise CertificateError(f"the certificate's noise model cannot be used: {error}") from error
     reasons = list(residuals_of(lm, seen, ids, noise, meter).reasons)
+    if _VALUES_A_PARAMETER * noise.n_parameters > seen.states.numel():
+        reasons.append(
+            f"the noise model has {noise.n_parameters} numbers for {seen.states.numel()} values, so it may be made to "
+            "explain any prompt"
+        )
     if record["text"] != lm.decode(record["input_ids"]):
         reasons.append("the text is not what the claimed tokens decode to")
     if record["verdict"] == "recovered":
@@ -303,7 +309,7 @@ def _mismatches(record: dict[str, Any], seen: Observation, lm: LanguageModel) ->
             f"the certificate is about layer {record['layer']}, site {record['site']!r}, the observation about "
             f"layer {seen.layer}, site {seen.site!r}"
         )
-    if record["observation"] != seen.digest():
+    if record["observation_sha256"] != seen.digest():
         reasons.append("the observation is not the one the certificate is about: its digest differs")
     if record["verdict"] == "unmatched":
         reasons.append("the certificate records an unmatched search, which claims no prompt")

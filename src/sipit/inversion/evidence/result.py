@@ -76,8 +76,8 @@ class Inversion:
     prefill_ratio: float  # block_tokens / (tokens × layer), those of the known prefix counted too
     calibration_block_tokens: int  # spent on measuring the tolerance, once per model, layer and site
     n_checked: int
-    observation: str  # SHA-256 of the observed values
-    dtype: str  # of the observed values
+    observation_sha256: str  # SHA-256 of the observed values
+    observation_dtype: str  # of the observed values
     model_dtype: str
     positions: tuple[PositionEvidence, ...]
     miss: Miss | None = None

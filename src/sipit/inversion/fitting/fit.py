@@ -106,7 +106,7 @@ def _fit_in(
     spent += capture_windows(lm, given, cuts, folder, told.phase("capturing"))
     held_out, more = held_out_windows(lm, n_windows=_HELD_OUT_WINDOWS, length=_HELD_OUT_LENGTH, seed=seed)
     spent += more
-    lm.forget_layouts()  # those in bfloat16, which nothing below uses
+    lm.drop_prepacked()  # those in bfloat16, which nothing below uses
     release_free_memory()
     shared_seconds = time.perf_counter() - started
     keys, windows = token_keys(lm), folder.windows

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sipit.inversion.inverses.arithmetic import is_fast_in_bfloat16
-from sipit.models import LaidOut, LanguageModel
+from sipit.models import LanguageModel, PrepackedMatrix
 
 _NEIGHBOURS = 64  # of a token, remembered
 _REFINED = 8  # best tokens of a row whose scores are computed again in float32
@@ -33,9 +33,9 @@ class TokenKeys:
         values = (values + _FLOOR * values[-1]).clamp(min=1e-30)
         self.whitening = ((vectors * values.rsqrt()) @ vectors.T).float().to(device)  # (D, D), symmetric
         self._nearest: dict[int, list[tuple[int, float]]] = {}  # token → its neighbours, as they were asked for
-        self._rounded: LaidOut | None = None  # all keys in bfloat16 where that is fast. (V, D)
+        self._rounded: PrepackedMatrix | None = None  # all keys in bfloat16 where that is fast. (V, D)
         is_fast = is_fast_in_bfloat16(device)
-        whitened = LaidOut(self.whitening.bfloat16() if is_fast else self.whitening)
+        whitened = PrepackedMatrix(self.whitening.bfloat16() if is_fast else self.whitening)
         norms, rounded = [], []
         for _, rows in self._rows.slices():
             directions = whitened.product(rows.float() - self._mean)
@@ -44,7 +44,7 @@ class TokenKeys:
                 rounded.append((directions / norms[-1][:, None]).bfloat16())
         self._inverse_norms = 1 / torch.cat(norms)  # (V,)
         if is_fast:
-            self._rounded = LaidOut(torch.cat(rounded))
+            self._rounded = PrepackedMatrix(torch.cat(rounded))
 
     @property
     def width(self) -> int:
@@ -82,7 +82,7 @@ class TokenKeys:
         shift = vectors @ self._mean  # (N,)
         return self._rows.products(vectors).sub_(shift[:, None]).mul_(self._inverse_norms)
 
-    def _fast_scores(self, queries: Tensor, rounded: LaidOut) -> Tensor:
+    def _fast_scores(self, queries: Tensor, rounded: PrepackedMatrix) -> Tensor:
         scores = rounded.product(queries).float()  # (N, V)
         best = scores.topk(min(_REFINED, self.vocab_size), dim=1).indices  # (N, K)
         keys = self.keys(best.flatten()).view(*best.shape, -1)  # (N, K, D)

@@ -58,6 +58,11 @@ class NoiseModel:
         """Return errors drawn evenly from -half_width to half_width, as rounding to a step of twice that makes."""
         return cls(law="uniform", spread=torch.tensor([half_width], dtype=torch.float64))
 
+    @property
+    def n_parameters(self) -> int:
+        """Numbers that a record of this model can be made to fit rows with."""
+        return len(self.spread) + (0 if self.shift is None else len(self.shift)) + (self.scale != 1.0)
+
     def require_width(self, width: int) -> None:
         """Refuse a model of rows of another width.
 
