@@ -122,21 +122,27 @@ class _Index:
         self._rows = rows
         self._ignores_mean = ignores_mean
         width = rows.rows(torch.zeros(1, dtype=torch.long)).shape[1]
-        direction = torch.randn(width, generator=torch.Generator().manual_seed(0))
-        direction -= direction.mean() if ignores_mean else 0.0
-        direction /= direction.norm()
-        places = torch.cat([(part.float().cpu() @ direction) for _, part in rows.slices()])  # (V,)
-        self._places, self._order = places.sort()
-        self._slack = 1e-5 * float(places.abs().max()) + 1e-12  # of the projection's own rounding
+        directions = torch.randn(width, _PROJECTIONS, generator=torch.Generator().manual_seed(0))
+        directions -= directions.mean(dim=0) if ignores_mean else 0.0
+        directions /= directions.norm(dim=0)
+        places = torch.cat([(part.float().cpu() @ directions) for _, part in rows.slices()])  # (V, P)
+        self._order = places[:, 0].argsort()  # (V,)
+        self._ranks = self._order.argsort()  # (V,)
+        self._first, self._others = places[self._order, 0].contiguous(), places[self._order, 1:].contiguous()
+        self._slack = 1e-5 * float(places.abs().max()) + 1e-12  # of the projections' own rounding
 
     def within(self, token_id: int, radius: float) -> list[int]:
-        here = self._row(torch.tensor([token_id]))[0]
-        place = self._places[(self._order == token_id).nonzero()[0, 0]]
+        rank = int(self._ranks[token_id])
         reach = radius + self._slack
-        first = int(torch.searchsorted(self._places, place - reach))
-        last = int(torch.searchsorted(self._places, place + reach, right=True))
+        first = int(torch.searchsorted(self._first, self._first[rank] - reach))
+        last = int(torch.searchsorted(self._first, self._first[rank] + reach, right=True))
+        in_reach = ((self._others[first:last] - self._others[rank]).abs() <= reach).all(dim=1)
+        near_by = self._order[first:last][in_reach]
+        if len(near_by) < 2:
+            return []
+        here = self._row(torch.tensor([token_id]))[0]
         found: list[tuple[float, int]] = []
-        for part in self._order[first:last].split(_SLICE):
+        for part in near_by.split(_SLICE):
             gaps = (self._row(part) - here).norm(dim=1)
             near = (gaps <= radius) & (part != token_id)
             found += zip(gaps[near].tolist(), part[near].tolist(), strict=True)

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-LONG = 512  # tokens of a prompt at which a pass is worth one
-_SHARED_PRICE = 0.25  # least, where prompts share their passes
-_LOW_PRICE, _FULL_PRICE = 0.5, 2.0  # 0.4 to 5 were tried: less is more passes, more is up to a prefill of waste
+from sipit.models import LanguageModel
+from sipit.models.pass_cost import tokens_a_pass
+
+LONG = 512  # tokens of a prompt from which the likelihood saves more time in passes than its blocks take
 
 
-def pass_price(seq_len: int, n_sharing: int = 1) -> float:
-    """Return what one more pass may cost in wasted tokens.
+def pass_price(lm: LanguageModel, n_sharing: int = 1) -> float:
+    """Return what one more pass may cost in wasted tokens, on this machine.
 
-    Every pass has a cost of its own, whatever it checks, and a window that is too long wastes tokens.
-    Short prompts, of which a window easily wastes more than they have, are priced in tokens alone.
-    Prompts that share their passes share that cost.
+    Every pass has a cost of its own, whatever it checks; prompts that share their passes share it.
     """
-    price = min(max(seq_len / LONG, _LOW_PRICE), _FULL_PRICE)
-    return max(price / n_sharing, min(price, _SHARED_PRICE))
+    return tokens_a_pass(lm) / n_sharing
 
 
 def n_worth_checking(chances: Tensor, price: float) -> int:

@@ -140,7 +140,7 @@ class BatchScheduler:
         is_held[list(held.positions)] = True
         check = PackedCheck(lm, whole, tolerance, meter, noise=options.noise, cache=self._cache, lane=lane)
         generator = torch.Generator().manual_seed(options.seed)
-        price = pass_price(seen.seq_len, self._n_slots)
+        price = pass_price(lm, self._n_slots)
         prefix = list(seen.known_prefix)
         view = SearchView(
             lm=lm,

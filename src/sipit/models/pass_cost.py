@@ -1,0 +1,65 @@
+"""What a packed pass costs on this machine, whatever it checks, in tokens: the price that a search weighs guesses by.
+
+A pass over few tokens reads all weights, so one token costs nearly what twenty do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sipit.errors import StorageError
+from sipit.observations import Cut
+from sipit.storage import cache_dir, read_json, write_json
+
+if TYPE_CHECKING:
+    from sipit.models.language_model import LanguageModel
+
+_BLOCKS = 4  # blocks that tell; all of a model's are alike
+_FEW, _MANY = 4, 64  # tokens of the passes that are compared
+_RUNS = 4  # of each, of which the quickest counts
+_STEPS = (4.0, 16.0, 64.0)  # tokens; coarse, so that one machine searches alike from run to run
+_FORMAT = "sipit.pass_cost"
+
+
+def tokens_a_pass(lm: LanguageModel) -> float:
+    """Return how many tokens of a packed pass cost as much as the pass itself does: 4, 16 or 64.
+
+    Measured once for a model, device and number of threads, and kept in the cache directory.
+    """
+    return lm.derived(("tokens a pass", torch.get_num_threads()), lambda: _kept(lm))
+
+
+def _kept(lm: LanguageModel) -> float:
+    path = cache_dir() / "costs" / f"{lm.fingerprint.removeprefix('sha256:')[:16]}.json"
+    where = f"{lm.device.type} {str(lm.dtype).removeprefix('torch.')} {torch.get_num_threads()} threads"
+    known: dict[str, Any] = {}
+    with contextlib.suppress(StorageError, ValueError, RecursionError):
+        read = read_json(path)
+        if isinstance(read, dict) and read.get("format") == _FORMAT:
+            known = read
+    if known.get(where) in _STEPS:
+        return float(known[where])
+    found = _measured(lm)
+    with contextlib.suppress(StorageError, OSError):  # a cache that cannot be written costs a moment each time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {**known, "format": _FORMAT, where: found})
+    return found
+
+
+def _measured(lm: LanguageModel) -> float:
+    model = lm.cut(Cut(min(_BLOCKS, lm.n_layers)))
+    seconds = {_FEW: float("inf"), _MANY: float("inf")}
+    for _ in range(_RUNS):
+        for n in seconds:
+            n_tokens = min(n, lm.max_positions or n)
+            ids, sees = torch.arange(n_tokens) % lm.vocab_size, torch.ones(n_tokens, n_tokens, dtype=torch.bool).tril()
+            started = time.perf_counter()
+            model.packed(model.new_cache(), ids, torch.arange(n_tokens), sees).sum().item()  # waits for a device
+            seconds[n] = min(seconds[n], time.perf_counter() - started)
+    token = max(seconds[_MANY] - seconds[_FEW], 0.0) / (_MANY - _FEW)
+    price = (seconds[_FEW] - _FEW * token) / token if token else _STEPS[-1]
+    return min(_STEPS, key=lambda step: max(step / max(price, 1e-9), price / step))
