@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub library is imported: no test asks the hub
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,31 @@ import torch
 from hypothesis import settings
 
 from sipit import LanguageModel
+from sipit.storage import cache_dir
 from tests.tiny_models import FAMILIES, text_model, tiny_model
 
 torch.set_num_threads(1)  # tiny matrices gain nothing from threads and lose much when cores are shared
 settings.register_profile("suite", deadline=None, database=None, derandomize=True, max_examples=60)
 settings.load_profile("suite")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache directory of the tests' own, which holds nothing but the converted models of the user's."""
+    models = cache_dir() / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    folder = tmp_path_factory.mktemp("cache")
+    (folder / "models").symlink_to(models, target_is_directory=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SIPIT_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept(own_cache: Path) -> None:
+    """What an earlier test measured is measured anew: tiny models of many tests are one model."""
+    for kind in ("anchors", "costs", "floors"):
+        shutil.rmtree(own_cache / kind, ignore_errors=True)
 
 
 @pytest.fixture(scope="session", params=FAMILIES)

@@ -10,6 +10,7 @@ import torch
 import sipit
 from sipit import LanguageModel
 from sipit.inversion import Policy
+from sipit.models.pass_cost import tokens_a_pass
 from sipit.models.plain_pass import plain_seconds
 from sipit.observations import Site
 from tests.tiny_models import N_LAYERS, VOCAB, blocks_of, random_ids, text_model, tiny_model, true_states
@@ -110,6 +111,7 @@ def test_calibration_cost_equals_tokens_counted_inside_the_blocks() -> None:
     lm = LanguageModel(tiny_model("llama"), name="llama")
     seen = lm.capture(input_ids=IDS, layer=2)
     plain_seconds(lm, seen.cut, len(IDS))  # what wall_ratio is over: measured once, and no part of the search
+    tokens_a_pass(lm)  # of this machine, too
     counted: list[int] = []
     hooks = [
         block.register_forward_hook(lambda _, inputs, __: counted.append(inputs[0].shape[1]))

@@ -5,15 +5,13 @@ A pass over few tokens reads all weights, so one token costs nearly what twenty 
 
 from __future__ import annotations
 
-import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sipit.errors import StorageError
+from sipit.models.kept import kept
 from sipit.observations import Cut
-from sipit.storage import cache_dir, read_json, write_json
 
 if TYPE_CHECKING:
     from sipit.models.language_model import LanguageModel
@@ -21,33 +19,32 @@ if TYPE_CHECKING:
 _BLOCKS = 4  # blocks that tell; all of a model's are alike
 _FEW, _MANY = 4, 64  # tokens of the passes that are compared
 _RUNS = 4  # of each, of which the quickest counts
-_STEPS = (4.0, 16.0, 64.0)  # tokens; coarse, so that one machine searches alike from run to run
-_FORMAT = "sipit.pass_cost"
+_STEPS = (
+    4.0,
+    6.0,
+    8.0,
+    12.0,
+    16.0,
+    24.0,
+    32.0,
+    48.0,
+    64.0,
+)  # tokens; coarse, so that one machine searches alike each time
 
 
 def tokens_a_pass(lm: LanguageModel) -> float:
-    """Return how many tokens of a packed pass cost as much as the pass itself does: 4, 16 or 64.
+    """Return how many tokens of a packed pass cost as much as the pass itself does, from 4 to 64.
 
     Measured once for a model, device and number of threads, and kept in the cache directory.
     """
-    return lm.derived(("tokens a pass", torch.get_num_threads()), lambda: _kept(lm))
+    return lm.derived(
+        ("tokens a pass", torch.get_num_threads()),
+        lambda: kept(lm, "costs", "tokens a pass", lambda: _measured(lm), to_json=float, from_json=_known),
+    )
 
 
-def _kept(lm: LanguageModel) -> float:
-    path = cache_dir() / "costs" / f"{lm.fingerprint.removeprefix('sha256:')[:16]}.json"
-    where = f"{lm.device.type} {str(lm.dtype).removeprefix('torch.')} {torch.get_num_threads()} threads"
-    known: dict[str, Any] = {}
-    with contextlib.suppress(StorageError, ValueError, RecursionError):
-        read = read_json(path)
-        if isinstance(read, dict) and read.get("format") == _FORMAT:
-            known = read
-    if known.get(where) in _STEPS:
-        return float(known[where])
-    found = _measured(lm)
-    with contextlib.suppress(StorageError, OSError):  # a cache that cannot be written costs a moment each time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {**known, "format": _FORMAT, where: found})
-    return found
+def _known(value: Any) -> float | None:
+    return value if value in _STEPS else None
 
 
 def _measured(lm: LanguageModel) -> float:

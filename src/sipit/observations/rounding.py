@@ -16,6 +16,7 @@ _MOST_LEVELS = 255  # of an 8-bit integer grid, on one side of zero
 _LEVELS_4_BIT = 15
 _GROUPS = (256, 128, 64, 32)  # values that share a scale, in rows or in blocks of a row
 _FEW = 16  # values of a row that are looked at before the others
+_ROWS_AT_ONCE = 256
 _LOOKED_AT = 4  # rows that decide whether a grid is there at all
 _NARROW = (torch.bfloat16, torch.float16, torch.float32)  # dtypes values may have had before they were widened
 _FLOATS_8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -132,18 +133,17 @@ def _integer_steps(most: int) -> _Steps:
     def steps(values: Tensor, slack: float) -> Tensor | None:
         largest = values.abs().amax(dim=1)  # (N,)
         step = torch.zeros_like(largest)
-        waiting = largest > 0
-        for levels in range(1, most + 1):
-            rows = waiting.nonzero()[:, 0]
-            if not len(rows):
-                break
-            size = largest[rows] / levels
-            rows = rows[_are_whole(values[rows, :_FEW], size, slack)]  # most are not, which few values show
-            if len(rows):
-                rows = rows[_are_whole(values[rows], largest[rows] / levels, slack)]
-            step[rows] = largest[rows] / levels
-            waiting[rows] = False
-        if bool(waiting.any()) or _is_chance(values, step, slack, most):
+        for part in (largest > 0).nonzero()[:, 0].split(_ROWS_AT_ONCE):
+            sizes = largest[part] / torch.arange(1, most + 1, dtype=largest.dtype)[:, None]  # (L, N)
+            may_fit = _are_whole(values[part, :_FEW], sizes, slack)  # few values show of most that they do not
+            if not bool(may_fit.any(dim=0).all()):
+                return None
+            for level in may_fit.any(dim=1).nonzero()[:, 0].tolist():
+                chosen = may_fit[level] & (step[part] == 0)
+                rows = part[chosen]
+                fits = _are_whole(values[rows], sizes[level, chosen], slack)
+                step[rows[fits]] = sizes[level, chosen][fits]
+        if bool(((largest > 0) & (step == 0)).any()) or _is_chance(values, step, slack, most):
             return None
         return step[:, None].expand_as(values)
 
@@ -151,10 +151,10 @@ def _integer_steps(most: int) -> _Steps:
 
 
 def _are_whole(values: Tensor, size: Tensor, slack: float) -> Tensor:
-    """Return which rows are whole multiples of a size each. (N, G), (N,) → (N,) bool."""
-    multiples = values / size[:, None]
+    """Return which rows are whole multiples of a size each. (N, G), (…, N) → (…, N) bool."""
+    multiples = values / size[..., None]
     whole = multiples.round()
-    return ((multiples - whole).abs() <= 2 * slack * whole.abs() + 1e-12).all(dim=1)
+    return ((multiples - whole).abs() <= 2 * slack * whole.abs() + 1e-12).all(dim=-1)
 
 
 def _is_chance(values: Tensor, step: Tensor, slack: float, most: int) -> bool:

@@ -40,7 +40,8 @@ def test_token_is_known_once_its_source_is_recovered() -> None:
 
 
 @pytest.mark.parametrize("layer", [2, 4])
-def test_repeats_of_one_token_cost_one_candidate_each(layer: int) -> None:
+def test_repeats_of_one_token_cost_one_candidate_each(layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sipit.inversion.search.batching.pass_price", lambda *_: 4.0)
     lm = LanguageModel(tiny_model("llama"))
     ids = random_ids(1, seed=3).repeat(12)
     found = sipit.invert(lm, lm.capture(input_ids=ids, layer=layer), use_fit=False)

@@ -89,6 +89,7 @@ def test_inverse_that_is_off_is_amended_by_what_it_missed(
     fitted: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = fitted.capture(input_ids=random_ids(12, seed=8), layer=_CUT[0])
+    monkeypatch.setattr("sipit.inversion.search.batching.pass_price", lambda *_: 0.5)  # candidates count, not passes
     fit = load_fit(fitted, _CUT)
     assert fit is not None
     noise = torch.randn(fit.network.linear.bias.shape, generator=torch.Generator().manual_seed(1))

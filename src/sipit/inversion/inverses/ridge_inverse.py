@@ -7,11 +7,16 @@ first position, whose states have extreme norms and no context, has a regression
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from sipit.errors import StorageError
 from sipit.inversion.inverses.restored import restored
 from sipit.inversion.inverses.ridge import Ridge, amended_query, ridge
 from sipit.inversion.inverses.sampled_ids import spread_ids
@@ -20,9 +25,12 @@ from sipit.inversion.inverses.token_keys import TokenKeys, token_keys
 from sipit.inversion.judging.meter import Meter
 from sipit.models import LanguageModel
 from sipit.observations import Cut
+from sipit.storage import cache_dir, whole_file
 
 _PROMPTS = ((16, 112), (64, 4))  # number and length of the anchor prompts; the short ones for early positions
 _BATCH = 512  # tokens run at once
+_FORMAT, _VERSION = "sipit.anchors", "1"  # the version is raised with the keys and the recipe
+_PARTS = ("mean", "scale", "weight", "bias")
 _FIRSTS = 256  # anchors of the first position
 
 
@@ -70,8 +78,12 @@ def ridge_inverse(lm: LanguageModel, cut: Cut, meter: Meter) -> RidgeInverse:
     """Return the anchors' inverse of a cut, made once; the search that needs it first pays for it."""
 
     def made() -> RidgeInverse:
+        known = _kept(lm, cut)
+        if known is not None:
+            return known
         inverse = _fit(lm, cut)
         meter.block_tokens += inverse.block_tokens
+        _keep(lm, cut, inverse)
         return inverse
 
     return lm.derived(("ridge inverse", cut), made)
@@ -101,3 +113,44 @@ def _fit(lm: LanguageModel, cut: Cut) -> RidgeInverse:
         sink_cosine=sink_cosine(alone, torch.cat(states)),
         block_tokens=(spent + len(firsts)) * cut.layer,
     )
+
+
+def _path(lm: LanguageModel, cut: Cut) -> Path:
+    folder = cache_dir() / "anchors" / lm.fingerprint.removeprefix("sha256:")[:16]
+    return folder / f"{cut.site}-{cut.layer}-{str(lm.dtype).removeprefix('torch.')}.safetensors"
+
+
+def _keep(lm: LanguageModel, cut: Cut, inverse: RidgeInverse) -> None:
+    """Write an inverse for the next process, where the cache directory can be written."""
+    parts = {"first": inverse.first, "rest": inverse.rest}
+    tensors = {
+        f"{name}.{key}": getattr(part, key).float().cpu().contiguous() for name, part in parts.items() for key in _PARTS
+    }
+    numbers = {"sink_cosine": repr(inverse.sink_cosine), "block_tokens": str(inverse.block_tokens)}
+    path = _path(lm, cut)
+    with contextlib.suppress(StorageError, OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as temporary:
+            metadata = {"format": _FORMAT, "version": _VERSION, "fingerprint": lm.fingerprint, **numbers}
+            save_file(tensors, temporary, metadata=metadata)
+
+
+def _kept(lm: LanguageModel, cut: Cut) -> RidgeInverse | None:
+    """Return the inverse that an earlier process made; a file that cannot be used is passed over: it only orders."""
+    try:
+        with safe_open(_path(lm, cut), framework="pt") as stream:
+            metadata = stream.metadata() or {}
+            known = (metadata.get("format"), metadata.get("version"), metadata.get("fingerprint"))
+            if known != (_FORMAT, _VERSION, lm.fingerprint):
+                return None
+            tensors = {name: stream.get_tensor(name).to(lm.device) for name in stream.keys()}  # noqa: SIM118
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+            return None
+        first, rest = (Ridge(**{key: tensors[f"{name}.{key}"] for key in _PARTS}) for name in ("first", "rest"))
+        sink, spent = float(metadata["sink_cosine"]), int(metadata["block_tokens"])
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError):
+        return None
+    keys = token_keys(lm)
+    if first.weight.shape[1] != keys.width or rest.weight.shape != first.weight.shape:
+        return None
+    return RidgeInverse(keys=keys, first=first, rest=rest, sink_cosine=sink, block_tokens=spent)

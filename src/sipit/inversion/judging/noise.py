@@ -8,7 +8,8 @@ passes, on this model, cut, dtype and device; so do single states that amplify r
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +17,14 @@ from torch import Tensor
 from sipit.errors import ModelError
 from sipit.inversion.judging.calibration import calibration_prompts
 from sipit.models import LanguageModel, PrefixCache, TruncatedModel
+from sipit.models.kept import kept
 from sipit.observations import Cut
 
 SAFETY = 8.0  # the tolerance is this many times the largest noise seen in calibration
 CLEAR = 0.25  # of the gap to wrong tokens that a tolerance stays below where noise allows
 _LOW_GAP = 0.1  # quantile of the gaps that counts: a few tokens of any vocabulary are hardly trained, and alike
 _SHAPES = ((1, 0), (2, 15), (1, 1), (8, 3), (1, 2), (1, 63), (16, 0), (2, 0))  # tokens right in a row, wrong beside
+_RECIPE = "1"  # raised with what is measured
 _WIDTHS = (1, 2, 16, 64)  # of the packed passes that measure the noise of one state
 
 
@@ -47,8 +50,29 @@ def noise_floor(lm: LanguageModel, cut: Cut, seq_len: int | None = None) -> Nois
         ModelError: packed states of right tokens are not far nearer than those of wrong ones, so
             the packed check does not compute this model.
     """
-    key = ("noise floor", cut, lm.regime(seq_len))
-    return lm.derived(key, lambda: _measure(lm, lm.cut(cut, seq_len=seq_len)))
+    regime = lm.regime(seq_len)
+
+    def made() -> NoiseFloor:
+        return kept(
+            lm,
+            "floors",
+            f"{cut} {regime} {_RECIPE}",
+            lambda: _measure(lm, lm.cut(cut, seq_len=seq_len)),
+            to_json=asdict,
+            from_json=lambda record: _known_floor(record, lm.dtype),
+        )
+
+    return lm.derived(("noise floor", cut, regime), made)
+
+
+def _known_floor(record: Any, dtype: torch.dtype) -> NoiseFloor | None:
+    """Return a floor that was kept, if measuring can have given it."""
+    floor = NoiseFloor(**record)
+    numbers = [floor.first, floor.rest, floor.first_gap, floor.rest_gap, floor.first_spread, floor.rest_spread]
+    is_sane = all(type(each) is float and 0 < each < math.inf for each in numbers) and type(floor.block_tokens) is int
+    least, most = torch.finfo(dtype).eps, noise_ceiling(dtype)
+    is_fair = least <= floor.rest and max(floor.first, floor.rest) <= most and 2 * floor.rest <= floor.rest_gap
+    return floor if is_sane and is_fair else None
 
 
 def _measure(lm: LanguageModel, cut: TruncatedModel) -> NoiseFloor:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sipit.inversion.proposals.price import n_worth_checking
 from sipit.inversion.proposals.proposal import Draft
+
+_POSITIONS_A_PASS = 4.0  # that a pass settles, about: what one more level in it is worth is this part of a pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,21 +27,26 @@ class Tree:
 
 
 def build_tree(batch: Tensor, position: int, draft: Draft | None, max_tokens: int, price: float) -> Tree:
-    """Return the tree of one pass: `batch` at `position`, then guesses while they are likely enough for its price."""
+    """Return the tree of one pass: `batch` at `position`, then guesses while they are likely enough for its price.
+
+    A token costs one, wherever it stands. Another guess at a level saves a pass if all before it prove right and it
+    is the right one; one more level saves the share of a pass that one position of many is.
+    """
     tokens, places = [batch], [torch.full_like(batch, position)]
     levels, chain = [tuple(range(len(batch)))], [0]
-    n_tokens, chance = len(batch), 0.0 if draft is None else draft.first
+    n_tokens, reached = len(batch), 0.0 if draft is None else draft.first  # probability that the chain is right so far
     if draft is not None:
         for step, (token_ids, chances) in enumerate(draft.ahead, start=1):
-            width = min(n_worth_checking(chances, price), max_tokens - n_tokens)
-            if chance * price < 1 - chance or width < 1:
+            if reached * price < _POSITIONS_A_PASS or n_tokens >= max_tokens:
                 break
+            n_worth = int((reached * chances[1:] * price >= 1).int().cumprod(dim=0).sum()) + 1
+            width = min(n_worth, max_tokens - n_tokens)
             tokens.append(token_ids[:width])
             places.append(torch.full((width,), position + step))
             levels.append(tuple(range(n_tokens, n_tokens + width)))
             chain.append(n_tokens)
             n_tokens += width
-            chance *= float(chances[0])
+            reached *= float(chances[0])
     return Tree(
         token_ids=torch.cat(tokens),
         positions=torch.cat(places),
