@@ -28,6 +28,9 @@ class Defended:
 
     seen: Observation
     noise: NoiseModel | None  # None: nothing but rounding, so they are inverted exactly
+    is_shuffled: bool = False  # the attacker knows that the rows are out of order
+    is_permuted: bool = False  # and that the columns are
+    received: Observation | None = None  # what the rightful receiver makes of the rows with its key; None: just them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +92,38 @@ def _dropping(seen: Observation, share: float, generator: torch.Generator) -> De
     return Defended(seen=replace(seen, states=rows, fingerprint=None), noise=model)
 
 
+def _permuted_rows(seen: Observation, _: float, generator: torch.Generator) -> Defended:
+    order = torch.randperm(seen.seq_len, generator=generator).tolist()
+    sent = replace(seen.arranged(row_order=order), fingerprint=None)
+    return Defended(seen=sent, noise=None, is_shuffled=True, received=seen)
+
+
+def _permuted_columns(seen: Observation, _: float, generator: torch.Generator) -> Defended:
+    order = torch.randperm(seen.d_model, generator=generator).tolist()
+    sent = replace(seen.arranged(column_order=order), fingerprint=None)
+    return Defended(seen=sent, noise=None, is_permuted=True, received=seen)
+
+
+def _clipping(seen: Observation, most: float, _: torch.Generator) -> Defended:
+    """Cut every value to some times the usual size of one; what was cut is only known to be that large or larger."""
+    limit = most * _usual_length(seen.states) / math.sqrt(seen.d_model)
+    rows = seen.states.float()
+    is_cut = rows.abs() > limit
+    longest = float(rows.abs().max())
+    sent = torch.where(is_cut, rows.sign() * (limit + longest) / 2, rows)  # the middle of what it may have been
+    steps = torch.where(is_cut, (longest - limit) / 2, 0.0).float()
+    clipped = replace(seen, states=rows.clamp(-limit, limit), fingerprint=None)
+    return Defended(seen=replace(seen, states=sent, half_step=steps, fingerprint=None), noise=None, received=clipped)
+
+
+def _sharding(seen: Observation, n_parties: float, _: torch.Generator) -> Defended:
+    """Give each party every n-th row; the attacker is the one that holds the last row."""
+    n = int(n_parties)
+    held = list(range((seen.seq_len - 1) % n, seen.seq_len, n))
+    sent = replace(seen, states=seen.states[held], positions=tuple(held), fingerprint=None)
+    return Defended(seen=sent, noise=None, received=seen)
+
+
 def _usual_length(states: Tensor) -> float:
     """Return the median length of the rows behind the first one, which may be many times longer. (T, W)."""
     rows = states[1:] if len(states) > 1 else states
@@ -132,6 +167,34 @@ DEFENCES: dict[str, Defence] = {
             source="dropout of what leaves the client; Srivastava et al. 2014 for the draw",
             apply=_dropping,
             check=lambda x: 0 < x < 1,
+        ),
+        Defence(
+            name="clipping",
+            strength="most that a value may be, over the usual size of one",
+            source="bounded activations, as clipping before noise makes them; the attacker guesses the largest value",
+            apply=_clipping,
+            check=lambda x: x > 0,
+        ),
+        Defence(
+            name="permute-rows",
+            strength="nothing: every order is as likely",
+            source="a bag of states, as Hidden No More (arXiv 2505.18332) attacks it",
+            apply=_permuted_rows,
+            check=lambda x: x == 0,
+        ),
+        Defence(
+            name="permute-columns",
+            strength="nothing: one secret permutation for all rows",
+            source="permuted hidden dimensions, as Hidden No More (arXiv 2505.18332) attacks them",
+            apply=_permuted_columns,
+            check=lambda x: x == 0,
+        ),
+        Defence(
+            name="sharding",
+            strength="parties, each of which holds every n-th row",
+            source="token sharding, as Cascade does it for split inference",
+            apply=_sharding,
+            check=lambda x: x == int(x) and 2 <= x <= 16,
         ),
     )
 }

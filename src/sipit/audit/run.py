@@ -93,7 +93,7 @@ def _tried(lm: LanguageModel, plan: Plan, text: str, number: int, prompt: Tensor
     if defended.noise is not None:
         sent = defended.seen.states.to(dtype_named(plan.dtype)).float()
         defended = replace(defended, seen=replace(defended.seen, states=sent))
-    utility = utility_of(lm, seen, defended.seen)
+    utility = utility_of(lm, seen, defended.received or defended.seen)
     return _attacked(lm, plan, number, prompt, defended, utility)
 
 
@@ -103,7 +103,7 @@ def _attacked(
     seen = defended.seen
     began = time.perf_counter()
     if defended.noise is None:
-        found = invert(lm, seen)
+        found = invert(lm, seen, is_shuffled=defended.is_shuffled, is_permuted=defended.is_permuted)
         verdict, evidence = str(found.verdict), found.positions
         ids = list(found.input_ids)
     else:
@@ -126,7 +126,7 @@ def _attacked(
         cell=plan.key,
         prompt=number,
         verdict=verdict,
-        tokens=seen.seq_len,
+        tokens=len(truth),
         exact_tokens=sum(right),
         seconds=seconds,
         wall_ratio=seconds / max(plain_seconds(lm, seen.cut, seen.n_positions), 1e-9),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import sipit.cli.audit as audit
 import sipit.cli.collision_cases as collision_cases
 import sipit.cli.collisions as collisions
 import sipit.cli.commands as commands
@@ -202,6 +203,16 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", type=Path, metavar="OUT", help="write the record")
     _model_options(bench, default="smollm2-135m")
     places.add_places(add, _command, _dump_options, _model_options)
+    audited = _command(
+        add,
+        "audit",
+        audit.audit,
+        "how much of their prompts states give away, by place and defence, and what each defence costs",
+        "Exit 1 where a cell gives back more than --fail-above of its prompts, 0 where none does. Goes on where it was "
+        "interrupted. The log in DIR holds the prompts, so only its owner can read it.",
+    )
+    audit.add_audit(audited, _SITES, layer_text)
+
     inner = collisions.add_collisions(add, _command, _model_options)
     collision_cases.add_cases(inner, _command, _model_options)
     return top

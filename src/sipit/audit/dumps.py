@@ -1,0 +1,113 @@
+"""An audit of dumps that people already have: each is inverted, and what comes back is counted by place."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sipit.audit.cells import Cell, Plan, Trial, cells_of
+from sipit.errors import SipitError
+from sipit.inversion import invert
+from sipit.models import LanguageModel
+from sipit.models.plain_pass import plain_seconds
+from sipit.observations import Observation, read_each, read_observation
+from sipit.observations.formats import Dump, Wanted, is_foreign, observation_of, read_dumps, settled_dumps, unpadded
+from sipit.observations.many import holds_many
+
+_Named = tuple[str, Observation | SipitError, tuple[int, ...] | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DumpAudit:
+    """What came of the dumps."""
+
+    cells: list[Cell]
+    trials: list[Trial]
+    refused: list[tuple[str, SipitError]]  # entries that could not be read, and why
+
+
+def audit_dumps(
+    lm: LanguageModel, paths: Sequence[Path], wanted: Wanted, *, on_trial: Callable[[Trial], None] | None = None
+) -> DumpAudit:
+    """Invert every prompt in some files or folders.
+
+    Where token ids lie beside the states, what comes back is scored against them; else a prompt counts as given away
+    when it is recovered, for the check proves it.
+
+    Args:
+        lm: the model.
+        paths: observation files, or files and folders of other tools.
+        wanted: what the user says of them.
+        on_trial: told each trial as it is done.
+    """
+    plans: list[Plan] = []
+    trials: list[Trial] = []
+    refused: list[tuple[str, SipitError]] = []
+    for name, seen, truth in (entry for path in paths for entry in _entries(lm, path, wanted)):
+        if isinstance(seen, SipitError):
+            refused.append((name, seen))
+            continue
+        plan = Plan(layer=seen.layer, site=seen.site, dtype=seen.dtype, defence="none", strength=0.0)
+        try:
+            trial = _tried(lm, plan, len(trials), replace(seen, fingerprint=None), truth)
+        except SipitError as error:
+            refused.append((name, error))
+            continue
+        plans += [plan] if plan not in plans else []
+        trials.append(trial)
+        if on_trial is not None:
+            on_trial(trial)
+    return DumpAudit(cells=cells_of(plans, trials), trials=trials, refused=refused)
+
+
+def _entries(lm: LanguageModel, path: Path, wanted: Wanted) -> list[_Named]:
+    try:
+        if is_foreign(path):
+            return [_of_dump(lm, path, each) for each in settled_dumps(list(read_dumps(path, wanted)), wanted)]
+        if holds_many(path):
+            return [(name, seen, None) for name, seen in read_each(path)]
+        return [(path.name, read_observation(path), None)]
+    except SipitError as error:
+        return [(path.name, error, None)]
+
+
+def _of_dump(lm: LanguageModel, path: Path, found: Dump | SipitError) -> _Named:
+    if isinstance(found, SipitError):
+        return path.name, found, None
+    dump = unpadded(found)
+    try:
+        return dump.name, observation_of(dump, lm.shape), dump.input_ids
+    except SipitError as error:
+        return dump.name, error, None
+
+
+def _tried(lm: LanguageModel, plan: Plan, number: int, seen: Observation, truth: tuple[int, ...] | None) -> Trial:
+    began = time.perf_counter()
+    found = invert(lm, seen)
+    seconds = time.perf_counter() - began
+    known = truth if truth is not None and len(truth) == seen.n_sought else None
+    right = [known is None or a == b for a, b in zip(found.input_ids, known or found.input_ids, strict=False)]
+    shown = tuple(
+        {
+            "token": one.token,
+            "is_right": is_right,
+            "distance": one.distance,
+            "runner_up": one.runner_up,
+            "posterior": None,
+        }
+        for one, is_right in zip(found.positions, right, strict=False)
+    )
+    return Trial(
+        cell=plan.key,
+        prompt=number,
+        verdict=found.verdict,
+        tokens=seen.n_sought,
+        exact_tokens=sum(right) if known is not None or found.verdict == "recovered" else 0,
+        seconds=seconds,
+        wall_ratio=seconds / max(plain_seconds(lm, seen.cut, seen.n_positions), 1e-9),
+        kl=None,
+        agreement=None,
+        shown=shown,
+    )

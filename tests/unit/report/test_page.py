@@ -1,0 +1,143 @@
+"""Pages stand alone, show what their records say, and escape what users wrote."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from sipit.report.audit import audit_page, sentence
+from sipit.report.page import Series, chart, heat_map, number, page, table
+
+CELL: dict[str, Any] = {
+    "layer": 5,
+    "site": "block",
+    "dtype": "float32",
+    "defence": "none",
+    "strength": 0.0,
+    "prompts": 4,
+    "exact_prompts": 4,
+    "tokens": 80,
+    "exact_tokens": 80,
+    "low": 0.51,
+    "high": 1.0,
+    "wall_ratio": 3.5,
+    "kl": 0.0,
+    "agreement": 1.0,
+    "seconds": 0.2,
+    "verdicts": {"recovered": 4},
+}
+NOISY = {**CELL, "defence": "gaussian", "strength": 0.5, "exact_prompts": 0, "exact_tokens": 40, "agreement": 0.7}
+HIDDEN = {**NOISY, "strength": 4.0, "exact_tokens": 1, "agreement": 0.1}
+RECORD: dict[str, Any] = {
+    "model": "tiny <b>",
+    "fingerprint": "sha256:0123",
+    "dtype": "float32",
+    "device": "cpu",
+    "threads": 1,
+    "sipit": "0",
+    "torch": "2",
+    "command": "sipit audit --text '<x>'",
+    "cells": [CELL, NOISY, HIDDEN],
+}
+TRIAL: dict[str, Any] = {
+    "cell": "5 block float32 none:0",
+    "prompt": 0,
+    "verdict": "recovered",
+    "tokens": 2,
+    "exact_tokens": 1,
+    "shown": [
+        {"token": "<script>secret", "is_right": True, "distance": 0.1, "runner_up": 2.0, "posterior": None},
+        {"token": None, "is_right": False, "distance": 0.2, "runner_up": None, "posterior": 0.5},
+    ],
+}
+
+
+def test_a_page_stands_alone_and_holds_its_record() -> None:
+    text = audit_page(RECORD, [TRIAL], is_redacted=False)
+    assert not re.search(r'(src|href)="(?!data:)', text)
+    assert "http" not in text
+    inside = re.search(r'<script type="application/json" id="record">(.*?)</script>', text, re.S)
+    assert inside is not None
+    assert json.loads(inside[1])["cells"] == RECORD["cells"]
+    assert "<script>secret" not in text
+    assert "&lt;script&gt;secret" in text
+    assert "tiny <b>" not in text.replace(inside[1], "")
+
+
+def test_a_redacted_page_holds_no_token() -> None:
+    assert "secret" in audit_page(RECORD, [TRIAL], is_redacted=False)
+    assert "secret" not in audit_page(RECORD, [TRIAL], is_redacted=True)
+
+
+def test_the_sentence_says_what_came_back_what_changed_nothing_and_what_hides() -> None:
+    text = sentence({**RECORD, "cells": [CELL, {**CELL, "defence": "rounding", "strength": 8.0}, NOISY, HIDDEN]})
+    assert text.startswith("States after block 5 in float32 give back 100 % of prompts whole (4 of 4) in 0.2 s each")
+    assert "rounding 8 changed nothing" in text
+    assert "gaussian 4 at states after block 5 left at most 1 token in 20 readable" in text
+    assert "at the price of another next token at 90 % of positions" in text
+    assert "under gaussian 0.5 50 % of tokens still came back" in text
+
+
+def test_tables_sort_by_numbers_and_heat_maps_show_shares() -> None:
+    text = table(["a", "b"], [[1, ("2 of 3", 0.5)], [1000.5, "<i>"], [None, True]])
+    assert 'data-value="0.5">2 of 3' in text
+    assert "&lt;i&gt;" in text
+    shaded = heat_map(["r"], ["c", "d"], {(0, 0): (0.25, "25 %")})
+    assert "var(--b) 25%" in shaded
+    assert shaded.count("<td") == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "–"), (3, "3"), (1234.4, "1,234"), (0.00012345, "0.000123"), (2.0, "2")]
+)
+def test_numbers_have_as_many_digits_as_a_reader_needs(value: float | None, text: str) -> None:
+    assert number(value) == text
+
+
+@pytest.mark.parametrize("is_log", [False, True])
+def test_points_lie_within_the_axes_and_rise_with_their_values(is_log: bool) -> None:
+    points = tuple((10.0**k, 10.0 ** (k / 2)) for k in range(-3, 4))
+    text = chart([Series(name="a&b", points=points)], x="x", y="y", is_log_x=is_log, is_log_y=is_log, caption="c")
+    figure = ElementTree.fromstring(text)
+    line = figure.find(".//polyline")
+    assert line is not None
+    places = [tuple(map(float, pair.split(","))) for pair in line.attrib["points"].split()]
+    assert all(0 < a < 640 and 0 < b < 340 for a, b in places)
+    assert [a for a, _ in places] == sorted(a for a, _ in places)
+    assert [b for _, b in places] == sorted((b for _, b in places), reverse=True)
+    assert {each.text for each in figure.iter("text")} >= {"x", "y", "a&b"}
+
+
+@pytest.mark.parametrize("points", [(), ((1.0, 1.0),), ((-1.0, 2.0),)])
+def test_few_points_or_none_are_no_trouble(points: tuple[tuple[float, float], ...]) -> None:
+    text = chart([Series(name="one", points=points)], x="x", y="y", is_log_x=True, caption="c")
+    ElementTree.fromstring(text)
+    assert ("nothing to draw" in text) == (points != ((1.0, 1.0),))
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
+@pytest.mark.parametrize("width", [400, 1200])
+def test_a_browser_renders_the_page_without_an_error(width: int, tmp_path: Path) -> None:
+    body = chart([Series(name="s", points=((1.0, 2.0), (3.0, 4.0)))], x="x", y="y", caption="c")
+    body += table(["n"], [[2], [1]])
+    click = "document.querySelector('th').click();document.title=document.querySelector('td').textContent"
+    text = page("t", body, {"a": 1}).replace("</body>", f"<script>{click}</script></body>")
+    (tmp_path / "page.html").write_text(text, "utf-8")
+    options = ("--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},800", "--enable-logging=stderr")
+    command = [
+        "chromium",
+        *options,
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--dump-dom",
+        f"file://{tmp_path}/page.html",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "<title>1</title>" in done.stdout  # sorted by the click
+    assert "CONSOLE" not in done.stderr
