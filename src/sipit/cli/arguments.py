@@ -14,6 +14,7 @@ import sipit.cli.collision_cases as collision_cases
 import sipit.cli.collisions as collisions
 import sipit.cli.commands as commands
 import sipit.cli.places as places
+import sipit.cli.reproduce as reproduce
 from sipit import __version__
 from sipit.cli.commands import layer_text, noise_of
 from sipit.errors import OptionError
@@ -203,6 +204,19 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", type=Path, metavar="OUT", help="write the record")
     _model_options(bench, default="smollm2-135m")
     places.add_places(add, _command, _dump_options, _model_options)
+    tables = _command(
+        add,
+        "reproduce",
+        reproduce.reproduce,
+        "the paper's tables, figures and theorems on a model of one's own, a record each",
+        "Goes on where it was interrupted: a record that DIR holds is not made again.",
+    )
+    reproduce.add_reproduce(tables)
+    claims = _command(
+        add, "report", reproduce.report, "one page of what 'sipit reproduce' found: each claim, and whether it held"
+    )
+    reproduce.add_report(claims)
+
     audited = _command(
         add,
         "audit",

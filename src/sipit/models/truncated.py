@@ -269,6 +269,13 @@ class TruncatedModel:
             return self._read(self._plain, input_ids=ids, past_key_values=cache, use_cache=True)
         return self._read(self._plain, input_ids=ids, use_cache=False)
 
+    def from_embeddings(self, embeddings: Tensor) -> Tensor:
+        """Return the values of one prompt given as embedding vectors, by an ordinary pass; differentiable.
+
+        (T, D) → (T, W)
+        """
+        return self._read(self._plain, inputs_embeds=embeddings[None], use_cache=False)[0]
+
     def _read(self, model: nn.Module, **arguments: Any) -> Tensor:
         """Run a pass to where it ends, and read what leaks there. (B, T, W)."""
         try:
