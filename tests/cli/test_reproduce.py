@@ -42,7 +42,8 @@ def test_each_experiment_leaves_records_that_say_what_made_them(name: str, resul
 
 def test_distances_are_those_of_ordinary_passes(results: Path, text_folder: Path) -> None:
     lm = sipit.load(str(text_folder))
-    record = next(r["values"] for r in _records(results, "distances") if r["key"] == "layer 1")
+    records = [r["values"] for r in _records(results, "distances")]
+    record = next(values for values in records if (values["layer"], values["site"]) == (1, "block"))
     ids = [lm.encode(text) for text in record["closest_varied_texts"]]
     states = [lm.capture(input_ids=each, layer=1).states[-1].double() for each in ids]
     assert float((states[0] - states[1]).norm()) == pytest.approx(record["least_varied"], rel=1e-3)
@@ -102,7 +103,7 @@ def test_a_claim_that_does_not_hold_is_said_not_to() -> None:
     head = {"experiment": "half-margin", "model": "m", "fingerprint": "f", "dtype": "d", "device": "c", "threads": 1}
     head |= {"torch": "2", "scale": "smoke", "seconds": 1.0, "command": "c"}
     values = [{"factor": f, "worst_is_right": True, "random_right": 1.0} for f in (0.5, 2.0)]
-    text = reproduction_page([{**head, "key": str(v["factor"]), "values": v} for v in values])
+    text = reproduction_page([{**head, "key": str(v["factor"]), "values": v} for v in values], EXPERIMENTS)
     row = re.search(r"Theorem 3.2</a>.*?</tr>", text)
     assert row is not None
     assert "did not hold" in row[0]

@@ -109,7 +109,7 @@ def report(options: Namespace) -> int:
     if wrong:
         raise InputError(f"{options.folder} holds lines that are no records of 'sipit reproduce'; run it again")
     require_writable(options.out)
-    text = reproduction_page(records)
+    text = reproduction_page(records, EXPERIMENTS)
     with whole_file(options.out) as path:
         path.write_text(text, encoding="utf-8")
     say(f"{options.out}: {len(records)} records, {len(text.encode()) / 2**20:.2f} MiB")

@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from itertools import pairwise
 from statistics import fmean, median
-from typing import Any
+from typing import Any, Protocol
 
-from sipit.experiments.catalogue import EXPERIMENTS
-from sipit.experiments.experiment import Experiment
 from sipit.report.page import Series, chart, number, page, table
 
 Records = Sequence[dict[str, Any]]
 _VERDICTS = {"held": "held", "limit": "held with this limit", "wrong": "did not hold", "open": "not tested here"}
 
 
-def reproduction_page(records: Records) -> str:
-    """Return the page of all records of a folder."""
-    by_name = {name: [r for r in records if r["experiment"] == name] for name in EXPERIMENTS}
-    judged = {name: _JUDGES[name](_values(by_name[name])) for name in EXPERIMENTS}
+class Claim(Protocol):
+    """What the page says of an experiment beside its records, as `experiments.Experiment` has it."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def answers(self) -> str: ...  # noqa: D102
+
+    @property
+    def claim(self) -> str: ...  # noqa: D102
+
+    @property
+    def paper(self) -> str: ...  # noqa: D102
+
+
+def reproduction_page(records: Records, claims: Mapping[str, Claim]) -> str:
+    """Return the page of all records of a folder.
+
+    Args:
+        records: as `sipit reproduce` writes them.
+        claims: by the name of the experiment, in the order of the page.
+    """
+    by_name = {name: [r for r in records if r["experiment"] == name] for name in claims}
+    judged = {name: _JUDGES[name](_values(by_name[name])) for name in claims}
     rows = []
-    for name, one in EXPERIMENTS.items():
+    for name, one in claims.items():
         kind, says = judged[name]
         rows.append(
             f'<tr><td><a href="#{name}">{escape(one.answers)}</a></td><td>{escape(one.claim)}</td>'
@@ -38,12 +57,12 @@ def reproduction_page(records: Records) -> str:
         "<p class='soft'>Our numbers stand beside the paper's; the setting differs where the model, the text or the "
         "machine does, and every record says which made it.</p>",
         overview,
-        *(_section(one, by_name[name], *judged[name]) for name, one in EXPERIMENTS.items()),
+        *(_section(one, by_name[name], *judged[name]) for name, one in claims.items()),
     ]
     return page("What of the paper holds here", "\n".join(body), list(records))
 
 
-def _section(one: Experiment, records: Records, kind: str, says: str) -> str:
+def _section(one: Claim, records: Records, kind: str, says: str) -> str:
     parts = [
         f'<h2 id="{one.name}">{escape(one.name)}: {escape(one.answers)}</h2>',
         f"<p>Claim: {escape(one.claim)}.</p><p>Paper: {escape(one.paper)}.</p>",
