@@ -12,7 +12,7 @@ demo: setup
 
 test: setup
 	@echo "== running the tests"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -p no:benchmark
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup -p no:benchmark
 
 setup: $(STAMP)
 	@echo "== preparing the pinned real model (fetched and converted once)"

@@ -17,6 +17,8 @@ from sipit.cli import main
 from sipit.experiments.catalogue import EXPERIMENTS
 from sipit.report.reproduction import reproduction_page
 
+pytestmark = pytest.mark.xdist_group("reproduce")  # one worker makes the records that they share
+
 
 @pytest.fixture(scope="module")
 def results(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -7,6 +7,7 @@ import random
 import re
 import sysconfig
 from collections.abc import Collection, Iterator
+from functools import cache
 from pathlib import Path
 
 _LONGEST_SOURCE = 200_000  # characters; longer modules are tables
@@ -33,7 +34,7 @@ def library_prose(*, seed: int = 0, only: Collection[str] = (), without: Collect
     rng = random.Random(seed)
     pieces = [] if only else list(_topics())
     for path in _sources(seed, only, without):
-        pieces += _docstrings(path.read_text(encoding="utf-8", errors="ignore"))
+        pieces += _docstrings(path)
     rng.shuffle(pieces)
     for piece in pieces:
         yield " ".join(piece.split()) if rng.random() < 0.5 else piece
@@ -58,11 +59,12 @@ def _topics() -> Iterator[str]:
         yield from (part for part in re.split(r"\n\n(?=\S)", topic) if len(part) > _SHORTEST_PROSE)
 
 
-def _docstrings(source: str) -> list[str]:
+@cache  # a process that draws prose twice parses each module once; all of them together are a few megabytes
+def _docstrings(path: Path) -> tuple[str, ...]:
     try:
-        tree = ast.parse(source)
+        tree = ast.parse(path.read_text(encoding="utf-8", errors="ignore"))
     except (SyntaxError, ValueError):
-        return []
+        return ()
     owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, owners)]
-    return [text for text in found if text and len(text) > _SHORTEST_PROSE]
+    return tuple(text for text in found if text and len(text) > _SHORTEST_PROSE)

@@ -18,16 +18,16 @@ class Claim(Protocol):
     """What the page says of an experiment beside its records, as `experiments.Experiment` has it."""
 
     @property
-    def name(self) -> str: ...  # noqa: D102
+    def name(self) -> str: ...
 
     @property
-    def answers(self) -> str: ...  # noqa: D102
+    def answers(self) -> str: ...
 
     @property
-    def claim(self) -> str: ...  # noqa: D102
+    def claim(self) -> str: ...
 
     @property
-    def paper(self) -> str: ...  # noqa: D102
+    def paper(self) -> str: ...
 
 
 def reproduction_page(records: Records, claims: Mapping[str, Claim]) -> str:
