@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-.PHONY: demo test setup check bench clean
+.PHONY: demo test setup check docs bench clean
 
 demo: setup
 	@echo "== recovering a paragraph from hidden states of SmolLM2-135M"
@@ -22,6 +23,10 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(MKDOCS) build --strict --quiet --site-dir $(VENV)/site
+
+docs: $(STAMP)
+	$(MKDOCS) serve
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-only

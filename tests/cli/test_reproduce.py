@@ -15,6 +15,7 @@ from sipit import LanguageModel
 from sipit.baselines.hard_prompts import hard_prompts
 from sipit.cli import main
 from sipit.experiments.catalogue import EXPERIMENTS
+from sipit.experiments.dimension import intrinsic_dimension
 from sipit.report.reproduction import reproduction_page
 
 pytestmark = pytest.mark.xdist_group("reproduce")  # one worker makes the records that they share
@@ -51,6 +52,14 @@ def test_distances_are_those_of_ordinary_passes(results: Path, text_folder: Path
     assert float((states[0] - states[1]).norm()) == pytest.approx(record["least_varied"], rel=1e-3)
     assert record["n_pairs"] == record["n_prompts"] * (record["n_prompts"] - 1) // 2
     assert record["n_collisions"] == 0
+
+
+def test_points_of_five_directions_have_about_five_dimensions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(500, 5, generator=generator) @ torch.randn(5, 60, generator=generator)
+    found = intrinsic_dimension(points.double())
+    assert found is not None
+    assert all(4.5 < value < 5.5 for value in found.values())
 
 
 def test_half_the_margin_is_where_the_worst_noise_turns_the_token(results: Path) -> None:

@@ -8,6 +8,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sipit.collisions import (
     StateFolder,
@@ -21,6 +22,7 @@ from sipit.collisions import (
     survey_layers,
 )
 from sipit.collisions.survey import LayerSurvey
+from sipit.experiments.dimension import intrinsic_dimension
 from sipit.experiments.experiment import Experiment, Setting, Task, Values
 from sipit.observations import Cut
 
@@ -65,14 +67,19 @@ def _layer(setting: Setting, folder: StateFolder, cut: Cut, found: LayerSurvey) 
         "median_norm": found.median_norm,
         "closest_texts": [setting.lm.decode(ids) for ids in pairs[0]],
         "closest_varied_texts": [setting.lm.decode(ids) for ids in pairs[1]],
-        "mean_cosine": _mean_cosine(folder, cut),
+        "mean_cosine": _mean_cosine(_sampled_rows(folder, cut)),
+        "intrinsic_dimension": intrinsic_dimension(_sampled_rows(folder, cut)),
         "by_length": [asdict(each) for each in found.by_length],
     }
 
 
-def _mean_cosine(folder: StateFolder, cut: Cut) -> float:
+def _sampled_rows(folder: StateFolder, cut: Cut) -> Tensor:
+    """Return the first states of a folder at a cut. (N, D) float64."""
+    return torch.cat([torch.as_tensor(block) for block in folder.blocks(cut)])[:_SAMPLED].double()
+
+
+def _mean_cosine(rows: Tensor) -> float:
     """Return the mean cosine of different states, their anisotropy (Ethayarajh 2019, arXiv 1909.00512)."""
-    rows = torch.cat([torch.as_tensor(block) for block in folder.blocks(cut)])[:_SAMPLED].double()
     units = torch.nn.functional.normalize(rows, dim=1)
     n = len(units)
     return float((units.sum(dim=0).square().sum() - n) / (n * (n - 1)))

@@ -140,9 +140,12 @@ def _families(values: list[dict[str, Any]]) -> tuple[str, str]:
     found = [(f["pairs"][0]["distance"], f["family"], v["key"]) for v in values for f in v["families"] if f["pairs"]]
     hits = sum(f["n_collisions"] for v in values for f in v["families"])
     least = min(found, default=(0.0, "none", ""))
-    return (
-        "limit" if hits else "held"
-    ), f"closest pair {least[0]:.3g} in family {least[1]} at {least[2]}; {hits} near."
+    is_as_said = not hits and least[1] == "trailing_newlines"
+    newlines = min((one for one in found if one[1] == "trailing_newlines"), default=(0.0, "", "none"))
+    return ("held" if is_as_said else "limit"), (
+        f"closest pair {least[0]:.3g} in family {least[1].replace('_', ' ')} at {least[2]}, of trailing newlines "
+        f"{newlines[0]:.3g} at {newlines[2]}; {hits} within 1e-6."
+    )
 
 
 def _margins(values: list[dict[str, Any]]) -> tuple[str, str]:
