@@ -6,15 +6,16 @@ from sipit.errors import OptionError
 from sipit.experiments.distances import FAMILIES, MINIMUM, PRECISION
 from sipit.experiments.experiment import Experiment
 from sipit.experiments.inversions import BY_LAYER, INVERSION, LONG, SHARE
+from sipit.experiments.matched import MATCHED
 from sipit.experiments.next_tokens import CONTINUATIONS, HALF_MARGIN, MARGINS, ROUNDED
-from sipit.experiments.theory import INITIALISATION, REPEATED, TRAINING, WITNESSES
+from sipit.experiments.theory import ACTIVATIONS, INITIALISATION, REPEATED, TRAINING, WITNESSES
 
 EXPERIMENTS: dict[str, Experiment] = {
     one.name: one
     for one in (
-        *(MINIMUM, PRECISION, CONTINUATIONS, FAMILIES, MARGINS),
+        *(MINIMUM, PRECISION, CONTINUATIONS, FAMILIES, MATCHED, MARGINS),
         *(INVERSION, LONG, SHARE, BY_LAYER, ROUNDED),
-        *(INITIALISATION, TRAINING, WITNESSES, HALF_MARGIN, REPEATED),
+        *(INITIALISATION, TRAINING, WITNESSES, HALF_MARGIN, REPEATED, ACTIVATIONS),
     )
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from typing import Any
 
@@ -15,7 +15,9 @@ from sipit.collisions import constructed_cases, nearest_pairs
 from sipit.collisions.constructed import ConstructedCase
 from sipit.corpora import library_prose
 from sipit.experiments.experiment import Experiment, Setting, Task, Values
+from sipit.models.families import FAMILIES
 
+_ANALYTIC = ("gelu", "silu", "swish", "tanh", "sigmoid", "quick_gelu")  # and their variants, as names begin
 _VOCAB, _WIDTH, _LENGTH = 64, 32, 6
 _DENSITIES: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "normal 0.02": lambda like, draw: 0.02 * torch.randn(like.shape, generator=draw, dtype=like.dtype),
@@ -165,6 +167,21 @@ def _repeated(setting: Setting) -> Iterator[Task]:
         yield Task(key=family, make=made)
 
 
+def _activations(_: Setting) -> Iterator[Task]:
+    """Read each family's activation from its configuration's defaults: one model of it may have another."""
+    from transformers import AutoConfig
+
+    def made(family: str) -> Values:
+        config: Any = AutoConfig.for_model(family).get_text_config()
+        names = ("hidden_act", "activation_function", "hidden_activation")
+        name = next(str(found) for found in (getattr(config, key, None) for key in names) if found)
+        routed = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+        return {"activation": name, "is_analytic": name.startswith(_ANALYTIC), "is_routed": bool(routed)}
+
+    for family in FAMILIES:
+        yield Task(key=family, make=partial(made, family))
+
+
 _SELF_MADE: dict[str, Any] = {"needs_tokenizer": False, "uses_model": False}
 
 INITIALISATION = Experiment(
@@ -189,6 +206,14 @@ WITNESSES = Experiment(
     claim="equal rows, equal positions, non-analytic parts and rounding make prompts collide on purpose",
     paper="named as the exceptions",
     tasks=_witnesses,
+    **_SELF_MADE,
+)
+ACTIVATIONS = Experiment(
+    name="activations",
+    answers="Appendix F",
+    claim="the families in use have analytic activations, so the theorems speak of them",
+    paper="GELU, SiLU, SwiGLU and GeGLU are analytic; ReLU is not",
+    tasks=_activations,
     **_SELF_MADE,
 )
 REPEATED = Experiment(

@@ -148,6 +148,22 @@ def _families(values: list[dict[str, Any]]) -> tuple[str, str]:
     )
 
 
+def _matched(values: list[dict[str, Any]]) -> tuple[str, str]:
+    hits, pairs = sum(v["n_collisions"] for v in values), sum(v["n_pairs"] for v in values)
+    text = ", ".join(f"{v['key']} {number(v['least'])} (any prompts {number(v['least_of_any'])})" for v in values)
+    return ("limit" if hits else "held"), f"{hits} of {pairs:,} pairs within 1e-6; closest: {text}."
+
+
+def _activations(values: list[dict[str, Any]]) -> tuple[str, str]:
+    others = [f"{v['key']} ({v['activation']})" for v in values if not v["is_analytic"]]
+    routed = [v["key"] for v in values if v["is_routed"]]
+    says = f"{len(values) - len(others)} of {len(values)} families analytic by their configuration's defaults"
+    return ("limit" if others or routed else "held"), (
+        f"{says}; not: {', '.join(others) or 'none'}; experts are chosen, which no analytic function does: "
+        f"{', '.join(routed) or 'none'}."
+    )
+
+
 def _margins(values: list[dict[str, Any]]) -> tuple[str, str]:
     least = [v["least"] for v in values]
     rises = all(a <= b for a, b in pairwise(least))
@@ -229,6 +245,7 @@ _JUDGES: dict[str, Judge] = {
     "precision": _judged(_precision),
     "continuations": _judged(_continuations),
     "families": _judged(_families),
+    "matched-next-tokens": _judged(_matched),
     "margins": _judged(_margins),
     "inversion": _judged(_inversion),
     "long-prompts": _judged(_all_exact),
@@ -240,6 +257,7 @@ _JUDGES: dict[str, Judge] = {
     "witnesses": _judged(_witnesses),
     "half-margin": _judged(_half_margin),
     "repeated-token": _judged(_repeated),
+    "activations": _judged(_activations),
 }
 
 
