@@ -95,7 +95,7 @@ def _fit_in(
     on_progress: OnFitProgress | None,
 ) -> dict[Cut, Path]:
     started = time.perf_counter()
-    _start_over_if_changed(work, {"recipe": asdict(recipe), "cuts": cuts, "texts": [hash_text(t) for t in texts]})
+    start_over_if_changed(work, {"recipe": asdict(recipe), "cuts": cuts, "texts": [hash_text(t) for t in texts]})
     told = _Teller(on_progress)
     n_windows, length, seed = recipe.n_windows, recipe.length, recipe.seed
     starts = sample_starts(lm, n_windows=n_windows, length=length, seed=seed)
@@ -231,7 +231,7 @@ def hash_text(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _start_over_if_changed(work: Path, settings: dict[str, Any]) -> None:
+def start_over_if_changed(work: Path, settings: dict[str, Any]) -> None:
     """Drop what an interrupted fit left if it was another fit."""
     note = work / "settings.json"
     settings = json.loads(json.dumps(settings))

@@ -13,15 +13,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sipit.inversion.fitting.checkpoint import resumed, save_checkpoint
 from sipit.inversion.fitting.memory import release_free_memory
 from sipit.inversion.fitting.states import CapturedStates, OnStep
 from sipit.inversion.inverses.arithmetic import fast_arithmetic
 from sipit.inversion.inverses.network import KEY_LENGTH, InverseNetwork, beside
 from sipit.inversion.inverses.token_keys import TokenKeys
-from sipit.storage import whole_file
 
 _RIDGE_ROWS = 60_000
 _PART = 8192  # of them held at once
@@ -31,7 +30,6 @@ _WHITENING_FLOOR = 1e-3  # of the mean eigenvalue
 _EARLY, _EARLY_REPEATS = 4, 3  # positions below 4 are trained on three times more often
 _SAVE_EVERY = 40  # steps between checkpoints
 _RELEASE_EVERY = 10  # steps: each leaves holes of many megabytes among what is in use
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for a parameter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +83,7 @@ def train(
     optimizer = _optimizer(network, recipe)
     n_steps = recipe.epochs * max(1, len(rows) // recipe.batch_size)
     log_in = _log_inclusion(ids, recipe, keys.vocab_size).to(device)  # (V,)
-    first = _resumed(checkpoint, network, optimizer)
+    first = resumed(checkpoint, network, optimizer)
     for step in range(first, n_steps):
         batch = _batch(rows, step, recipe)
         generator.manual_seed(recipe.seed * 1_000_003 + step)  # a resumed run draws what an unbroken one would
@@ -104,7 +102,7 @@ def train(
             release_free_memory()
         on_step(step + 1, n_steps)
         if (step + 1) % _SAVE_EVERY == 0:
-            _save(checkpoint, step + 1, network, optimizer)
+            save_checkpoint(checkpoint, step + 1, network, optimizer)
     return network.eval()
 
 
@@ -189,27 +187,3 @@ def _optimizer(network: InverseNetwork, recipe: Recipe) -> torch.optim.Optimizer
         {"params": biases, "scale": 1.0, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)
-
-
-def _resumed(checkpoint: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Load a checkpoint if there is one; return the steps it had done."""
-    if not checkpoint.is_file():
-        return 0
-    saved = load_file(checkpoint)
-    network.load_state_dict({name[4:]: value for name, value in saved.items() if name.startswith("net.")})
-    state = optimizer.state_dict()
-    state["state"] = {
-        int(i): {key: saved[f"opt.{i}.{key}"] for key in _MOMENTS}
-        for i in {name.split(".")[1] for name in saved if name.startswith("opt.")}
-    }
-    optimizer.load_state_dict(state)
-    return int(saved["step"])
-
-
-def _save(checkpoint: Path, step: int, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    tensors = {"step": torch.tensor(step)}
-    tensors |= {f"net.{name}": value.contiguous() for name, value in network.state_dict().items()}
-    for i, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"opt.{i}.{key}": moments[key].contiguous() for key in _MOMENTS}
-    with whole_file(checkpoint) as temporary:
-        save_file(tensors, temporary)
