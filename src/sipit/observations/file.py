@@ -17,7 +17,7 @@ from sipit.storage import parse_json, require_file, whole_file
 _FORMAT = "sipit.observation"
 _VERSION = "1"
 _REQUIRED = ("format", "version", "site", "layer", "positions")
-_OPTIONAL = ("model", "fingerprint", "known_prefix")
+_OPTIONAL = ("model", "fingerprint", "known_prefix", "is_last")
 
 
 def write_observation(seen: Observation, path: Path | str) -> None:
@@ -39,6 +39,8 @@ def write_observation(seen: Observation, path: Path | str) -> None:
         metadata["fingerprint"] = seen.fingerprint
     if seen.known_prefix:
         metadata["known_prefix"] = json.dumps(seen.known_prefix)
+    if seen.is_last:
+        metadata["is_last"] = "true"
     tensors = {"states": seen.states.detach().cpu().contiguous()}
     if seen.half_step is not None:
         tensors["half_step"] = seen.half_step.detach().cpu().contiguous()
@@ -96,6 +98,8 @@ def _observation(path: Path | str, metadata: dict[str, str], states: Tensor, hal
             f"{path}: layer must be a whole number, positions and known_prefix lists of them; got "
             f"{metadata['layer'][:40]!r} and {metadata['positions'][:40]!r}; capture it again"
         ) from error
+    if metadata.get("is_last", "true") != "true":
+        raise InputError(f"{path}: is_last is {metadata['is_last'][:40]!r}, expected 'true' or no such key")
     if metadata["site"] not in SITES:
         raise InputError(f"{path}: site {metadata['site'][:40]!r} is unknown; expected one of {', '.join(SITES)}")
     try:
@@ -108,6 +112,7 @@ def _observation(path: Path | str, metadata: dict[str, str], states: Tensor, hal
             model=metadata.get("model"),
             fingerprint=metadata.get("fingerprint"),
             half_step=half_step,
+            is_last="is_last" in metadata,
         )
     except SipitError as error:
         raise type(error)(f"{path}: {error}") from error

@@ -54,6 +54,7 @@ class Observation:
     fingerprint: str | None = None  # of that model's weights, if known
     half_step: Tensor | None = None  # (seq_len, d_model) most that a rounding coarser than the dtype's moved each
     # value; inf where the value is not held, as of logits of which the k largest are
+    is_last: bool = False  # whether the rows are those of the prompt's last tokens, and its length is not known
 
     def __post_init__(self) -> None:
         states = self.states
@@ -89,6 +90,10 @@ class Observation:
             raise InputError(
                 f"half_step must be float32, 0 or more, finite somewhere in each row and of the states' shape "
                 f"{tuple(states.shape)}, got {step.dtype} of shape {tuple(step.shape)}"
+            )
+        if self.is_last and (self.known_prefix or self.positions != tuple(range(states.shape[0]))):
+            raise InputError(
+                "rows of the last tokens of a prompt of unknown length have neither positions nor a known prefix"
             )
         if any(type(i) is not int for i in self.known_prefix):
             raise InputError("the known prefix holds something else than whole numbers; pass token ids")
@@ -153,6 +158,8 @@ class Observation:
         ids = tuple(int(i) for i in known_prefix)
         if not ids:
             return self
+        if self.is_last:
+            raise OptionError("the rows are of the last tokens of a prompt of unknown length; leave the prefix out")
         if self.known_prefix and self.known_prefix != ids:
             raise OptionError("the observation brings its own known prefix, which is another one; leave yours out")
         first = self.positions[0]

@@ -348,7 +348,7 @@ def _at_claimed_places(record: dict[str, Any], seen: Observation) -> Observation
     """Return an observation whose file names no positions at those of the claim, if there are as many."""
     places = _claimed_places(record)
     is_silent = not seen.known_prefix and seen.positions == tuple(range(seen.seq_len))
-    return replace(seen, positions=places) if is_silent and len(places) == seen.seq_len else seen
+    return replace(seen, positions=places, is_last=False) if is_silent and len(places) == seen.seq_len else seen
 
 
 def _known_prefix(record: dict[str, Any]) -> list[int]:

@@ -86,6 +86,9 @@ class Inversion:
     noise_model: dict[str, Any] | None = None  # the model, its parameters, whether they were estimated
     residuals: dict[str, Any] | None = None  # how what is left of the rows compares with that noise
     row_order: tuple[int, ...] = ()  # row of the observation at each place; () where they were taken as they lie
+    other_prompts: tuple[
+        tuple[int, ...], ...
+    ] = ()  # that fit too, where last rows alone are held; unmatched: the nearest
     column_order: tuple[int, ...] = ()  # its column at each coordinate; () where they were taken as they lie
 
     def record(self) -> dict[str, Any]:

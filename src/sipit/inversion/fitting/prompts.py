@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sipit.corpora import library_code, library_prose
+from sipit.corpora import library_code, library_prose, special_start
 from sipit.errors import StorageError
 from sipit.inversion.fitting.checkpoint import resumed, save_checkpoint
 from sipit.inversion.fitting.fit import FitProgress, OnFitProgress, hash_text, start_over_if_changed
@@ -78,6 +78,7 @@ class _Windows:
     length: int
     random_share: float
     is_start: Tensor  # (V,) bool
+    special: tuple[int, ...]  # ids that the tokenizer puts before every text
     starts: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -97,8 +98,8 @@ class _Windows:
             parts.append(ids[at[:, None] + reach].long())
         n_random = n - sum(counts)
         parts.append(torch.randint(self.vocab_size, (n_random, self.length), generator=generator))
-        mixed = torch.cat(parts)
-        return mixed[torch.randperm(n, generator=generator)]
+        mixed = torch.cat(parts)[torch.randperm(n, generator=generator)]
+        return torch.cat([torch.tensor(self.special).long().expand(n, -1), mixed], dim=1)[:, : self.length]
 
     def frequencies(self) -> Tensor:
         """Return how often tokens come, random ones mixed in. (V,)."""
@@ -160,6 +161,7 @@ def linear_prompts(lm: LanguageModel, cut: Cut, *, n_windows: int = 768, max_tok
         length=max_tokens,
         random_share=recipe.random_share,
         is_start=_word_starts(lm),
+        special=() if lm.tokenizer is None else special_start(lm.encode),
     )
     network, generator = _untrained(lm, cut, recipe)
     _solve(network, _captured(lm, cut, windows, n_windows, generator), key_table(lm))
@@ -213,6 +215,7 @@ def _windows(
         length=recipe.max_tokens,
         random_share=recipe.random_share,
         is_start=_word_starts(lm),
+        special=() if lm.tokenizer is None else special_start(lm.encode),
     )
 
 

@@ -1,0 +1,125 @@
+"""Whole prompts against the states of their last tokens: many at once, and each that comes near again exactly.
+
+T tokens of a prompt, K last rows held (one, most often), W width of a row.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from sipit.inversion.inverses.arithmetic import fast_arithmetic
+from sipit.inversion.judging.meter import Meter
+from sipit.inversion.judging.replay import replay
+from sipit.inversion.judging.tolerance import tolerance_for
+from sipit.inversion.last.decode import Prompt
+from sipit.models import LanguageModel
+from sipit.observations import Observation
+
+_AT_ONCE = 256  # prompts a pass
+_VALUES = 1 << 26  # of the values of one pass, at most
+_NEAREST = 4  # of a pass, computed again exactly whatever their distance
+_REACH = 3.0  # times the largest error of fast arithmetic seen, within which a distance is computed again
+_FIRST_ERROR = 0.02  # of the state's norm, until one is seen
+
+
+@dataclass(kw_only=True)
+class LastJudge:
+    """Runs whole prompts and measures how far their last states lie from the observed ones."""
+
+    lm: LanguageModel
+    seen: Observation
+    deadline: float  # of time.perf_counter(): no pass starts after it
+    meter: Meter = field(default_factory=Meter)
+    tried: dict[Prompt, float] = field(default_factory=dict)  # prompt → distance, exact where it is near
+    fitting: list[Prompt] = field(default_factory=list)  # that lie within tolerance by an ordinary pass
+    on_tried: Callable[[int], None] | None = None
+
+    def __post_init__(self) -> None:
+        self._observed = self.seen.states.to(self.lm.device).float()  # (K, W)
+        self._norm = float(self._observed.norm())
+        self._error = _FIRST_ERROR
+        self._limits: dict[int, float] = {}  # length → tolerance
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the time is up, or a prompt was found."""
+        return bool(self.fitting) or time.perf_counter() >= self.deadline
+
+    def placed(self, length: int) -> Observation:
+        """Return the observation with its rows at the end of a prompt of so many tokens."""
+        n_rows = self.seen.seq_len
+        places = tuple(range(length - n_rows, length))
+        return replace(self.seen, positions=places, is_last=False)
+
+    def nearest(self, n: int) -> list[Prompt]:
+        """Return the n prompts that came nearest."""
+        return sorted(self.tried, key=lambda prompt: self.tried[prompt])[:n]
+
+    def score(self, prompts: Iterable[Prompt], *, to_the_end: bool = False) -> None:
+        """Try prompts, those first that come first; stop with the first pass that holds a fit, or when time is up."""
+        groups: dict[int, list[Prompt]] = {}
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self.tried and len(prompt) >= self.seen.seq_len:
+                group = groups.setdefault(len(prompt), [])
+                group.append(prompt)
+                if len(group) == self._at_once(len(prompt)):
+                    if not to_the_end and self.is_over:
+                        return
+                    self._pass(groups.pop(len(prompt)))
+        for group in groups.values():
+            if not to_the_end and self.is_over:
+                return
+            self._pass(group)
+
+    def _at_once(self, length: int) -> int:
+        return max(1, min(_AT_ONCE, _VALUES // (length * self.seen.d_model)))
+
+    def _pass(self, prompts: list[Prompt]) -> None:
+        """Screen prompts of one length in fast arithmetic; compute those that may fit again, as the model does."""
+        ids = torch.tensor(prompts)  # (B, T)
+        with fast_arithmetic(self.lm.device, self.lm.dtype):
+            rough = self._distances(ids)
+        limit = self._limit(ids.shape[1])
+        radius = torch.tensor(limit + _REACH * self._error * self._norm)
+        order = rough.argsort()
+        again = order[: max(_NEAREST, int((rough <= radius).sum()))]
+        exact = self._distances(ids[again])
+        self._error = max(self._error, float((exact - rough[again]).abs().max()) / self._norm)
+        rough[again] = exact
+        for prompt, distance in zip(prompts, rough.tolist(), strict=True):
+            self.tried[prompt] = distance
+        for place in again.tolist():
+            if float(rough[place]) <= 2 * limit:
+                self._judge(prompts[place])
+        self.meter.n_checked += len(prompts)
+        if self.on_tried is not None:
+            self.on_tried(len(self.tried))
+
+    def _distances(self, ids: Tensor) -> Tensor:
+        """Return the L2 distance of each prompt's last rows from the observed ones. (B, T) → (B,)."""
+        model = self.lm.cut(self.seen.cut, seq_len=ids.shape[1])
+        states = model.ordinary_batch(ids)[:, -self.seen.seq_len :].float()  # (B, K, W)
+        self.meter.spend(ids.numel(), self.seen.layer)
+        gap: Tensor = states - self._observed
+        if self.seen.is_partial and self.seen.half_step is not None:
+            gap = gap.masked_fill(self.seen.half_step.isinf().to(gap.device), 0.0)
+        distances: Tensor = torch.linalg.vector_norm(gap.flatten(1), dim=1)
+        return distances.cpu()
+
+    def _limit(self, length: int) -> float:
+        """Return the largest distance that arithmetic and rounding explain, over all rows."""
+        if length not in self._limits:
+            self._limits[length] = float(tolerance_for(self.lm, self.placed(length)).total.norm())
+        return self._limits[length]
+
+    def _judge(self, prompt: Prompt) -> None:
+        """Let an ordinary pass decide."""
+        found = replay(self.lm, self.placed(len(prompt)), torch.tensor(prompt))
+        self.meter.spend(found.block_tokens, 1)
+        if bool((found.over <= 0).all()):
+            self.fitting.append(prompt)
