@@ -107,6 +107,9 @@ def parser() -> argparse.ArgumentParser:
         choices=_DTYPES,
         help="store the states in this dtype (default: the model's)",
     )
+    capture.add_argument(
+        "--last", action="store_true", help="write the last token's state alone, and nothing of how many came before"
+    )
     capture.add_argument("--out", type=Path, required=True, metavar="FILE", help="observation file to write")
     _model_options(capture, default="smollm2-135m")
 
@@ -125,6 +128,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _dump_options(invert)
     _prefix_options(invert)
+    _last_options(invert)
     invert.add_argument("--policy", choices=_POLICIES, default="auto", help="order of candidates (default: auto)")
     invert.add_argument(
         "--noise",
@@ -179,6 +183,11 @@ def parser() -> argparse.ArgumentParser:
         required=True,
         metavar="L",
         help="blocks run, or 'final'; repeatable",
+    )
+    fit.add_argument(
+        "--last",
+        action="store_true",
+        help="train the prompt network instead, which reads a prompt off its last token's state; half an hour or more",
     )
     fit.add_argument("--again", action="store_true", help="fit anew what has a fit already, instead of reporting it")
     fit.add_argument("--text", action="append", type=Path, default=[], metavar="F", help="more text to fit on")
@@ -281,6 +290,14 @@ def _prefix_options(command: argparse.ArgumentParser) -> None:
         metavar="SYSTEM",
         help="what the model's chat template writes before a user's message, behind this system prompt if one is given",
     )
+
+
+def _last_options(command: argparse.ArgumentParser) -> None:
+    """Add what is said of a prompt of which the last row alone is held."""
+    group = command.add_argument_group("one vector: the last token's state alone (see docs/last-token.md)")
+    group.add_argument("--max-tokens", type=int, metavar="N", help="longest prompt that is sought (default: 8)")
+    group.add_argument("--length", type=int, metavar="T", help="tokens of the prompt, where that is known")
+    group.add_argument("--seconds", type=float, metavar="S", help="budget of the search (default: 60)")
 
 
 def _model_options(command: argparse.ArgumentParser, *, default: str | None, is_repeatable: bool = False) -> None:

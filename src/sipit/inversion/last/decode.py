@@ -45,14 +45,14 @@ def read_anew(
         lengths: of prompts that are wanted.
     """
     device, longest = white.device, lengths[-1]
-    beams = torch.empty(0, 0, dtype=torch.long, device=device)  # (B, n), last token first
+    beams = torch.empty(0, longest, dtype=torch.long, device=device)  # (B, n), last token first
     logs, owners = torch.empty(0, device=device), torch.empty(0, dtype=torch.long, device=device)  # (B,)
     ended: list[tuple[float, Prompt]] = []
     for n_read in range(longest + 1):
         joining = [number for number, ending in enumerate(endings) if len(ending) == n_read]
         if joining:
             backwards = torch.tensor([endings[i][::-1] for i in joining], dtype=torch.long, device=device)
-            beams = torch.cat([beams.view(-1, n_read), backwards])
+            beams = torch.cat([beams[:, :n_read], backwards])
             logs = torch.cat([logs, torch.zeros(len(joining), device=device)])
             owners = torch.cat([owners, torch.tensor(joining, device=device)])
         if not len(beams):

@@ -15,7 +15,7 @@ from sipit.observations import Observation
 _REPLACED = 24  # tokens tried in one place
 _ADDED = 8
 _BY_SLOPE = 24  # tokens in one place that the slope of the distance speaks for
-_REREAD, _REREAD_BEAMS = 6, 6  # tokens in one place, and prompts read anew before each
+_REREAD, _REREAD_BEAMS = 4, 3  # tokens in one place, and prompts read anew before each
 _SWEEP = 4096  # tokens of the vocabulary a time
 
 
@@ -34,7 +34,8 @@ def repaired(reader: PromptReader, white: Tensor, prompt: Prompt, lengths: range
         for place in range(1, len(prompt))
         for token in dict.fromkeys([prompt[place], *top[place][:_REREAD]])
     ]
-    yield from read_anew(reader, white, endings, n_beams=_REREAD_BEAMS, lengths=lengths)
+    alike = range(max(lengths[0], len(prompt) - 1), min(lengths[-1], len(prompt) + 1) + 1)
+    yield from read_anew(reader, white, endings, n_beams=_REREAD_BEAMS, lengths=alike)
     for place in range(len(prompt)):
         if len(prompt) - 1 in lengths:
             yield (*prompt[:place], *prompt[place + 1 :])
