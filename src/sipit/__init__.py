@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sipit.inversion import Inversion as Inversion
     from sipit.inversion import check_certificate as check_certificate
     from sipit.inversion import invert as invert
+    from sipit.inversion import invert_last as invert_last
     from sipit.models import LanguageModel as LanguageModel
     from sipit.models import load as load
     from sipit.observations import Observation as Observation
@@ -32,6 +33,7 @@ _HOMES = {
     "SipitError": "sipit.errors",
     "check_certificate": "sipit.inversion",
     "invert": "sipit.inversion",
+    "invert_last": "sipit.inversion",
     "load": "sipit.models",
     "read_observation": "sipit.observations",
     "write_observation": "sipit.observations",
@@ -44,6 +46,7 @@ __all__ = [
     "SipitError",
     "check_certificate",
     "invert",
+    "invert_last",
     "load",
     "read_observation",
     "write_observation",

@@ -306,7 +306,7 @@ def test_no_time_left_is_told_before_something_is_done(capfd: pytest.CaptureFixt
     class Shown(CountDisplay):
         lines: list[str] = []  # noqa: RUF012
 
-        def _show(self, line: str) -> None:
+        def _show(self, line: str, text: str | None = None) -> None:
             self.lines.append(line)
 
     def line_after(*input_ids: int) -> str:

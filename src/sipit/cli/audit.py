@@ -9,7 +9,8 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sipit.cli.commands import refuse, say, text_of
+from sipit.cli.commands import text_of
+from sipit.cli.messages import refuse, say
 from sipit.errors import InputError, OptionError
 
 if TYPE_CHECKING:

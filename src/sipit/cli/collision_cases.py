@@ -20,7 +20,8 @@ from sipit.cli.collisions import (
     surveyed_folder,
     write,
 )
-from sipit.cli.commands import loaded, say
+from sipit.cli.commands import loaded
+from sipit.cli.messages import say
 from sipit.errors import OptionError
 
 if TYPE_CHECKING:

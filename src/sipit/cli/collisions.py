@@ -9,7 +9,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sipit.cli.commands import cut_of, layer_text, loaded, say
+from sipit.cli.commands import cut_of, layer_text, loaded
+from sipit.cli.messages import say
 from sipit.errors import MismatchError, OptionError
 
 if TYPE_CHECKING:

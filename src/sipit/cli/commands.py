@@ -15,6 +15,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sipit.cli import last
+from sipit.cli.messages import refuse, say, say_verdict
 from sipit.errors import InputError, OptionError, SipitError, StorageError
 
 if TYPE_CHECKING:
@@ -30,6 +32,9 @@ _PARAGRAPH = (
 
 
 _DEMO_OPTIONS = Namespace(
+    max_tokens=None,
+    length=None,
+    seconds=None,
     policy="auto",
     noise=0.0,
     exhaustive=False,
@@ -98,6 +103,8 @@ def capture(options: Namespace) -> int:
         lm.capture(prompt, layer=layer, site=options.site, dtype=options.store_dtype, chat=options.chat)
         for prompt in prompts
     ]
+    if options.last:
+        observations = [seen.last_rows(1) for seen in observations]
     if options.lines_file is None:
         write_observation(observations[0], options.out)
     else:
@@ -122,6 +129,7 @@ def invert(options: Namespace) -> int:
         _refuse_beside_auto(options)
     else:
         SearchOptions(**_search_options(options))  # refuses what no search can run with
+    last.options_of(options)
     if options.resume is not None:
         require_writable(options.resume)
     if is_foreign(options.file):
@@ -197,6 +205,8 @@ def _placed(options: Namespace, lm: LanguageModel, seen: Observation) -> Observa
         if len(positions) != seen.seq_len:
             raise OptionError(f"--positions names {len(positions)} positions, the file holds {seen.seq_len} rows")
         seen = replace(seen, positions=tuple(positions))
+    if last.is_asked(options):
+        seen = seen.last_rows(seen.seq_len)
     return seen.behind(_known_prefix(options, lm))
 
 
@@ -285,6 +295,7 @@ def _invert_all(
                 lm,
                 [seen for _, seen in fitting],
                 SearchOptions(use_fit=not options.no_fit, **_search_options(options)),
+                last=last.options_of(options),
                 on_fit=lambda cut, n: say(f"fitting an inverse for {cut}: {n} tokens pay for it"),
                 on_fit_progress=display.fitting,
             )
@@ -297,12 +308,6 @@ def _invert_all(
     refused = f", refused {n_refused}" if n_refused else ""
     say(f"recovered {n_recovered} of {len(entries)} prompts{refused}")
     return 0 if n_recovered == len(entries) else 1
-
-
-def refuse(name: str, error: SipitError) -> None:
-    """Report an entry that is passed over, with the reason."""
-    say(f"sipit: {name}: {error}")
-    print(json.dumps({"file": name, "refused": str(error)}, ensure_ascii=False))
 
 
 def _fitting(lm: LanguageModel, named: list[tuple[str, Observation]]) -> list[tuple[str, Observation]]:
@@ -332,6 +337,8 @@ def fit(options: Namespace) -> int:
     texts = [text_of(path) for path in options.text]
     lm = loaded(options.model, options)
     cuts = [cut_of(lm, layer) for layer in options.layer]
+    if options.last:
+        return last.fit(lm, cuts, options, texts)
     there = {} if options.again else {cut: fit_path(lm, cut) for cut in cuts if load_fit(lm, cut) is not None}
     for path in there.values():
         say(f"{path} is there already; pass --again to fit anew")
@@ -493,6 +500,10 @@ def _refuse_beside_auto(options: Namespace) -> None:
 
 def _inverted(lm: LanguageModel, seen: Observation, options: Namespace) -> Inversion:
     """Run one search under the live display; on Ctrl-C print the recovered prefix first."""
+    from sipit.inversion import holds_last_alone
+
+    if holds_last_alone(seen):
+        return last.inverted(lm, seen, options)
     from sipit.cli.display import SearchDisplay
     from sipit.inversion import PrefixFile
     from sipit.inversion import invert as run
@@ -523,11 +534,7 @@ def _inverted(lm: LanguageModel, seen: Observation, options: Namespace) -> Inver
             raise
     if kept is not None:
         kept.remove()
-    say(f"verdict   {found.summary()}")
-    say(
-        f"cost      {found.seconds:.1f} s, {found.wall_ratio:.1f} times a plain forward pass through the same blocks; "
-        f"{found.n_checked} candidates in {found.n_passes} passes, {found.prefill_ratio:.2f} times its tokens"
-    )
+    say_verdict(found)
     return found
 
 
@@ -616,7 +623,3 @@ def _print_bytes(text: str) -> None:
     if sys.stdout.isatty():
         sys.stdout.buffer.write(b"\n")
     sys.stdout.flush()
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -13,8 +12,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from sipit.cli.messages import say
+
 if TYPE_CHECKING:
-    from sipit.inversion import OnProgress, Progress
+    from sipit.inversion import LastProgress, OnProgress, Progress
     from sipit.inversion.fitting import FitProgress
     from sipit.models import LanguageModel
 
@@ -33,27 +34,24 @@ def waiting(what: str) -> Iterator[None]:
         yield
 
 
-class SearchDisplay:
-    """Tokens done, candidates tried, time left and the text so far, while a search runs."""
+_AnyDisplay = TypeVar("_AnyDisplay", bound="_Display")
 
-    def __init__(self, lm: LanguageModel, seq_len: int) -> None:
-        self._lm = lm
-        self._seq_len = seq_len
+
+class _Display:
+    """A line that changes in its place on a terminal; a line now and then elsewhere."""
+
+    def __init__(self) -> None:
         self._console = Console(stderr=True)
         self._live = Live(console=self._console, refresh_per_second=8, transient=True)
-        self._last_line = time.monotonic()
-        self.input_ids: tuple[int, ...] = ()
+        self._began = self._last_line = time.monotonic()
 
-    def __enter__(self) -> SearchDisplay:
+    def __enter__(self: _AnyDisplay) -> _AnyDisplay:
         if self._console.is_terminal:
             self._live.start()
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
 
@@ -61,16 +59,29 @@ class SearchDisplay:
         """Take the display off the terminal."""
         self._live.stop()
 
+    def _show(self, line: str, text: str | None = None) -> None:
+        """Show a line, under a text that is shown on terminals alone."""
+        if self._console.is_terminal:
+            self._live.update(Text("" if text is None else f"{text}\n", style="bold") + Text(line, style="dim"))
+        elif time.monotonic() - self._last_line >= _LINE_SECONDS:
+            self._last_line = time.monotonic()
+            say(line)
+
+
+class SearchDisplay(_Display):
+    """Tokens done, candidates tried, time left and the text so far, while a search runs."""
+
+    def __init__(self, lm: LanguageModel, seq_len: int) -> None:
+        super().__init__()
+        self._lm = lm
+        self._seq_len = seq_len
+        self.input_ids: tuple[int, ...] = ()
+
     def update(self, progress: Progress) -> None:
         """Show where the search stands; an `on_progress` callback."""
         self.input_ids = progress.input_ids
-        line = _line(progress)
-        if self._console.is_terminal:
-            shown = self._lm.decode(progress.input_ids[-_SHOWN_TOKENS:]) or ""
-            self._live.update(Text(f"{shown}\n", style="bold") + Text(line, style="dim"))
-        elif time.monotonic() - self._last_line >= _LINE_SECONDS and len(progress.input_ids) < self._seq_len:
-            self._last_line = time.monotonic()
-            print(line, file=sys.stderr)
+        if len(progress.input_ids) < self._seq_len or self._console.is_terminal:
+            self._show(_line(progress), self._lm.decode(progress.input_ids[-_SHOWN_TOKENS:]) or "")
 
     def also(self, other: OnProgress) -> OnProgress:
         """Return a callback that calls another one too."""
@@ -82,25 +93,32 @@ class SearchDisplay:
         return both
 
 
-class CountDisplay:
+class LastDisplay(_Display):
+    """Prompts tried, the nearest and the time left, while a whole prompt is sought."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        super().__init__()
+        self._lm = lm
+        self.line = ""
+
+    def update(self, progress: LastProgress) -> None:
+        """Show where the search stands; the `on_progress` of `invert_last`."""
+        text = self._lm.decode(progress.nearest)
+        shown = ",".join(map(str, progress.nearest)) if text is None else repr(text)
+        self.line = (
+            f"{progress.n_tried:,} prompts tried, {progress.seconds:.0f} of {progress.budget:.0f} s at most, "
+            f"the nearest {progress.distance:.3g} away: {shown}"
+        )
+        self._show(self.line)
+
+
+class CountDisplay(_Display):
     """How many of several pieces of work are done, and the time left; or where a fit stands."""
 
     def __init__(self, total: int) -> None:
+        super().__init__()
         self._total = total
-        self._console = Console(stderr=True)
-        self._live = Live(console=self._console, refresh_per_second=4, transient=True)
-        self._began = self._last_line = time.monotonic()
         self._done = self._tokens = 0
-
-    def __enter__(self) -> CountDisplay:
-        if self._console.is_terminal:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._live.stop()
 
     def step(self, n_tokens: int) -> None:
         """Count one piece of work."""
@@ -127,13 +145,6 @@ class CountDisplay:
             self._show(f"{what}: {done:,} of {total:,}{left}")
 
         return tell
-
-    def _show(self, line: str) -> None:
-        if self._console.is_terminal:
-            self._live.update(Text(line, style="dim"))
-        elif time.monotonic() - self._last_line >= _LINE_SECONDS:
-            self._last_line = time.monotonic()
-            print(line, file=sys.stderr)
 
 
 def _line(progress: Progress) -> str:

@@ -10,7 +10,8 @@ from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sipit.cli.commands import ids_of, loaded, refuse, say, text_of, wanted_of
+from sipit.cli.commands import ids_of, loaded, text_of, wanted_of
+from sipit.cli.messages import refuse, say
 from sipit.errors import InputError, OptionError, SipitError
 
 if TYPE_CHECKING:

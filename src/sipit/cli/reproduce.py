@@ -8,7 +8,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from sipit.cli.commands import say
+from sipit.cli.messages import say
 from sipit.errors import InputError, OptionError, SipitError
 
 _SCALES = ("smoke", "small", "paper")

@@ -10,6 +10,7 @@ from sipit.inversion.evidence.certificate import (
 from sipit.inversion.evidence.result import Candidate, Inversion, Miss, PositionEvidence, Verdict
 from sipit.inversion.invert import invert, invert_many
 from sipit.inversion.judging.noise_model import NoiseModel
+from sipit.inversion.last.invert_last import LastOptions, LastProgress, holds_last_alone, invert_last
 from sipit.inversion.proposals import POLICIES, Policy
 from sipit.inversion.search.belonging import require_belongs
 from sipit.inversion.search.options import OnProgress, Progress, SearchOptions
@@ -20,6 +21,8 @@ __all__ = [
     "Candidate",
     "CertificateCheck",
     "Inversion",
+    "LastOptions",
+    "LastProgress",
     "Miss",
     "NoiseModel",
     "OnProgress",
@@ -31,7 +34,9 @@ __all__ = [
     "Verdict",
     "certificate_of",
     "check_certificate",
+    "holds_last_alone",
     "invert",
+    "invert_last",
     "invert_many",
     "read_certificate",
     "require_belongs",

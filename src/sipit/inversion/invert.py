@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from sipit.inversion.fitting.fit import OnFitProgress
 from sipit.inversion.inverses.store import fit_path
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.judging.noise_model import NoiseModel
+from sipit.inversion.last.invert_last import LastOptions, holds_last_alone, invert_last
 from sipit.inversion.noise.decode import invert_noisy
 from sipit.inversion.proposals import Policy
 from sipit.inversion.search.arrangement import arrangement_of
@@ -93,6 +94,13 @@ def invert(
         StorageError: the file cannot be read.
     """
     observation = _as_observation(lm, seen, layer, site).behind(known_prefix)
+    if holds_last_alone(observation):
+        if policy != "auto" or noise or exhaustive or hint or is_shuffled or is_permuted:
+            raise OptionError(
+                "the rows are those of the last tokens alone, for which policy, noise, exhaustive, hint and orders "
+                "have no meaning; leave them out"
+            )
+        return invert_last(lm, observation, use_fit=use_fit)
     if (is_shuffled or is_permuted) and (hint or noise):
         raise OptionError(
             "rows or columns out of order are put in order without a hint and without noise; leave it out"
@@ -167,6 +175,7 @@ def invert_many(
     observations: Sequence[Observation],
     options: SearchOptions | None = None,
     *,
+    last: LastOptions | None = None,
     on_fit: Callable[[Cut, int], None] | None = None,
     on_fit_progress: OnFitProgress | None = None,
 ) -> Iterator[Inversion]:
@@ -179,6 +188,7 @@ def invert_many(
         lm: the model the states come from.
         observations: of any layers and sites.
         options: how to search; with `use_fit` a fitted inverse may be used, and made.
+        last: how to search behind observations of the last tokens alone.
         on_fit: told the (layer, site) and the number of tokens before a fit is made.
         on_fit_progress: told where that fit stands.
     """
@@ -188,14 +198,22 @@ def invert_many(
             if on_fit is not None:
                 on_fit(cut, sum(o.seq_len for o in observations if o.cut == cut))
             fit_inverse(lm, [cut], on_progress=on_fit_progress)
-    yield from search_together(lm, observations, options, n_slots=N_SLOTS if options.policy == "auto" else 1)
+    last = last or LastOptions()
+    whole = [seen for seen in observations if not holds_last_alone(seen)]
+    found = search_together(lm, whole, options, n_slots=N_SLOTS if options.policy == "auto" else 1)
+    for seen in observations:
+        if holds_last_alone(seen):
+            yield invert_last(lm, seen, use_fit=options.use_fit, **asdict(last))
+        else:
+            yield next(found)
 
 
 def worth_fitting(lm: LanguageModel, observations: Sequence[Observation]) -> list[Cut]:
     """Return the cuts whose observations pay for a fitted inverse that is not there yet."""
     tokens: Counter[Cut] = Counter()
     for seen in observations:
-        tokens[seen.cut] += seen.seq_len
+        if not holds_last_alone(seen):
+            tokens[seen.cut] += seen.seq_len
     return [
         cut
         for cut, count in tokens.items()

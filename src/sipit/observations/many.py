@@ -19,7 +19,7 @@ from sipit.storage import parse_json, require_file, whole_file
 _FORMAT = "sipit.observations"
 _VERSION = "1"
 _DESCRIBED = ("site", "layer", "positions", "model", "fingerprint")
-_MAY_BE_DESCRIBED = ("known_prefix",)
+_MAY_BE_DESCRIBED = ("known_prefix", "is_last")
 
 
 def write_observations(observations: Sequence[Observation], path: Path | str) -> None:
@@ -127,6 +127,8 @@ def _read_several(path: Path | str) -> Iterator[tuple[str, Observation]]:
                     about["known_prefix"] = positions_in(about.get("known_prefix", []))
                     if not all(isinstance(about[key], str | None) for key in ("model", "fingerprint")):
                         raise TypeError("model and fingerprint are not text")
+                    if about.get("is_last", True) is not True:
+                        raise TypeError("is_last is neither true nor left out")
                     steps = key.replace("states.", "half_step.")
                     half_step = stream.get_tensor(steps) if steps in names and steps != key else None
                     yield key, Observation(states=stream.get_tensor(key), half_step=half_step, **about)

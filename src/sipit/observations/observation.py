@@ -171,6 +171,26 @@ class Observation:
         shift = len(ids) if first == 0 else 0
         return replace(self, known_prefix=ids, positions=tuple(p + shift for p in self.positions))
 
+    def last_rows(self, n: int) -> Observation:
+        """Return the last n rows, without anything that tells how many tokens came before them.
+
+        Raises:
+            OptionError: it does not hold so many rows up to its last position, or brings a known prefix.
+        """
+        first, end = self.seq_len - n, self.positions[-1] + 1
+        if n < 1 or first < 0 or self.known_prefix or self.positions[first:] != tuple(range(end - n, end)):
+            raise OptionError(
+                f"the observation does not hold its last {n} rows without a hole and without a known prefix"
+            )
+        step = None if self.half_step is None else self.half_step[first:]
+        return replace(
+            self,
+            states=self.states[first:],
+            half_step=step,
+            positions=tuple(range(n)),
+            is_last=True,
+        )
+
     def arranged(self, *, row_order: Sequence[int] = (), column_order: Sequence[int] = ()) -> Observation:
         """Return this observation with its rows and columns in another order; () leaves them as they are.
 

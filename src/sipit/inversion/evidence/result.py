@@ -97,7 +97,7 @@ class Inversion:
 
     def summary(self) -> str:
         """Return the verdict and its evidence in a sentence or two."""
-        if self.miss is not None and self.noise_model is not None:
+        if self.miss is not None and (self.noise_model is not None or self.other_prompts):
             return f"unmatched: {self.miss.diagnosis}."
         if self.miss is not None:
             miss = self.miss
@@ -129,6 +129,9 @@ class Inversion:
                 f"; {len(shared)} positions fit more than one token, first at {shared[0]}: "
                 f"{first.token!r} ({first.token_id}) or {names}"
             )
+        elif self.other_prompts:
+            named = "; ".join(",".join(map(str, ids)) for ids in self.other_prompts[:4])
+            text += f"; {len(self.other_prompts)} other prompts fit as well, of token ids {named}"
         elif self.verdict == "ambiguous":
             text += "; accepted within the declared noise only, as the nearest token checked"
         return text

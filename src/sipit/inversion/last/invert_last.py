@@ -9,13 +9,13 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sipit.errors import InputError, OptionError, ShapeError
+from sipit.errors import OptionError, ShapeError
 from sipit.inversion.evidence.cost import cost_of
 from sipit.inversion.evidence.result import Inversion, Miss, PositionEvidence, Verdict
 from sipit.inversion.fitting.prompts import linear_prompts
@@ -36,6 +36,41 @@ _MENDED = 6  # nearest prompts that are repaired before the next reading
 _SINGLES = 64  # prompts of one token whose states tell what such a state looks like
 _LIKE_A_FIRST = 0.8  # cosine with their mean, from which on every single token is tried
 _MOST_TOKENS = 12  # as long as a prompt network reads
+
+
+@dataclass(frozen=True, kw_only=True)
+class LastOptions:
+    """Which prompts are sought, and for how long.
+
+    Raises:
+        OptionError: one of them is out of range.
+    """
+
+    max_tokens: int = 8
+    length: int | None = None  # of the prompt, where that is known
+    seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1 or (self.length is not None and self.length < 1):
+            raise OptionError("max_tokens and length count tokens; pass 1 or more")
+        if (self.length or self.max_tokens) > _MOST_TOKENS:
+            raise OptionError(
+                f"prompts of up to {_MOST_TOKENS} tokens are sought; pass max_tokens or length within that"
+            )
+        if not self.seconds > 0:
+            raise OptionError(f"seconds is {self.seconds}; pass a number above 0")
+
+    def lengths(self, n_rows: int) -> range:
+        """Return the numbers of tokens that are sought behind so many rows.
+
+        Raises:
+            OptionError: there are more rows than tokens.
+        """
+        longest = self.length or self.max_tokens
+        if longest < n_rows:
+            raise OptionError(f"{n_rows} rows are those of {n_rows} tokens or more, and {longest} at most are sought")
+        return range(self.length or n_rows, longest + 1)
+
 
 OnLastProgress = Callable[["LastProgress"], None]
 
@@ -67,7 +102,8 @@ def invert_last(
 
     Args:
         lm: the model the state comes from.
-        state: (d_model,) of the last token, or (k, d_model) of the last k; or an Observation of such rows.
+        state: (d_model,) of the last token, or (k, d_model) of the last k; or an Observation of such rows, which
+            says the length where it says their positions.
         layer: number of blocks run; an Observation brings its own.
         site: what leaked, "block" by default.
         max_tokens: longest prompt that is sought.
@@ -80,39 +116,40 @@ def invert_last(
     Returns:
         "recovered": the ordinary pass of these tokens ends within tolerance of the observed rows, and no other
         prompt that was tried does; "ambiguous": several do, which are named; "unmatched": none was found within the
-        budget, which is no proof of anything. The evidence of every token is that of the last row. Interrupted by
-        Ctrl-C it ends as if the time were up.
+        budget, which is no proof of anything. The evidence of every token is that of the last row.
 
     Raises:
         ShapeError, NonFiniteError, MismatchError: the rows are not this model's.
-        OptionError: an argument is out of range.
+        OptionError: an argument is out of range, or the observation says more than its last rows.
     """
     began = time.perf_counter()
+    if length is None and isinstance(state, Observation) and state.positions[0] > 0:
+        length = state.n_sought
+    options = LastOptions(max_tokens=max_tokens, length=length, seconds=seconds)
     seen = _last_rows(lm, state, layer, site)
-    lengths = _lengths(seen, max_tokens, length)
-    if not seconds > 0:
-        raise OptionError(f"seconds is {seconds}; pass a number above 0")
+    lengths = options.lengths(seen.seq_len)
     require_belongs(lm, seen)
     judge = LastJudge(lm=lm, seen=seen, deadline=began + seconds)
     if on_progress is not None:
         judge.on_tried = _teller(judge, on_progress, began, seconds)
-    try:
-        _search(lm, judge, lengths, use_fit=use_fit)
-    except KeyboardInterrupt:
-        if not judge.tried:
-            raise
+    _search(lm, judge, lengths, use_fit=use_fit)
     if judge.fitting:
         judge.score(_beside(lm, judge.fitting[0], lengths), to_the_end=True)
     return _result(lm, judge, began, seconds, lengths)
+
+
+def holds_last_alone(seen: Observation) -> bool:
+    """Whether the last rows alone are held, of a prompt short enough to be sought whole; one missing row is none."""
+    first = seen.positions[0]
+    is_short = first > 1 and not seen.known_prefix and seen.n_sought <= _MOST_TOKENS
+    return seen.is_last or (is_short and seen.positions == tuple(range(first, first + seen.seq_len)))
 
 
 def _last_rows(lm: LanguageModel, state: Any, layer: int | None, site: Site | None) -> Observation:
     if isinstance(state, Observation):
         if layer not in (None, state.layer) or site not in (None, state.site):
             raise OptionError(f"the observation was taken at {state.cut} and says so; leave layer and site out")
-        if not state.is_last and state.positions != tuple(range(state.seq_len)):
-            raise OptionError("the observation names the positions of its rows; pass it to invert instead")
-        return replace(state, is_last=True)
+        return state if state.is_last else state.last_rows(state.seq_len)
     try:
         rows = torch.as_tensor(state).detach()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -120,20 +157,6 @@ def _last_rows(lm: LanguageModel, state: Any, layer: int | None, site: Site | No
     site = site or "block"
     rows = rows[None] if rows.ndim == 1 else rows
     return Observation(states=rows, layer=lm.checked_layer(layer, site), site=site, is_last=True)
-
-
-def _lengths(seen: Observation, max_tokens: int, length: int | None) -> range:
-    """Return the numbers of tokens that are sought."""
-    if length is not None and length < seen.seq_len:
-        raise OptionError(f"length {length} is less than the {seen.seq_len} rows held; leave it out")
-    if max_tokens < 1 or (length is not None and length < 1):
-        raise OptionError("max_tokens and length count tokens; pass 1 or more")
-    longest = length or max_tokens
-    if longest > _MOST_TOKENS:
-        raise OptionError(f"prompts of up to {_MOST_TOKENS} tokens are sought; pass max_tokens or length within that")
-    if longest < seen.seq_len:
-        raise InputError(f"{seen.seq_len} rows are more than max_tokens {max_tokens}; raise it, or use invert")
-    return range(longest, longest + 1) if length else range(seen.seq_len, longest + 1)
 
 
 def _search(lm: LanguageModel, judge: LastJudge, lengths: range, *, use_fit: bool) -> None:
