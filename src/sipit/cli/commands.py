@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sipit.cli import last
+from sipit.cli.last import fit_last, inverted_last, is_last_asked, last_options
 from sipit.cli.messages import refuse, say, say_verdict
 from sipit.errors import InputError, OptionError, SipitError, StorageError
 
@@ -129,7 +129,7 @@ def invert(options: Namespace) -> int:
         _refuse_beside_auto(options)
     else:
         SearchOptions(**_search_options(options))  # refuses what no search can run with
-    last.options_of(options)
+    last_options(options)
     if options.resume is not None:
         require_writable(options.resume)
     if is_foreign(options.file):
@@ -205,7 +205,7 @@ def _placed(options: Namespace, lm: LanguageModel, seen: Observation) -> Observa
         if len(positions) != seen.seq_len:
             raise OptionError(f"--positions names {len(positions)} positions, the file holds {seen.seq_len} rows")
         seen = replace(seen, positions=tuple(positions))
-    if last.is_asked(options):
+    if is_last_asked(options):
         seen = seen.last_rows(seen.seq_len)
     return seen.behind(_known_prefix(options, lm))
 
@@ -295,7 +295,7 @@ def _invert_all(
                 lm,
                 [seen for _, seen in fitting],
                 SearchOptions(use_fit=not options.no_fit, **_search_options(options)),
-                last=last.options_of(options),
+                last=last_options(options),
                 on_fit=lambda cut, n: say(f"fitting an inverse for {cut}: {n} tokens pay for it"),
                 on_fit_progress=display.fitting,
             )
@@ -338,7 +338,7 @@ def fit(options: Namespace) -> int:
     lm = loaded(options.model, options)
     cuts = [cut_of(lm, layer) for layer in options.layer]
     if options.last:
-        return last.fit(lm, cuts, options, texts)
+        return fit_last(lm, cuts, options, texts)
     there = {} if options.again else {cut: fit_path(lm, cut) for cut in cuts if load_fit(lm, cut) is not None}
     for path in there.values():
         say(f"{path} is there already; pass --again to fit anew")
@@ -503,7 +503,7 @@ def _inverted(lm: LanguageModel, seen: Observation, options: Namespace) -> Inver
     from sipit.inversion import holds_last_alone
 
     if holds_last_alone(seen):
-        return last.inverted(lm, seen, options)
+        return inverted_last(lm, seen, options)
     from sipit.cli.display import SearchDisplay
     from sipit.inversion import PrefixFile
     from sipit.inversion import invert as run

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 _OPTIONS = ("max_tokens", "length", "seconds")
 
 
-def is_asked(options: Namespace) -> bool:
+def is_last_asked(options: Namespace) -> bool:
     """Whether the user says that the rows are those of the last tokens of a prompt."""
     return any(getattr(options, name) is not None for name in _OPTIONS)
 
 
-def options_of(options: Namespace) -> LastOptions:
+def last_options(options: Namespace) -> LastOptions:
     """Return which prompts are sought behind last rows, and for how long.
 
     Raises:
@@ -33,7 +33,7 @@ def options_of(options: Namespace) -> LastOptions:
     return LastOptions(**{name: getattr(options, name) for name in _OPTIONS if getattr(options, name) is not None})
 
 
-def inverted(lm: LanguageModel, seen: Observation, options: Namespace) -> Inversion:
+def inverted_last(lm: LanguageModel, seen: Observation, options: Namespace) -> Inversion:
     """Search for the whole prompt under the live display; on Ctrl-C say what came nearest."""
     from sipit.cli.display import LastDisplay
     from sipit.inversion import invert_last
@@ -48,7 +48,7 @@ def inverted(lm: LanguageModel, seen: Observation, options: Namespace) -> Invers
     }
     for name in (name for name, is_given in beside.items() if is_given):
         raise OptionError(f"{name} has no meaning where the states of the last tokens alone are held; leave it out")
-    chosen: LastOptions = options_of(options)
+    chosen: LastOptions = last_options(options)
     with LastDisplay(lm) as display:
         try:
             found = invert_last(
@@ -68,7 +68,7 @@ def inverted(lm: LanguageModel, seen: Observation, options: Namespace) -> Invers
     return found
 
 
-def fit(lm: LanguageModel, cuts: Sequence[Cut], options: Namespace, texts: Sequence[str]) -> int:
+def fit_last(lm: LanguageModel, cuts: Sequence[Cut], options: Namespace, texts: Sequence[str]) -> int:
     """Train the prompt networks of some cuts, one after the other."""
     from sipit.cli.display import CountDisplay
     from sipit.inversion.fitting.prompts import fit_prompts

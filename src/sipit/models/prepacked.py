@@ -70,7 +70,7 @@ class PrepackedMatrix:
     """A matrix laid out once for products with it, where that is possible. (out, in)."""
 
     def __init__(self, matrix: Tensor) -> None:
-        can = matrix.device.type == "cpu" and _is_available()
+        can = matrix.device.type == "cpu" and _serves(matrix.dtype)
         self._layout = _reordered(matrix) if can else None
         self._plain = None if can else matrix
 
@@ -108,12 +108,13 @@ def _layout(source: nn.Module, weight: Tensor, rows: Tensor) -> Tensor | None:
 
 def _product_dtype(weight: Tensor, rows: Tensor) -> torch.dtype | None:
     """Return what the plain product would be computed in, if that is a dtype laid-out weights serve."""
-    if rows.device.type != "cpu" or weight.dtype != torch.float32 or torch.is_grad_enabled() or not _is_available():
+    if rows.device.type != "cpu" or weight.dtype != torch.float32 or torch.is_grad_enabled():
         return None
+    dtype, taken = torch.float32, {torch.float32}
     if torch.is_autocast_enabled("cpu"):
-        is_served = torch.get_autocast_dtype("cpu") == torch.bfloat16 and rows.dtype in (torch.float32, torch.bfloat16)
-        return torch.bfloat16 if is_served else None
-    return torch.float32 if rows.dtype == torch.float32 else None
+        dtype, taken = torch.get_autocast_dtype("cpu"), {torch.float32, torch.bfloat16}
+    is_served = dtype in (torch.float32, torch.bfloat16) and rows.dtype in taken
+    return dtype if is_served and _serves(dtype) else None
 
 
 def _held_bytes() -> int:
@@ -121,5 +122,12 @@ def _held_bytes() -> int:
 
 
 @cache
-def _is_available() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+def _serves(dtype: torch.dtype) -> bool:
+    """Whether this build and this processor lay weights of a dtype out; bfloat16 takes AVX-512 or the like."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):
+        return False
+    try:
+        _reordered(torch.zeros(8, 8, dtype=dtype))
+    except RuntimeError:
+        return False
+    return True

@@ -191,6 +191,10 @@ class Observation:
             is_last=True,
         )
 
+    def ending_at(self, length: int) -> Observation:
+        """Return this observation with its rows at the end of a prompt of so many tokens, at least as many as rows."""
+        return replace(self, positions=tuple(range(length - self.seq_len, length)), is_last=False)
+
     def arranged(self, *, row_order: Sequence[int] = (), column_order: Sequence[int] = ()) -> Observation:
         """Return this observation with its rows and columns in another order; () leaves them as they are.
 

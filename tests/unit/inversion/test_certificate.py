@@ -31,6 +31,7 @@ KEYS = (
         "known_prefix",
     ),
     *("wall_ratio", "n_passes", "posterior", "noise_model", "residuals", "row_order", "column_order"),
+    "other_prompts",
 )
 
 

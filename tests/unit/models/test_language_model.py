@@ -94,7 +94,7 @@ def test_observation_holds_no_token() -> None:
     """States of two prompts differ; nothing else of an observation does."""
     lm = text_model()
     one, other = lm.capture("abc", layer=2), lm.capture("xyz", layer=2)
-    named = {"states", "layer", "site", "positions", "known_prefix", "model", "fingerprint", "half_step"}
+    named = {"states", "layer", "site", "positions", "known_prefix", "model", "fingerprint", "half_step", "is_last"}
     assert set(vars(one)) == named
     for name in set(vars(one)) - {"states"}:
         assert getattr(one, name) == getattr(other, name)

@@ -12,7 +12,7 @@ from sipit.models import prepacked as module
 from sipit.models.prepacked import prepacked
 from tests.tiny_models import FAMILIES, random_ids, tiny_model, weights_digest
 
-needs_onednn = pytest.mark.skipif(not module._is_available(), reason="this build has no oneDNN")
+needs_onednn = pytest.mark.skipif(not module._serves(torch.float32), reason="this build has no oneDNN")
 
 
 @needs_onednn
@@ -41,7 +41,7 @@ def test_changed_weight_is_laid_out_again() -> None:
         torch.testing.assert_close(fast(rows), linear(rows))
 
 
-@needs_onednn
+@pytest.mark.skipif(not module._serves(torch.bfloat16), reason="this processor lays no bfloat16 weights out")
 def test_autocast_to_bfloat16_has_a_layout_of_its_own() -> None:
     linear, rows = nn.Linear(64, 32), torch.randn(5, 64)
     fast = prepacked(linear)
@@ -53,6 +53,26 @@ def test_autocast_to_bfloat16_has_a_layout_of_its_own() -> None:
     assert rounded.dtype == torch.bfloat16
     assert set(module._layouts[linear]) == {torch.float32, torch.bfloat16}
     torch.testing.assert_close(exact, linear(rows).detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_processor_that_lays_nothing_out_takes_the_plain_way(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*given: object) -> None:
+        raise RuntimeError("bf16 path needs the cpu support avx512bw")
+
+    monkeypatch.setattr(module, "_reordered", refused)
+    module._serves.cache_clear()
+    linear, rows = nn.Linear(64, 32), torch.randn(5, 64)
+    try:
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            assert torch.equal(prepacked(linear)(rows), linear(rows))
+        assert linear not in module._layouts
+        matrix = torch.randn(6, 8, dtype=dtype)
+        assert torch.equal(module.PrepackedMatrix(matrix).product(rows[:, :8]), rows[:, :8].to(dtype) @ matrix.T)
+    finally:
+        module._serves.cache_clear()
 
 
 @needs_onednn
@@ -103,7 +123,7 @@ def test_products_with_a_laid_out_matrix(
     dtype: torch.dtype, is_available: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not is_available:
-        monkeypatch.setattr(module, "_is_available", lambda: False)
+        monkeypatch.setattr(module, "_serves", lambda _: False)
     generator = torch.Generator().manual_seed(0)
     matrix, rows = torch.randn(12, 8, generator=generator), torch.randn(5, 8, generator=generator)
     found = module.PrepackedMatrix(matrix.to(dtype)).product(rows)

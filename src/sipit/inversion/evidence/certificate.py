@@ -30,6 +30,7 @@ from sipit.storage import read_json, write_json
 _FORMAT = "sipit.certificate"
 _VERSION = 2
 _MOST_RIVALS = 16  # tokens that an inversion names beside the accepted one, at most
+_MOST_PROMPTS = 64  # other prompts of one claim that are run
 _VALUES_A_PARAMETER = 8  # observed values for each number of a noise model, below which it fits whatever is claimed
 _LARGEST = 1e300  # a number beyond it is no distance, no count and no time
 _TEXTS = ("digest", "model", "fingerprint", "site", "observation_sha256", "observation_dtype", "model_dtype")
@@ -124,6 +125,11 @@ def _wrong_keys(record: dict[str, Any]) -> Iterator[str]:
         order = record.get(key, [])
         if not isinstance(order, list) or not all(map(_is_count, order)):
             yield key
+    others = record.get("other_prompts", [])
+    if not isinstance(others, list) or not all(
+        isinstance(ids, list) and all(type(i) is int for i in ids) for ids in others
+    ):
+        yield "other_prompts"
     if not isinstance(record.get("miss"), dict | None):
         yield "miss"
     if not isinstance(record.get("noise_model"), dict | None):
@@ -204,6 +210,7 @@ def check_certificate(
         if noise:
             reasons += _too_much_noise(lm, seen, noise, found.distances > found.limits)
         reasons += _unnamed_equals(lm, record)
+        reasons += _false_alternatives(lm, seen, record)
         if record["text"] != lm.decode(record["input_ids"]):
             reasons.append("the text is not what the claimed tokens decode to")
     return CertificateCheck(
@@ -250,10 +257,25 @@ def _check_noisy(lm: LanguageModel, seen: Observation, record: dict[str, Any]) -
     )
 
 
+def _false_alternatives(lm: LanguageModel, seen: Observation, record: dict[str, Any]) -> list[str]:
+    """Return why the other prompts that a claim about last rows names are none."""
+    others = record.get("other_prompts", [])
+    if not others:
+        return []
+    if record["verdict"] == "recovered":
+        return ["the certificate names other prompts that fit, so the verdict is not 'recovered'"]
+    for ids in others[:_MOST_PROMPTS]:
+        is_possible = len(ids) >= seen.seq_len and all(0 <= i < lm.vocab_size for i in ids)
+        if not is_possible or bool((replay(lm, seen.ending_at(len(ids)), torch.tensor(ids)).over > 0).any()):
+            return [f"another prompt that the certificate names, {ids[:8]}, does not fit"]
+    return []
+
+
 def _unnamed_equals(lm: LanguageModel, record: dict[str, Any]) -> list[str]:
     """Return why a claim is too narrow: a token with the same embedding row gives the same states, and is not named."""
     for place, evidence in enumerate(record["positions"]):
         named = {rival.get("token_id") for rival in evidence["rivals"] if isinstance(rival, dict)}
+        named |= {ids[place] for ids in record.get("other_prompts", []) if len(ids) == len(record["positions"])}
         if record["verdict"] == "recovered" and evidence["rivals"]:
             return [f"position {place} names other tokens that fit, so the verdict is not 'recovered'"]
         if len(named) >= _MOST_RIVALS:

@@ -7,7 +7,9 @@ passes, on this model, cut, dtype and device; so do single states that amplify r
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,8 +25,8 @@ from sipit.observations import Cut
 SAFETY = 8.0  # the tolerance is this many times the largest noise seen in calibration
 CLEAR = 0.25  # of the gap to wrong tokens that a tolerance stays below where noise allows
 _LOW_GAP = 0.1  # quantile of the gaps that counts: a few tokens of any vocabulary are hardly trained, and alike
-_SHAPES = ((1, 0), (2, 15), (1, 1), (8, 3), (1, 2), (1, 63), (16, 0), (2, 0))  # tokens right in a row, wrong beside
-_RECIPE = "1"  # raised with what is measured
+_SHAPES = ((1, 0), (2, 15), (1, 1), (8, 3), (1, 2), (1, 63), (16, 0), (5, 0))  # tokens right in a row, wrong beside
+_RECIPE = "2"  # raised with what is measured
 _WIDTHS = (1, 2, 16, 64)  # of the packed passes that measure the noise of one state
 
 
@@ -82,11 +84,12 @@ def _measure(lm: LanguageModel, cut: TruncatedModel) -> NoiseFloor:
     rest_gaps: list[float] = []
     spreads: dict[bool, list[float]] = {True: [], False: []}  # by whether the position is the first
     spent = 0
+    shapes = itertools.cycle(_SHAPES)  # from one prompt to the next, so that each is measured whatever their lengths
     for ids in calibration_prompts(lm):
         expected = cut.ordinary(ids).double()  # (T, D)
         norms = expected.norm(dim=1).cpu()  # (T,)
         try:
-            right, wrong, spread, n_packed = _packed_distances(cut, ids, expected, lm)
+            right, wrong, spread, n_packed = _packed_distances(cut, ids, expected, lm, shapes)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise ModelError(
                 f"model {lm.name!r} cannot run many candidates in one row behind a shared prefix ({error}); "
@@ -147,7 +150,7 @@ def _quantile(values: list[float], q: float) -> float:
 
 
 def _packed_distances(
-    cut: TruncatedModel, ids: Tensor, expected: Tensor, lm: LanguageModel
+    cut: TruncatedModel, ids: Tensor, expected: Tensor, lm: LanguageModel, shapes: Iterator[tuple[int, int]]
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Return by packed passes the distances of right tokens, of the nearest wrong ones, and these over their rows'.
 
@@ -158,7 +161,7 @@ def _packed_distances(
     cache = cut.new_cache()
     right, wrong, spread, n_packed, start = [], [], [], 0, 0
     while start < len(ids):
-        n_chain, n_decoys = _SHAPES[(start + len(ids)) % len(_SHAPES)]
+        n_chain, n_decoys = next(shapes)
         chain = ids[start : start + n_chain]
         alike = [int(ids[start]), *lm.embeddings.twins(int(ids[start]))]  # no check tells these apart
         decoys = (ids[start] + torch.arange(1, n_decoys + 1)) % lm.vocab_size

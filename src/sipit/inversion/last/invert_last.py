@@ -246,7 +246,7 @@ def _beside(lm: LanguageModel, prompt: Prompt, lengths: range) -> Iterator[Promp
 def _result(lm: LanguageModel, judge: LastJudge, began: float, budget: float, lengths: range) -> Inversion:
     fitting = list(dict.fromkeys(judge.fitting))
     best: Prompt = fitting[0] if fitting else next(iter(judge.nearest(1)), ())
-    seen = judge.placed(max(len(best), lengths[0]))
+    seen = judge.seen.ending_at(max(len(best), lengths[0]))
     tolerance = tolerance_for(lm, seen).total
     verdict: Verdict = "recovered" if len(fitting) == 1 else "ambiguous" if fitting else "unmatched"
     others = sorted(distance for prompt, distance in judge.tried.items() if prompt not in fitting)

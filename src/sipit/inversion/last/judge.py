@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -49,12 +49,6 @@ class LastJudge:
     def is_over(self) -> bool:
         """Whether the time is up, or a prompt was found."""
         return bool(self.fitting) or time.perf_counter() >= self.deadline
-
-    def placed(self, length: int) -> Observation:
-        """Return the observation with its rows at the end of a prompt of so many tokens."""
-        n_rows = self.seen.seq_len
-        places = tuple(range(length - n_rows, length))
-        return replace(self.seen, positions=places, is_last=False)
 
     def nearest(self, n: int) -> list[Prompt]:
         """Return the n prompts that came nearest."""
@@ -114,12 +108,12 @@ class LastJudge:
     def _limit(self, length: int) -> float:
         """Return the largest distance that arithmetic and rounding explain, over all rows."""
         if length not in self._limits:
-            self._limits[length] = float(tolerance_for(self.lm, self.placed(length)).total.norm())
+            self._limits[length] = float(tolerance_for(self.lm, self.seen.ending_at(length)).total.norm())
         return self._limits[length]
 
     def _judge(self, prompt: Prompt) -> None:
         """Let an ordinary pass decide."""
-        found = replay(self.lm, self.placed(len(prompt)), torch.tensor(prompt))
+        found = replay(self.lm, self.seen.ending_at(len(prompt)), torch.tensor(prompt))
         self.meter.spend(found.block_tokens, 1)
         if bool((found.over <= 0).all()):
             self.fitting.append(prompt)
