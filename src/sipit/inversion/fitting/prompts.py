@@ -154,18 +154,35 @@ def fit_prompts(
 def linear_prompts(lm: LanguageModel, cut: Cut, *, n_windows: int = 768, max_tokens: int = 12) -> PromptNetwork:
     """Return the linear maps alone, solved on a few windows in seconds: what a search without a fit starts from."""
     recipe = PromptRecipe(n_blocks=0, d_hidden=8, max_tokens=max_tokens, n_first=n_windows)
-    windows = _Windows(
-        streams=_library(lm, 150_000),
-        shares=[1.0],
-        vocab_size=lm.vocab_size,
-        length=max_tokens,
-        random_share=recipe.random_share,
-        is_start=_word_starts(lm),
-        special=() if lm.tokenizer is None else special_start(lm.encode),
-    )
+    windows = _few_windows(lm, max_tokens)
     network, generator = _untrained(lm, cut, recipe)
     _solve(network, _captured(lm, cut, windows, n_windows, generator), key_table(lm))
     return network.eval().requires_grad_(False)
+
+
+def last_differences(lm: LanguageModel, cut: Cut, *, length: int = 6, n: int = 1024) -> Tensor:
+    """Return how the last states of prompts differ that end in the same two tokens. (N, W)."""
+    windows, generator = _few_windows(lm, length), torch.Generator().manual_seed(1)
+    one, other = windows.draw(n, generator), windows.draw(n, generator)
+    other[:, -2:] = one[:, -2:]
+    both = [
+        torch.cat([lm.cut(cut).ordinary_batch(part)[:, -1].float() for part in ids.split(_CAPTURED)])
+        for ids in (one, other)
+    ]
+    return both[0] - both[1]
+
+
+def _few_windows(lm: LanguageModel, length: int) -> _Windows:
+    """Return windows of a little of the library's text, and of random ids."""
+    return _Windows(
+        streams=_library(lm, 150_000),
+        shares=[1.0],
+        vocab_size=lm.vocab_size,
+        length=length,
+        random_share=PromptRecipe.random_share,
+        is_start=_word_starts(lm),
+        special=() if lm.tokenizer is None else special_start(lm.encode),
+    )
 
 
 def _library(lm: LanguageModel, n_characters: int) -> list[Tensor]:

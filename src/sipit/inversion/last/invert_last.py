@@ -18,13 +18,14 @@ from torch import Tensor
 from sipit.errors import OptionError, ShapeError
 from sipit.inversion.evidence.cost import cost_of
 from sipit.inversion.evidence.result import Inversion, Miss, PositionEvidence, Verdict
-from sipit.inversion.fitting.prompts import linear_prompts
+from sipit.inversion.fitting.prompts import last_differences, linear_prompts
 from sipit.inversion.inverses.prompt_network import PromptReader
 from sipit.inversion.inverses.prompt_store import load_prompt_fit
 from sipit.inversion.inverses.restored import restored
 from sipit.inversion.judging.replay import replay
 from sipit.inversion.judging.tolerance import tolerance_for
-from sipit.inversion.last.decode import Prompt, ranked_prompts
+from sipit.inversion.last.additive import metric_of, together
+from sipit.inversion.last.decode import Prompt, conditional_logs, ranked_prompts
 from sipit.inversion.last.judge import LastJudge
 from sipit.inversion.last.repair import by_slope, repaired, swept
 from sipit.inversion.search.belonging import require_belongs
@@ -33,6 +34,7 @@ from sipit.observations import Observation, Site
 
 _BEAMS = (64, 512, 2048)  # prompts kept a length, in the first reading and those that follow
 _MENDED = 6  # nearest prompts that are repaired before the next reading
+_TOGETHER = 384  # tokens tried in each place of a prompt, whose changes are then added up
 _SINGLES = 64  # prompts of one token whose states tell what such a state looks like
 _LIKE_A_FIRST = 0.8  # cosine with their mean, from which on every single token is tried
 _MOST_TOKENS = 12  # as long as a prompt network reads
@@ -174,15 +176,18 @@ def _search(lm: LanguageModel, judge: LastJudge, lengths: range, *, use_fit: boo
     reader = PromptReader(lm, network)
     state = reading.rows(seen.states[-1:].to(lm.device), torch.tensor([lengths[-1]], device=lm.device))
     white = network.white(state)
+    metric = None
+    if not seen.is_partial and seen.layer > 0:
+        metric = lm.derived(("last metric", seen.cut), lambda: metric_of(last_differences(lm, seen.cut)))
     mended: set[Prompt] = set()
     for n_beams in _BEAMS:
         if judge.is_over:
             return
         judge.score(ranked_prompts(reader, white, n_beams=n_beams, lengths=lengths))
-        _mend(lm, judge, reader, white, lengths, mended, _MENDED)
+        _mend(lm, judge, reader, white, lengths, mended, _MENDED, metric)
     while not judge.is_over:
         before = len(judge.tried)
-        _mend(lm, judge, reader, white, lengths, mended, 2 * _MENDED)
+        _mend(lm, judge, reader, white, lengths, mended, 2 * _MENDED, metric)
         nearest = judge.nearest(1)
         if nearest:
             judge.score(itertools.islice(swept(reader, white, nearest[0]), 1 << 14))
@@ -200,6 +205,7 @@ def _mend(
     lengths: range,
     mended: set[Prompt],
     n: int,
+    metric: Tensor | None,
 ) -> None:
     """Repair the nearest prompts, and what that brings nearer, one after the other."""
     for _ in range(n):
@@ -208,6 +214,11 @@ def _mend(
             return
         prompt = waiting[0]
         mended.add(prompt)
+        if metric is not None and len(prompt) > 1:
+            tokens = conditional_logs(reader, white, prompt).topk(min(_TOGETHER, lm.vocab_size), dim=1).indices
+            judge.score(together(judge, prompt, tokens, metric))
+        if judge.is_over:
+            return
         judge.score(repaired(reader, white, prompt, lengths))
         if not judge.is_over:
             judge.score(by_slope(lm, judge.seen, prompt))

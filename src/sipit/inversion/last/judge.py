@@ -70,35 +70,65 @@ class LastJudge:
                 return
             self._pass(group)
 
+    def run(self, ids: Tensor) -> Tensor | None:
+        """Try prompts of one length in the model's own arithmetic; return the states of their last tokens.
+
+        (N, T) → (N, W) float32; None once the time is up or a fit was found.
+        """
+        states = []
+        for part in ids.split(self._at_once(ids.shape[1])):
+            if self.is_over:
+                return None
+            states.append(self._pass(list(map(tuple, part.tolist())), is_exact=True))
+        return torch.cat(states)
+
+    @property
+    def last_row(self) -> Tensor:
+        """The observed state of the last token. (W,) float32."""
+        return self._observed[-1]
+
     def _at_once(self, length: int) -> int:
         return max(1, min(_AT_ONCE, _VALUES // (length * self.seen.d_model)))
 
-    def _pass(self, prompts: list[Prompt]) -> None:
-        """Screen prompts of one length in fast arithmetic; compute those that may fit again, as the model does."""
+    def _pass(self, prompts: list[Prompt], *, is_exact: bool = False) -> Tensor:
+        """Measure prompts of one length, in fast arithmetic first; those that may fit again, as the model computes.
+
+        Returns:
+            (B, W) float32 states of their last tokens, as they were computed first.
+        """
         ids = torch.tensor(prompts)  # (B, T)
-        with fast_arithmetic(self.lm.device, self.lm.dtype):
-            rough = self._distances(ids)
         limit = self._limit(ids.shape[1])
-        radius = torch.tensor(limit + _REACH * self._error * self._norm)
-        order = rough.argsort()
-        again = order[: max(_NEAREST, int((rough <= radius).sum()))]
-        exact = self._distances(ids[again])
-        self._error = max(self._error, float((exact - rough[again]).abs().max()) / self._norm)
-        rough[again] = exact
-        for prompt, distance in zip(prompts, rough.tolist(), strict=True):
+        if is_exact:
+            states = self._states(ids)
+            distances = self._distances(states)
+            again = (distances <= 2 * limit).nonzero()[:, 0]
+        else:
+            with fast_arithmetic(self.lm.device, self.lm.dtype):
+                states = self._states(ids)
+            distances = self._distances(states)
+            radius = torch.tensor(limit + _REACH * self._error * self._norm)
+            again = distances.argsort()[: max(_NEAREST, int((distances <= radius).sum()))]
+            exact = self._distances(self._states(ids[again]))
+            self._error = max(self._error, float((exact - distances[again]).abs().max()) / self._norm)
+            distances[again] = exact
+        for prompt, distance in zip(prompts, distances.tolist(), strict=True):
             self.tried[prompt] = distance
         for place in again.tolist():
-            if float(rough[place]) <= 2 * limit:
+            if float(distances[place]) <= 2 * limit:
                 self._judge(prompts[place])
         self.meter.n_checked += len(prompts)
         if self.on_tried is not None:
             self.on_tried(len(self.tried))
+        return states[:, -1]
 
-    def _distances(self, ids: Tensor) -> Tensor:
-        """Return the L2 distance of each prompt's last rows from the observed ones. (B, T) → (B,)."""
+    def _states(self, ids: Tensor) -> Tensor:
+        """Return the states of each prompt's last K tokens. (B, T) → (B, K, W) float32."""
         model = self.lm.cut(self.seen.cut, seq_len=ids.shape[1])
-        states = model.ordinary_batch(ids)[:, -self.seen.seq_len :].float()  # (B, K, W)
         self.meter.spend(ids.numel(), self.seen.layer)
+        return model.ordinary_batch(ids)[:, -self.seen.seq_len :].float()
+
+    def _distances(self, states: Tensor) -> Tensor:
+        """Return how far last states lie from the observed ones, L2. (B, K, W) → (B,)."""
         gap: Tensor = states - self._observed
         if self.seen.is_partial and self.seen.half_step is not None:
             gap = gap.masked_fill(self.seen.half_step.isinf().to(gap.device), 0.0)
