@@ -370,3 +370,21 @@ def test_bad_input_is_refused_before_a_model_is_loaded(
     code, out, err = run(*arguments)
     assert (code, out, err.count(b"\n")) == (2, b"", 1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["seen"]
+
+
+def test_prompt_from_its_last_state_alone(run: Run, tmp_path: Path, text_folder: Path) -> None:
+    code, _, err = run("capture", "--text", "ab", "--last", "--layer", "2", "--out", "seen", "--model", text_folder)
+    assert code == 0
+    assert b"1 states" in err
+    code, out, err = run("invert", "seen", "--max-tokens", "3", "--no-fit", "--json", "c.json")
+    assert (code, out) == (0, b"ab")
+    assert b"verdict   recovered" in err
+    assert run("check", "c.json", "seen")[0] == 0
+    code, out, err = run("invert", "seen", "--length", "1", "--seconds", "1", "--no-fit", "--json", "miss.json")
+    assert (code, out) == (1, b"")
+    assert b"unmatched: no prompt of 1 tokens was found within 1 s" in err
+    code, _, err = run("invert", "seen", "--exhaustive")
+    assert code == 2
+    assert b"--exhaustive has no meaning" in err
+    code, _, err = run("invert", "seen", "--max-tokens", "0")
+    assert code == 2

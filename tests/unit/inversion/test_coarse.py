@@ -94,7 +94,7 @@ def test_noise_as_large_as_the_gap_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(
         noise_module,
         "_packed_distances",
-        lambda _cut, ids, expected, _lm: (
+        lambda _cut, ids, expected, _lm, _shapes: (
             0.6 * expected.norm(dim=1).cpu() * (torch.arange(len(ids)) == 1),
             expected.norm(dim=1).cpu(),
             torch.ones(len(ids)),

@@ -110,7 +110,8 @@ def invert_last(
         site: what leaked, "block" by default.
         max_tokens: longest prompt that is sought.
         length: tokens of the prompt, where that is known.
-        seconds: the budget. The search ends with the first prompt that fits, once what may fit beside it was tried.
+        seconds: the budget, without what is prepared once for a model and cut. The search ends with the first prompt
+            that fits, once what may fit beside it was tried.
         use_fit: whether to use a prompt network that `sipit fit --last` has made; else linear maps are solved first,
             which takes some seconds and finds short prompts.
         on_progress: called after each pass.
@@ -131,10 +132,12 @@ def invert_last(
     seen = _last_rows(lm, state, layer, site)
     lengths = options.lengths(seen.seq_len)
     require_belongs(lm, seen)
-    judge = LastJudge(lm=lm, seen=seen, deadline=began + seconds)
+    reading = _reading(lm, seen, lengths, use_fit=use_fit)
+    searching = time.perf_counter()
+    judge = LastJudge(lm=lm, seen=seen, deadline=searching + seconds)
     if on_progress is not None:
-        judge.on_tried = _teller(judge, on_progress, began, seconds)
-    _search(lm, judge, lengths, use_fit=use_fit)
+        judge.on_tried = _teller(judge, on_progress, searching, seconds)
+    _search(lm, judge, reading)
     if judge.fitting:
         judge.score(_beside(lm, judge.fitting[0], lengths), to_the_end=True)
     return _result(lm, judge, began, seconds, lengths)
@@ -161,11 +164,18 @@ def _last_rows(lm: LanguageModel, state: Any, layer: int | None, site: Site | No
     return Observation(states=rows, layer=lm.checked_layer(layer, site), site=site, is_last=True)
 
 
-def _search(lm: LanguageModel, judge: LastJudge, lengths: range, *, use_fit: bool) -> None:
-    """Propose and try until a prompt fits or the time is up."""
-    seen = judge.seen
-    if seen.layer == 0 or _is_single(lm, seen, lengths):
-        judge.score((token,) for token in range(lm.vocab_size))
+@dataclass(frozen=True, kw_only=True)
+class _Reading:
+    """What proposes prompts for one state."""
+
+    reader: PromptReader
+    white: Tensor  # (1, D) of the state of the last token
+    metric: Tensor | None  # (W, W), see `metric_of`; None where changes of states do not add up
+    lengths: range  # that are sought and can be read
+
+
+def _reading(lm: LanguageModel, seen: Observation, lengths: range, *, use_fit: bool) -> _Reading:
+    """Prepare what proposes: once for a model and cut, some seconds without a prompt network."""
     reading = restored(lm, seen.cut)
     fit = load_prompt_fit(lm, reading.cut) if use_fit else None
     if fit is not None:
@@ -173,53 +183,49 @@ def _search(lm: LanguageModel, judge: LastJudge, lengths: range, *, use_fit: boo
     else:
         network = lm.derived(("linear prompts", reading.cut), lambda: linear_prompts(lm, reading.cut))
     lengths = range(lengths[0], min(lengths[-1], network.max_tokens) + 1)
-    reader = PromptReader(lm, network)
     state = reading.rows(seen.states[-1:].to(lm.device), torch.tensor([lengths[-1]], device=lm.device))
-    white = network.white(state)
     metric = None
     if not seen.is_partial and seen.layer > 0:
         metric = lm.derived(("last metric", seen.cut), lambda: metric_of(last_differences(lm, seen.cut)))
+    return _Reading(reader=PromptReader(lm, network), white=network.white(state), metric=metric, lengths=lengths)
+
+
+def _search(lm: LanguageModel, judge: LastJudge, reading: _Reading) -> None:
+    """Propose and try until a prompt fits or the time is up."""
+    seen, lengths = judge.seen, reading.lengths
+    if seen.layer == 0 or _is_single(lm, seen, lengths):
+        judge.score((token,) for token in range(lm.vocab_size))
     mended: set[Prompt] = set()
     for n_beams in _BEAMS:
-        if judge.is_over:
+        if judge.is_over and judge.tried:
             return
-        judge.score(ranked_prompts(reader, white, n_beams=n_beams, lengths=lengths))
-        _mend(lm, judge, reader, white, lengths, mended, _MENDED, metric)
+        judge.score(ranked_prompts(reading.reader, reading.white, n_beams=n_beams, lengths=lengths))
+        _mend(lm, judge, reading, mended, _MENDED)
     while not judge.is_over:
         before = len(judge.tried)
-        _mend(lm, judge, reader, white, lengths, mended, 2 * _MENDED, metric)
+        _mend(lm, judge, reading, mended, 2 * _MENDED)
         nearest = judge.nearest(1)
         if nearest:
-            judge.score(itertools.islice(swept(reader, white, nearest[0]), 1 << 14))
+            judge.score(itertools.islice(swept(reading.reader, reading.white, nearest[0]), 1 << 14))
         if len(judge.tried) == before:  # all that is near was tried: every prompt one token away from another
             for prompt in judge.nearest(64):
-                judge.score(swept(reader, white, prompt))
+                judge.score(swept(reading.reader, reading.white, prompt))
             return
 
 
-def _mend(
-    lm: LanguageModel,
-    judge: LastJudge,
-    reader: PromptReader,
-    white: Tensor,
-    lengths: range,
-    mended: set[Prompt],
-    n: int,
-    metric: Tensor | None,
-) -> None:
+def _mend(lm: LanguageModel, judge: LastJudge, reading: _Reading, mended: set[Prompt], n: int) -> None:
     """Repair the nearest prompts, and what that brings nearer, one after the other."""
+    reader, white = reading.reader, reading.white
     for _ in range(n):
         waiting = [prompt for prompt in judge.nearest(n + len(mended)) if prompt not in mended]
         if not waiting or judge.is_over:
             return
         prompt = waiting[0]
         mended.add(prompt)
-        if metric is not None and len(prompt) > 1:
+        if reading.metric is not None and len(prompt) > 1:
             tokens = conditional_logs(reader, white, prompt).topk(min(_TOGETHER, lm.vocab_size), dim=1).indices
-            judge.score(together(judge, prompt, tokens, metric))
-        if judge.is_over:
-            return
-        judge.score(repaired(reader, white, prompt, lengths))
+            judge.score(together(judge, prompt, tokens, reading.metric))
+        judge.score(repaired(reader, white, prompt, reading.lengths))
         if not judge.is_over:
             judge.score(by_slope(lm, judge.seen, prompt))
 

@@ -55,18 +55,18 @@ class LastJudge:
         return sorted(self.tried, key=lambda prompt: self.tried[prompt])[:n]
 
     def score(self, prompts: Iterable[Prompt], *, to_the_end: bool = False) -> None:
-        """Try prompts, those first that come first; stop with the first pass that holds a fit, or when time is up."""
+        """Try prompts, those first that come first; stop after the pass that finds one or ends the time."""
         groups: dict[int, list[Prompt]] = {}
         for prompt in dict.fromkeys(prompts):
             if prompt not in self.tried and len(prompt) >= self.seen.seq_len:
                 group = groups.setdefault(len(prompt), [])
                 group.append(prompt)
                 if len(group) == self._at_once(len(prompt)):
-                    if not to_the_end and self.is_over:
+                    if not to_the_end and self.is_over and self.tried:
                         return
                     self._pass(groups.pop(len(prompt)))
         for group in groups.values():
-            if not to_the_end and self.is_over:
+            if not to_the_end and self.is_over and self.tried:
                 return
             self._pass(group)
 
