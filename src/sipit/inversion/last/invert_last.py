@@ -204,9 +204,7 @@ def _search(lm: LanguageModel, judge: LastJudge, reading: _Reading) -> None:
     while not judge.is_over:
         before = len(judge.tried)
         _mend(lm, judge, reading, mended, 2 * _MENDED)
-        nearest = judge.nearest(1)
-        if nearest:
-            judge.score(itertools.islice(swept(reading.reader, reading.white, nearest[0]), 1 << 14))
+        judge.score(itertools.islice(swept(reading.reader, reading.white, judge.best), 1 << 14))
         if len(judge.tried) == before:  # all that is near was tried: every prompt one token away from another
             for prompt in judge.nearest(64):
                 judge.score(swept(reading.reader, reading.white, prompt))
@@ -262,7 +260,7 @@ def _beside(lm: LanguageModel, prompt: Prompt, lengths: range) -> Iterator[Promp
 
 def _result(lm: LanguageModel, judge: LastJudge, began: float, budget: float, lengths: range) -> Inversion:
     fitting = list(dict.fromkeys(judge.fitting))
-    best: Prompt = fitting[0] if fitting else next(iter(judge.nearest(1)), ())
+    best: Prompt = fitting[0] if fitting else judge.best
     seen = judge.seen.ending_at(max(len(best), lengths[0]))
     tolerance = tolerance_for(lm, seen).total
     verdict: Verdict = "recovered" if len(fitting) == 1 else "ambiguous" if fitting else "unmatched"
@@ -335,12 +333,11 @@ def _diagnosis(lm: LanguageModel, judge: LastJudge, best: Prompt, budget: float,
 
 def _teller(judge: LastJudge, on_progress: OnLastProgress, began: float, budget: float) -> Callable[[int], None]:
     def tell(n_tried: int) -> None:
-        (nearest,) = judge.nearest(1)
         on_progress(
             LastProgress(
                 n_tried=n_tried,
-                nearest=nearest,
-                distance=judge.tried[nearest],
+                nearest=judge.best,
+                distance=judge.tried[judge.best],
                 seconds=time.perf_counter() - began,
                 budget=budget,
             )

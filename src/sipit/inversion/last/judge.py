@@ -5,6 +5,7 @@ T tokens of a prompt, K last rows held (one, most often), W width of a row.
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ class LastJudge:
     meter: Meter = field(default_factory=Meter)
     tried: dict[Prompt, float] = field(default_factory=dict)  # prompt → distance, exact where it is near
     fitting: list[Prompt] = field(default_factory=list)  # that lie within tolerance by an ordinary pass
+    best: Prompt = ()  # that came nearest
     on_tried: Callable[[int], None] | None = None
 
     def __post_init__(self) -> None:
@@ -52,7 +54,7 @@ class LastJudge:
 
     def nearest(self, n: int) -> list[Prompt]:
         """Return the n prompts that came nearest."""
-        return sorted(self.tried, key=lambda prompt: self.tried[prompt])[:n]
+        return heapq.nsmallest(n, self.tried, key=self.tried.__getitem__)
 
     def score(self, prompts: Iterable[Prompt], *, to_the_end: bool = False) -> None:
         """Try prompts, those first that come first; stop after the pass that finds one or ends the time."""
@@ -113,6 +115,8 @@ class LastJudge:
             distances[again] = exact
         for prompt, distance in zip(prompts, distances.tolist(), strict=True):
             self.tried[prompt] = distance
+            if distance < self.tried.get(self.best, float("inf")):
+                self.best = prompt
         for place in again.tolist():
             if float(distances[place]) <= 2 * limit:
                 self._judge(prompts[place])
