@@ -32,6 +32,7 @@ from sipit.inversion.inverses.prompt_network import PromptNetwork, key_table
 from sipit.inversion.inverses.prompt_store import PromptFit, save_prompt_fit
 from sipit.inversion.inverses.restored import restored
 from sipit.inversion.inverses.store import fit_folder
+from sipit.inversion.inverses.whitening import whitening
 from sipit.models import LanguageModel
 from sipit.observations import Cut
 from sipit.storage import held_alone, whole_file
@@ -295,9 +296,7 @@ def _solve(network: PromptNetwork, captured: _Captured, table: Tensor) -> None:
     rows = states[:, 1:].reshape(-1, states.shape[2]).to(device).float()
     network.mean.copy_(rows.mean(dim=0))
     centred = (rows - network.mean).double().cpu()
-    values, basis = torch.linalg.eigh(centred.T @ centred / len(centred))
-    gain = (values.clamp(min=0) + _WHITENING_FLOOR * values.mean()).rsqrt()
-    network.whitener.copy_(((basis * gain) @ basis.T).float())
+    network.whitener.copy_(whitening(centred.T @ centred / len(centred), _WHITENING_FLOOR))
     for back in range(network.max_tokens):
         last = torch.arange(max(back, 1), windows.shape[1])  # the first state is another kind
         x = network.white(states[:, last].reshape(-1, states.shape[2]).to(device))

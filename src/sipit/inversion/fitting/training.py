@@ -21,6 +21,7 @@ from sipit.inversion.fitting.states import CapturedStates, OnStep
 from sipit.inversion.inverses.arithmetic import fast_arithmetic
 from sipit.inversion.inverses.network import KEY_LENGTH, InverseNetwork, beside
 from sipit.inversion.inverses.token_keys import TokenKeys
+from sipit.inversion.inverses.whitening import whitening
 
 _RIDGE_ROWS = 60_000
 _PART = 8192  # of them held at once
@@ -155,9 +156,7 @@ def _whitening(states: CapturedStates, sample: Tensor) -> tuple[Tensor, Tensor]:
         total += rows.sum(dim=0)
         gram += rows.T @ rows
     mean = total / len(sample)
-    values, basis = torch.linalg.eigh(gram / len(sample) - mean.outer(mean))
-    gain = (values.clamp(min=0) + _WHITENING_FLOOR * values.mean()).rsqrt()
-    return mean.float(), ((basis * gain) @ basis.T).float()
+    return mean.float(), whitening(gram / len(sample) - mean.outer(mean), _WHITENING_FLOOR)
 
 
 def _start_at_ridge(

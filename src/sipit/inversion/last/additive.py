@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sipit.inversion.inverses.whitening import whitening
 from sipit.inversion.last.decode import Prompt
 from sipit.inversion.last.judge import LastJudge
 
@@ -28,10 +29,7 @@ def metric_of(gaps: Tensor) -> Tensor:
     in which it else drowns.
     """
     gaps = gaps.cpu().double()
-    values, basis = torch.linalg.eigh(gaps.T @ gaps / len(gaps))
-    gain = (values.clamp(min=0) + _FLOOR * values.mean()).rsqrt()
-    metric: Tensor = (basis * gain) @ basis.T
-    return metric.float()
+    return whitening(gaps.T @ gaps / len(gaps), _FLOOR)
 
 
 def together(judge: LastJudge, prompt: Prompt, tokens: Tensor, metric: Tensor) -> Iterator[Prompt]:
