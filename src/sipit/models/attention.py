@@ -24,6 +24,11 @@ _PLAIN = "sdpa"  # what it stands in for, and falls back on
 
 def lean_attention(module: nn.Module) -> nn.Module:
     """Return a shallow copy of a module whose attention, if it is torch's own, goes by `attention`."""
+    return with_attention(module, _NAME)
+
+
+def with_attention(module: nn.Module, name: str) -> nn.Module:
+    """Return a shallow copy of a module whose attention, if it is torch's own, goes by the one registered so."""
     configs: dict[int, Any] = {}
 
     def rewrite(part: nn.Module) -> nn.Module:
@@ -32,7 +37,7 @@ def lean_attention(module: nn.Module) -> nn.Module:
             return part
         if id(config) not in configs:
             configs[id(config)] = copy.copy(config)
-            configs[id(config)]._attn_implementation_internal = _NAME
+            configs[id(config)]._attn_implementation_internal = name
         lean = copy.copy(part)
         lean.__dict__["config"] = configs[id(config)]
         return lean

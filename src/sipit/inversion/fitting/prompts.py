@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -44,6 +44,12 @@ _PARTS = 4  # lengths of one step are padded to the longest of so many parts
 _SAVE_EVERY = 200  # steps
 _CODE_SHARE = 0.15  # of the library's text
 _LAST_STEPS = 100  # whose loss is reported
+_FEW_PACKAGES = (  # whose prose is enough for linear maps: to read all of the library takes longer than to solve them
+    *("argparse", "asyncio", "collections", "concurrent", "ctypes", "datetime", "decimal", "difflib", "email"),
+    *("fractions", "functools", "http", "inspect", "json", "logging", "multiprocessing", "optparse", "pathlib"),
+    *("random", "shutil", "statistics", "string", "subprocess", "tempfile", "threading", "typing", "unittest"),
+    *("urllib", "wsgiref", "xml", "zipfile"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +161,7 @@ def fit_prompts(
 def linear_prompts(lm: LanguageModel, cut: Cut, *, n_windows: int = 768, max_tokens: int = 12) -> PromptNetwork:
     """Return the linear maps alone, solved on a few windows in seconds: what a search without a fit starts from."""
     recipe = PromptRecipe(n_blocks=0, d_hidden=8, max_tokens=max_tokens, n_first=n_windows)
-    windows = _few_windows(lm, max_tokens)
+    windows = few_windows(lm, max_tokens)
     network, generator = _untrained(lm, cut, recipe)
     _solve(network, _captured(lm, cut, windows, n_windows, generator), key_table(lm))
     return network.eval().requires_grad_(False)
@@ -163,7 +169,7 @@ def linear_prompts(lm: LanguageModel, cut: Cut, *, n_windows: int = 768, max_tok
 
 def last_differences(lm: LanguageModel, cut: Cut, *, length: int = 6, n: int = 1024) -> Tensor:
     """Return how the last states of prompts differ that end in the same two tokens. (N, W)."""
-    windows, generator = _few_windows(lm, length), torch.Generator().manual_seed(1)
+    windows, generator = few_windows(lm, length), torch.Generator().manual_seed(1)
     one, other = windows.draw(n, generator), windows.draw(n, generator)
     other[:, -2:] = one[:, -2:]
     both = [
@@ -173,10 +179,10 @@ def last_differences(lm: LanguageModel, cut: Cut, *, length: int = 6, n: int = 1
     return both[0] - both[1]
 
 
-def _few_windows(lm: LanguageModel, length: int) -> _Windows:
+def few_windows(lm: LanguageModel, length: int) -> _Windows:
     """Return windows of a little of the library's text, and of random ids."""
     return _Windows(
-        streams=_library(lm, 150_000),
+        streams=lm.derived("few library ids", lambda: _library(lm, 150_000, only=_FEW_PACKAGES)),
         shares=[1.0],
         vocab_size=lm.vocab_size,
         length=length,
@@ -186,12 +192,15 @@ def _few_windows(lm: LanguageModel, length: int) -> _Windows:
     )
 
 
-def _library(lm: LanguageModel, n_characters: int) -> list[Tensor]:
+def _library(lm: LanguageModel, n_characters: int, *, only: Collection[str] = ()) -> list[Tensor]:
     """Return the token ids of the library's prose and code, as one stream; none without a tokenizer."""
     if lm.tokenizer is None:
         return []
     parts: list[str] = []
-    for share, texts in ((1 - _CODE_SHARE, library_prose(seed=0)), (_CODE_SHARE, library_code(seed=0))):
+    for share, texts in (
+        (1 - _CODE_SHARE, library_prose(seed=0, only=only)),
+        (_CODE_SHARE, library_code(seed=0, only=only)),
+    ):
         left = share * n_characters
         for text in texts:
             if left <= 0:
