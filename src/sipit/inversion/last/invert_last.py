@@ -27,17 +27,23 @@ from sipit.inversion.judging.tolerance import tolerance_for
 from sipit.inversion.last.additive import metric_of, together
 from sipit.inversion.last.decode import Prompt, conditional_logs, ranked_prompts
 from sipit.inversion.last.judge import LastJudge
+from sipit.inversion.last.mixture import Mixture, decoded, heads_of, mixture_of
 from sipit.inversion.last.repair import by_slope, repaired, swept
 from sipit.inversion.search.belonging import require_belongs
 from sipit.models import LanguageModel
-from sipit.observations import Observation, Site
+from sipit.observations import Cut, Observation, Site
 
 _BEAMS = (64, 512, 2048)  # prompts kept a length, in the first reading and those that follow
 _MENDED = 6  # nearest prompts that are repaired before the next reading
 _TOGETHER = 384  # tokens tried in each place of a prompt, whose changes are then added up
 _SINGLES = 64  # prompts of one token whose states tell what such a state looks like
 _LIKE_A_FIRST = 0.8  # cosine with their mean, from which on every single token is tried
-_MOST_TOKENS = 12  # as long as a prompt network reads
+_MOST_TOKENS = 24  # of a prompt that is sought
+_MOST_READ = 12  # tokens that linear maps read
+_BEAMS_OF_MIXTURES = (48, 192)  # prompts kept after each token, at first and where that found none
+_LASTS, _STARTS = 4, 3  # tokens that a prompt may end in, and prompts from whose heads a solver starts
+_MIXED = Cut(1)  # where the last state is a mixture of its tokens
+_BLUR = 6e-8  # of a state's norm: what arithmetic in float32 moves it by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +143,7 @@ def invert_last(
     judge = LastJudge(lm=lm, seen=seen, deadline=searching + seconds)
     if on_progress is not None:
         judge.on_tried = _teller(judge, on_progress, searching, seconds)
-    _search(lm, judge, reading)
+    _search(lm, judge, reading, lengths)
     if judge.fitting:
         judge.score(_beside(lm, judge.fitting[0], lengths), to_the_end=True)
     return _result(lm, judge, began, seconds, lengths)
@@ -146,7 +152,8 @@ def invert_last(
 def holds_last_alone(seen: Observation) -> bool:
     """Whether the last rows alone are held, of a prompt short enough to be sought whole; one missing row is none."""
     first = seen.positions[0]
-    is_short = first > 1 and not seen.known_prefix and seen.n_sought <= _MOST_TOKENS
+    most = _MOST_TOKENS if seen.cut == _MIXED else _MOST_READ
+    is_short = first > 1 and not seen.known_prefix and seen.n_sought <= most
     return seen.is_last or (is_short and seen.positions == tuple(range(first, first + seen.seq_len)))
 
 
@@ -171,6 +178,7 @@ class _Reading:
     reader: PromptReader
     white: Tensor  # (1, D) of the state of the last token
     metric: Tensor | None  # (W, W), see `metric_of`; None where changes of states do not add up
+    mixture: Mixture | None  # where the state is one of its tokens
     lengths: range  # that are sought and can be read
 
 
@@ -182,19 +190,31 @@ def _reading(lm: LanguageModel, seen: Observation, lengths: range, *, use_fit: b
         network = fit.network
     else:
         network = lm.derived(("linear prompts", reading.cut), lambda: linear_prompts(lm, reading.cut))
-    lengths = range(lengths[0], min(lengths[-1], network.max_tokens) + 1)
+    mixture = mixture_of(lm) if seen.cut == _MIXED and not seen.is_partial else None
+    if mixture is None and lengths[0] > network.max_tokens:
+        raise OptionError(
+            f"prompts of up to {network.max_tokens} tokens are sought at {seen.cut}, longer ones behind the first "
+            "block alone; pass max_tokens or length within that"
+        )
+    lengths = range(min(lengths[0], network.max_tokens), min(lengths[-1], network.max_tokens) + 1)
     state = reading.rows(seen.states[-1:].to(lm.device), torch.tensor([lengths[-1]], device=lm.device))
     metric = None
     if not seen.is_partial and seen.layer > 0:
         metric = lm.derived(("last metric", seen.cut), lambda: metric_of(last_differences(lm, seen.cut)))
-    return _Reading(reader=PromptReader(lm, network), white=network.white(state), metric=metric, lengths=lengths)
+    return _Reading(
+        reader=PromptReader(lm, network), white=network.white(state), metric=metric, mixture=mixture, lengths=lengths
+    )
 
 
-def _search(lm: LanguageModel, judge: LastJudge, reading: _Reading) -> None:
+def _search(lm: LanguageModel, judge: LastJudge, reading: _Reading, sought: range) -> None:
     """Propose and try until a prompt fits or the time is up."""
     seen, lengths = judge.seen, reading.lengths
     if seen.layer == 0 or _is_single(lm, seen, lengths):
         judge.score((token,) for token in range(lm.vocab_size))
+    if reading.mixture is not None and sought[-1] > 1:
+        judge.score(ranked_prompts(reading.reader, reading.white, n_beams=_BEAMS[0], lengths=lengths))
+        for n_beams in _BEAMS_OF_MIXTURES:
+            _unmix(lm, judge, reading, reading.mixture, sought, n_beams)
     mended: set[Prompt] = set()
     for n_beams in _BEAMS:
         if judge.is_over and judge.tried:
@@ -209,6 +229,34 @@ def _search(lm: LanguageModel, judge: LastJudge, reading: _Reading) -> None:
             for prompt in judge.nearest(64):
                 judge.score(swept(reading.reader, reading.white, prompt))
             return
+
+
+def _unmix(
+    lm: LanguageModel, judge: LastJudge, reading: _Reading, mixture: Mixture, lengths: range, n_beams: int
+) -> None:
+    """Seek the tokens that the state is a mixture of, behind each token that the prompt may end in."""
+    state = judge.last_row
+    nothing = torch.empty(1, 0, dtype=torch.long, device=state.device)
+    lasts = reading.reader.next_log_probabilities(reading.white, nothing)[0, :-1].topk(_LASTS).indices.tolist()
+    for last in lasts:
+        starts = [prompt for prompt in judge.nearest(16 * _STARTS) if prompt[-1] == last][:_STARTS]
+        heads = None if judge.is_over else heads_of(lm, mixture, last, state, _blur(lm, judge.seen), starts)
+        if heads is None:
+            continue
+        for prompts in decoded(mixture, last, heads, lengths, n_beams=n_beams):
+            judge.score(prompts)
+            if judge.is_over:
+                return
+
+
+def _blur(lm: LanguageModel, seen: Observation) -> Tensor:
+    """Return by how much arithmetic and rounding move each coordinate of the last row, one standard deviation. (W,)."""
+    row = seen.states[-1].float()
+    arithmetic = row.norm() / len(row) ** 0.5 * max(_BLUR, torch.finfo(lm.dtype).eps / 4)
+    rounding = row.abs() * torch.finfo(getattr(torch, seen.dtype)).eps / 4  # half a step at most, evenly spread
+    if seen.half_step is not None:
+        rounding = torch.maximum(rounding, seen.half_step[-1].to(row) / 3**0.5)
+    return rounding.clamp(min=float(arithmetic)).to(lm.device)
 
 
 def _mend(lm: LanguageModel, judge: LastJudge, reading: _Reading, mended: set[Prompt], n: int) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -35,7 +35,10 @@ _PLAUSIBLE = 4.0  # squared standard deviations of heads that a regression misse
 _DAMPING, _MOST_DAMPING = 1e-6, 1e3  # of a step that leads away, at first, and where none leads on
 _LEAST_LEFT = 1e-7  # of a head's squared deviation: what float32 leaves
 _TEMPERED = 0.3  # share of the log-likelihood that counts: values are not normal, and their coordinates not independent
-_YIELDED = 32  # prompts after each token, those first of which least is left
+_YIELDED = 32  # prompts after each token, those first that leave least
+_REFINED, _CHANGES = 3, 4  # prompts whose tokens are changed, and the best changes in each place that are looked at
+_BETTER = 0.999  # of what is left: more than that is no change for the better
+_MOST_GAIN = 60.0  # logarithm of a weight over the last token's
 _KEPT = 4096  # tokens tried after the first step, and twice as many after it
 _CELLS = 1 << 20  # scores computed at once
 
@@ -153,7 +156,8 @@ def heads_of(
                     break
                 damping = 10 * damping or _DAMPING
         if float((left / blur).square().mean()) <= _SOLVED and float(steps.square().mean()) <= _PLAUSIBLE:
-            return (guess + spread @ steps).float().unflatten(0, (-1, width)).to(lm.device)
+            heads: Tensor = (guess + spread @ steps).float().unflatten(0, (-1, width)).to(lm.device)
+            return heads
     return None
 
 
@@ -187,8 +191,10 @@ class _Beams:
 
 
 @torch.no_grad()
-def decoded(mixture: Mixture, last: int, heads: Tensor, lengths: range, *, n_beams: int) -> Iterator[Prompt]:
-    """Yield prompts whose weighted mean comes near to what the heads gave, after each token those that end there.
+def decoded(mixture: Mixture, last: int, heads: Tensor, lengths: range, *, n_beams: int) -> Iterator[list[Prompt]]:
+    """Yield prompts whose weighted mean comes near to what the heads gave, after each token those that are whole.
+
+    Those that come nearest are changed one token at a time at last, every token tried in every place.
 
     Args:
         mixture: of the model.
@@ -197,38 +203,106 @@ def decoded(mixture: Mixture, last: int, heads: Tensor, lengths: range, *, n_bea
         lengths: of prompts that are sought.
         n_beams: B.
     """
+    sought = _Sought.of(mixture, last, heads, lengths)
     n_shared = len(heads) // len(mixture.white)  # R
-    white = torch.einsum(
-        "krn,knm->krm", heads.unflatten(0, (-1, n_shared)) - mixture.mean[:, None], mixture.whitener
-    ).flatten(0, 1)  # (H, e)
-    longest = lengths[-1] - 1
-    scores = mixture.block.scores(last, longest + 1, mixture.keys)  # (L + 1, H, V)
-    gains = (scores[1:] - scores[0, :, last, None]).clamp(max=60).exp()  # (L, H, V), the last token's being 1
     beams = _Beams(
-        tokens=torch.full((1, longest), -1, device=white.device),
+        tokens=torch.full((1, sought.n_places), -1, device=heads.device),
         sums=mixture.white[:, last].repeat_interleave(n_shared, dim=0)[None],
-        weights=torch.ones(1, len(heads), device=white.device),
-        prior=torch.zeros(1, device=white.device),
+        weights=torch.ones(1, len(heads), device=heads.device),
+        prior=torch.zeros(1, device=heads.device),
     )
-    tried = torch.arange(mixture.white.shape[1], device=white.device)
-    for n_read in range(1, longest + 1):
-        found = _scored(mixture, white, beams, gains, tried)  # (B, N, L)
+    tried = torch.arange(mixture.white.shape[1], device=heads.device)
+    nearest: list[tuple[float, _Beams]] = []
+    for n_placed in range(1, sought.n_places + 1):
+        found = _scored(mixture, sought, beams, tried)  # (B, N, L)
         best_of_token = found.amax(dim=(0, 2))
-        top = found.flatten().topk(min(2 * n_read * n_beams, found.numel()))  # a set of tokens comes n_read times
-        beams = _grown(mixture, beams, gains, tried, top, n_beams)
-        n_kept = _KEPT * (2 if n_read == 1 else 1)
+        top = found.flatten().topk(min(2 * n_placed * n_beams, found.numel()))  # a set of tokens comes n_placed times
+        beams = _grown(mixture, sought, beams, tried, top, n_beams)
+        n_kept = _KEPT * (2 if n_placed == 1 else 1)
         tried = tried[best_of_token.topk(min(n_kept, len(tried))).indices]
-        left = (white - beams.sums / beams.weights[..., None]).flatten(1).norm(dim=1) / white.norm()  # (B,)
-        is_whole = (beams.tokens[:, :n_read] >= 0).all(dim=1) & (n_read + 1 in lengths)
-        near = left.masked_fill(~is_whole, torch.inf).topk(min(_YIELDED, len(left)), largest=False)
-        for value, which in zip(near.values.tolist(), near.indices.tolist(), strict=True):
-            if math.isfinite(value):
-                yield (*beams.tokens[which, :n_read].flip(0).tolist(), last)
+        is_whole = (beams.tokens[:, :n_placed] >= 0).all(dim=1) & (n_placed + 1 in lengths)
+        whole = is_whole.nonzero()[:, 0]
+        if len(whole):
+            left = _left(sought, beams)[whole]
+            order = left.argsort()[:_YIELDED]
+            yield [_prompt(beams, int(which), last) for which in whole[order]]
+            nearest += [(float(left[i]), beams.taken(whole[i][None])) for i in order[:_REFINED]]
+    for _, one in sorted(nearest, key=lambda pair: pair[0])[:_REFINED]:
+        yield from _refined(mixture, sought, one, last)
 
 
-def _grown(mixture: Mixture, beams: _Beams, gains: Tensor, tried: Tensor, top: Any, n_beams: int) -> _Beams:
+@dataclass(frozen=True, kw_only=True)
+class _Sought:
+    """What is sought for one state, and what each token at each distance would bring to it."""
+
+    white: Tensor  # (H, e) the heads' deviations from the mean value, whitened
+    gains: Tensor  # (L, H, V) weights at distance 1 to L, the last token's being 1
+
+    @staticmethod
+    def of(mixture: Mixture, last: int, heads: Tensor, lengths: range) -> _Sought:
+        """Prepare what is sought behind one last token."""
+        gaps = heads.unflatten(0, (len(mixture.white), -1)) - mixture.mean[:, None]  # (K, R, e)
+        scores = mixture.block.scores(last, lengths[-1], mixture.keys)  # (L + 1, H, V)
+        gains = (scores[1:] - scores[0, :, last, None]).clamp(max=_MOST_GAIN).exp()
+        return _Sought(white=(gaps @ mixture.whitener).flatten(0, 1), gains=gains)
+
+    @property
+    def n_places(self) -> int:
+        """L."""
+        return len(self.gains)
+
+    def only(self, place: int) -> _Sought:
+        """Return the same with one distance alone."""
+        return _Sought(white=self.white, gains=self.gains[place : place + 1])
+
+
+def _prompt(beams: _Beams, which: int, last: int) -> Prompt:
+    tokens = beams.tokens[which]
+    return (*tokens[tokens >= 0].flip(0).tolist(), last)
+
+
+def _left(sought: _Sought, beams: _Beams) -> Tensor:
+    """Return the share of the heads' deviation that whole prompts leave. (B,)."""
+    gaps = sought.white - beams.sums / beams.weights[..., None]
+    left: Tensor = torch.linalg.vector_norm(gaps.flatten(1), dim=1) / sought.white.norm()
+    return left
+
+
+def _refined(mixture: Mixture, sought: _Sought, one: _Beams, last: int) -> Iterator[list[Prompt]]:
+    """Change one token of a prompt after the other to what leaves least, as long as that leaves less."""
+    n_shared = sought.white.shape[0] // len(mixture.white)
+    everything = torch.arange(mixture.white.shape[1], device=sought.white.device)
+    least = float(_left(sought, one))
+    while True:
+        changed = []
+        for place in range(int((one.tokens >= 0).sum())):
+            token = int(one.tokens[0, place])
+            gain = sought.gains[place, :, token]  # (H,)
+            values = mixture.white[:, token].repeat_interleave(n_shared, dim=0)  # (H, e)
+            without = _Beams(
+                tokens=one.tokens.new_full((1, 1), -1),
+                sums=one.sums - gain[:, None] * values,
+                weights=one.weights - gain,
+                prior=one.prior - mixture.log_frequencies[token],
+            )
+            only = sought.only(place)
+            top = _scored(mixture, only, without, everything).flatten().topk(_CHANGES)
+            grown = _grown(mixture, only, without, everything, top, _CHANGES)
+            tokens = one.tokens.repeat(len(grown.prior), 1)
+            tokens[:, place] = grown.tokens[:, 0]
+            changed.append(replace(grown, tokens=tokens))
+        both = _Beams(**{f.name: torch.cat([getattr(each, f.name) for each in changed]) for f in fields(_Beams)})
+        left = _left(sought, both)
+        order = left.argsort()[:_YIELDED]
+        yield [_prompt(both, int(which), last) for which in order]
+        if float(left[order[0]]) >= least * _BETTER:
+            return
+        one, least = both.taken(order[:1]), float(left[order[0]])
+
+
+def _grown(mixture: Mixture, sought: _Sought, beams: _Beams, tried: Tensor, top: Any, n_beams: int) -> _Beams:
     """Return the beams that the best scores lead to, each set of placed tokens once."""
-    n_places = gains.shape[0]
+    n_places = sought.n_places
     is_possible = torch.isfinite(top.values)
     flat = top.indices[is_possible]
     places = flat % n_places
@@ -239,7 +313,7 @@ def _grown(mixture: Mixture, beams: _Beams, gains: Tensor, tried: Tensor, top: A
     first = list({row: number for number, row in reversed(list(enumerate(map(tuple, placed.tolist()))))}.values())
     kept = torch.tensor(sorted(first)[:n_beams], device=placed.device)
     parents, places, tokens = parents[kept], places[kept], tokens[kept]
-    gain = gains[places, :, tokens]  # (B, H)
+    gain = sought.gains[places, :, tokens]  # (B, H)
     n_shared = gain.shape[1] // len(mixture.white)
     values = mixture.white[:, tokens].transpose(0, 1).repeat_interleave(n_shared, dim=1)  # (B, H, e)
     chosen = beams.taken(parents)
@@ -251,22 +325,23 @@ def _grown(mixture: Mixture, beams: _Beams, gains: Tensor, tried: Tensor, top: A
     )
 
 
-def _scored(mixture: Mixture, white: Tensor, beams: _Beams, gains: Tensor, tried: Tensor) -> Tensor:
+def _scored(mixture: Mixture, sought: _Sought, beams: _Beams, tried: Tensor) -> Tensor:
     """Return how much speaks for each beam with each token added at each distance. (B, N, L)."""
-    n_at_once = max(1, _CELLS // (len(gains) * max(1, len(beams.prior))))
-    parts = [_part(mixture, white, beams, gains[:, :, part], part) for part in tried.split(n_at_once)]
+    n_at_once = max(1, _CELLS // (sought.n_places * max(1, len(beams.prior))))
+    parts = [_part(mixture, sought, beams, part) for part in tried.split(n_at_once)]
     likelihoods = torch.cat(parts, dim=1)
     prior = beams.prior[:, None] + mixture.log_frequencies[tried]  # (B, N)
     found = _TEMPERED * likelihoods + prior[..., None]
     return found.masked_fill_((beams.tokens >= 0)[:, None], -torch.inf)
 
 
-def _part(mixture: Mixture, white: Tensor, beams: _Beams, gains: Tensor, tokens: Tensor) -> Tensor:
+def _part(mixture: Mixture, sought: _Sought, beams: _Beams, tokens: Tensor) -> Tensor:
     """Return log-likelihoods up to a constant: heads that share values differ by what the tokens not yet placed bring.
 
     Each head's deviation is fitted by the placed tokens' with a factor of its own, for the sum of all weights is not
     known yet; what is left is normal, its covariance between the heads unknown. (B, N, L).
     """
+    white, gains = sought.white, sought.gains[:, :, tokens]
     n_shared, width = len(white) // len(mixture.white), white.shape[1]
     total = white.new_zeros(())
     for group, table in enumerate(mixture.white):
@@ -305,7 +380,7 @@ def _log_left(y: Tensor, x: Tensor, sums: Tensor, weights: Tensor, gains: Tensor
 
 
 def _log_determinant(entries: dict[tuple[int, int], Tensor], size: int) -> Tensor:
-    """Return the log-determinant of many symmetric matrices, by Cholesky; pivots are what arithmetic leaves at least."""
+    """Return the log-determinant of many symmetric matrices, by Cholesky, pivots never below what arithmetic leaves."""
     rows: dict[tuple[int, int], Tensor] = {}
     logs: Tensor | float = 0.0
     for i in range(size):
