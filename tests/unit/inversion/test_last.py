@@ -179,7 +179,7 @@ def test_changes_that_add_up_are_found_together() -> None:
 
 def test_judge_measures_as_the_ordinary_pass_does(llama: LanguageModel) -> None:
     seen = llama.capture(input_ids=random_ids(3, seed=1), layer=2).last_rows(1)
-    judge = LastJudge(lm=llama, seen=seen, deadline=float("inf"))
+    judge = LastJudge(lm=llama, seen=seen, budget=float("inf"))
     prompts = [tuple(random_ids(3, seed=seed).tolist()) for seed in range(2, 40)]
     judge.score(prompts)
     assert not judge.fitting

@@ -1,12 +1,11 @@
 """From the states of a prompt's last tokens alone, most often one vector, to the prompt.
 
-A prompt network proposes, whole prompts are run, and what comes near is repaired, for so many seconds. Only an
-ordinary forward pass within tolerance makes a prompt the answer; "unmatched" says that none was found in that time.
+Prompts are proposed and run whole, for so many seconds. Only an ordinary forward pass within tolerance makes a
+prompt the answer; "unmatched" says that none was found in that time.
 """
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,32 +17,16 @@ from torch import Tensor
 from sipit.errors import OptionError, ShapeError
 from sipit.inversion.evidence.cost import cost_of
 from sipit.inversion.evidence.result import Inversion, Miss, PositionEvidence, Verdict
-from sipit.inversion.fitting.prompts import last_differences, linear_prompts
-from sipit.inversion.inverses.prompt_network import PromptReader
-from sipit.inversion.inverses.prompt_store import load_prompt_fit
-from sipit.inversion.inverses.restored import restored
 from sipit.inversion.judging.replay import replay
 from sipit.inversion.judging.tolerance import tolerance_for
-from sipit.inversion.last.additive import metric_of, together
-from sipit.inversion.last.decode import Prompt, conditional_logs, ranked_prompts
+from sipit.inversion.last.decode import Prompt
 from sipit.inversion.last.judge import LastJudge
-from sipit.inversion.last.mixture import Mixture, decoded, heads_of, mixture_of
-from sipit.inversion.last.repair import by_slope, repaired, swept
+from sipit.inversion.last.portfolio import MIXED, MOST_READ, search_last
 from sipit.inversion.search.belonging import require_belongs
 from sipit.models import LanguageModel
-from sipit.observations import Cut, Observation, Site
+from sipit.observations import Observation, Site
 
-_BEAMS = (64, 512, 2048)  # prompts kept a length, in the first reading and those that follow
-_MENDED = 6  # nearest prompts that are repaired before the next reading
-_TOGETHER = 384  # tokens tried in each place of a prompt, whose changes are then added up
-_SINGLES = 64  # prompts of one token whose states tell what such a state looks like
-_LIKE_A_FIRST = 0.8  # cosine with their mean, from which on every single token is tried
 _MOST_TOKENS = 24  # of a prompt that is sought
-_MOST_READ = 12  # tokens that linear maps read
-_BEAMS_OF_MIXTURES = (48, 192)  # prompts kept after each token, at first and where that found none
-_LASTS, _STARTS = 4, 3  # tokens that a prompt may end in, and prompts from whose heads a solver starts
-_MIXED = Cut(1)  # where the last state is a mixture of its tokens
-_BLUR = 6e-8  # of a state's norm: what arithmetic in float32 moves it by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,21 +121,19 @@ def invert_last(
     seen = _last_rows(lm, state, layer, site)
     lengths = options.lengths(seen.seq_len)
     require_belongs(lm, seen)
-    reading = _reading(lm, seen, lengths, use_fit=use_fit)
-    searching = time.perf_counter()
-    judge = LastJudge(lm=lm, seen=seen, deadline=searching + seconds)
+    judge = LastJudge(lm=lm, seen=seen, budget=seconds)
     if on_progress is not None:
-        judge.on_tried = _teller(judge, on_progress, searching, seconds)
-    _search(lm, judge, reading, lengths)
+        judge.on_tried = _teller(judge, on_progress)
+    search_last(lm, judge, lengths, use_fit=use_fit)
     if judge.fitting:
         judge.score(_beside(lm, judge.fitting[0], lengths), to_the_end=True)
-    return _result(lm, judge, began, seconds, lengths)
+    return _result(lm, judge, began, lengths)
 
 
 def holds_last_alone(seen: Observation) -> bool:
     """Whether the last rows alone are held, of a prompt short enough to be sought whole; one missing row is none."""
     first = seen.positions[0]
-    most = _MOST_TOKENS if seen.cut == _MIXED else _MOST_READ
+    most = _MOST_TOKENS if seen.cut == MIXED else MOST_READ
     is_short = first > 1 and not seen.known_prefix and seen.n_sought <= most
     return seen.is_last or (is_short and seen.positions == tuple(range(first, first + seen.seq_len)))
 
@@ -171,127 +152,6 @@ def _last_rows(lm: LanguageModel, state: Any, layer: int | None, site: Site | No
     return Observation(states=rows, layer=lm.checked_layer(layer, site), site=site, is_last=True)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Reading:
-    """What proposes prompts for one state."""
-
-    reader: PromptReader
-    white: Tensor  # (1, D) of the state of the last token
-    metric: Tensor | None  # (W, W), see `metric_of`; None where changes of states do not add up
-    mixture: Mixture | None  # where the state is one of its tokens
-    lengths: range  # that are sought and can be read
-
-
-def _reading(lm: LanguageModel, seen: Observation, lengths: range, *, use_fit: bool) -> _Reading:
-    """Prepare what proposes: once for a model and cut, some seconds without a prompt network."""
-    reading = restored(lm, seen.cut)
-    fit = load_prompt_fit(lm, reading.cut) if use_fit else None
-    if fit is not None:
-        network = fit.network
-    else:
-        network = lm.derived(("linear prompts", reading.cut), lambda: linear_prompts(lm, reading.cut))
-    mixture = mixture_of(lm) if seen.cut == _MIXED and not seen.is_partial else None
-    if mixture is None and lengths[0] > network.max_tokens:
-        raise OptionError(
-            f"prompts of up to {network.max_tokens} tokens are sought at {seen.cut}, longer ones behind the first "
-            "block alone; pass max_tokens or length within that"
-        )
-    lengths = range(min(lengths[0], network.max_tokens), min(lengths[-1], network.max_tokens) + 1)
-    state = reading.rows(seen.states[-1:].to(lm.device), torch.tensor([lengths[-1]], device=lm.device))
-    metric = None
-    if not seen.is_partial and seen.layer > 0:
-        metric = lm.derived(("last metric", seen.cut), lambda: metric_of(last_differences(lm, seen.cut)))
-    return _Reading(
-        reader=PromptReader(lm, network), white=network.white(state), metric=metric, mixture=mixture, lengths=lengths
-    )
-
-
-def _search(lm: LanguageModel, judge: LastJudge, reading: _Reading, sought: range) -> None:
-    """Propose and try until a prompt fits or the time is up."""
-    seen, lengths = judge.seen, reading.lengths
-    if seen.layer == 0 or _is_single(lm, seen, lengths):
-        judge.score((token,) for token in range(lm.vocab_size))
-    if reading.mixture is not None and sought[-1] > 1:
-        judge.score(ranked_prompts(reading.reader, reading.white, n_beams=_BEAMS[0], lengths=lengths))
-        for n_beams in _BEAMS_OF_MIXTURES:
-            _unmix(lm, judge, reading, reading.mixture, sought, n_beams)
-    mended: set[Prompt] = set()
-    for n_beams in _BEAMS:
-        if judge.is_over and judge.tried:
-            return
-        judge.score(ranked_prompts(reading.reader, reading.white, n_beams=n_beams, lengths=lengths))
-        _mend(lm, judge, reading, mended, _MENDED)
-    while not judge.is_over:
-        before = len(judge.tried)
-        _mend(lm, judge, reading, mended, 2 * _MENDED)
-        judge.score(itertools.islice(swept(reading.reader, reading.white, judge.best), 1 << 14))
-        if len(judge.tried) == before:  # all that is near was tried: every prompt one token away from another
-            for prompt in judge.nearest(64):
-                judge.score(swept(reading.reader, reading.white, prompt))
-            return
-
-
-def _unmix(
-    lm: LanguageModel, judge: LastJudge, reading: _Reading, mixture: Mixture, lengths: range, n_beams: int
-) -> None:
-    """Seek the tokens that the state is a mixture of, behind each token that the prompt may end in."""
-    state = judge.last_row
-    nothing = torch.empty(1, 0, dtype=torch.long, device=state.device)
-    lasts = reading.reader.next_log_probabilities(reading.white, nothing)[0, :-1].topk(_LASTS).indices.tolist()
-    for last in lasts:
-        starts = [prompt for prompt in judge.nearest(16 * _STARTS) if prompt[-1] == last][:_STARTS]
-        heads = None if judge.is_over else heads_of(lm, mixture, last, state, _blur(lm, judge.seen), starts)
-        if heads is None:
-            continue
-        for prompts in decoded(mixture, last, heads, lengths, n_beams=n_beams):
-            judge.score(prompts)
-            if judge.is_over:
-                return
-
-
-def _blur(lm: LanguageModel, seen: Observation) -> Tensor:
-    """Return by how much arithmetic and rounding move each coordinate of the last row, one standard deviation. (W,)."""
-    row = seen.states[-1].float()
-    arithmetic = row.norm() / len(row) ** 0.5 * max(_BLUR, torch.finfo(lm.dtype).eps / 4)
-    rounding = row.abs() * torch.finfo(getattr(torch, seen.dtype)).eps / 4  # half a step at most, evenly spread
-    if seen.half_step is not None:
-        rounding = torch.maximum(rounding, seen.half_step[-1].to(row) / 3**0.5)
-    return rounding.clamp(min=float(arithmetic)).to(lm.device)
-
-
-def _mend(lm: LanguageModel, judge: LastJudge, reading: _Reading, mended: set[Prompt], n: int) -> None:
-    """Repair the nearest prompts, and what that brings nearer, one after the other."""
-    reader, white = reading.reader, reading.white
-    for _ in range(n):
-        waiting = [prompt for prompt in judge.nearest(n + len(mended)) if prompt not in mended]
-        if not waiting or judge.is_over:
-            return
-        prompt = waiting[0]
-        mended.add(prompt)
-        if reading.metric is not None and len(prompt) > 1:
-            tokens = conditional_logs(reader, white, prompt).topk(min(_TOGETHER, lm.vocab_size), dim=1).indices
-            judge.score(together(judge, prompt, tokens, reading.metric))
-        judge.score(repaired(reader, white, prompt, reading.lengths))
-        if not judge.is_over:
-            judge.score(by_slope(lm, judge.seen, prompt))
-
-
-def _is_single(lm: LanguageModel, seen: Observation, lengths: range) -> bool:
-    """Whether the state looks like that of a prompt of one token, which is another kind in most models."""
-    if 1 not in lengths:
-        return False
-    if lengths[-1] == 1:
-        return True
-    ids = torch.arange(_SINGLES)[:, None] * 7919 % lm.vocab_size
-    firsts = lm.cut(seen.cut).ordinary_batch(ids)[:, 0].float()  # (N, W)
-    pairs = lm.cut(seen.cut).ordinary_batch(torch.cat([ids, ids.roll(1, 0)], dim=1))[:, 1].float()
-    held = seen.states[-1:].to(firsts.device).float()
-    near_first, near_other = (
-        torch.nn.functional.cosine_similarity(held, rows.mean(dim=0, keepdim=True)) for rows in (firsts, pairs)
-    )
-    return bool(near_first > max(_LIKE_A_FIRST, float(near_other)))
-
-
 def _beside(lm: LanguageModel, prompt: Prompt, lengths: range) -> Iterator[Prompt]:
     """Yield prompts whose states may be equal by design: a token repeated more or less often, tokens of equal rows."""
     for place, token in enumerate(prompt):
@@ -306,7 +166,7 @@ def _beside(lm: LanguageModel, prompt: Prompt, lengths: range) -> Iterator[Promp
             yield (prompt[0],) * again
 
 
-def _result(lm: LanguageModel, judge: LastJudge, began: float, budget: float, lengths: range) -> Inversion:
+def _result(lm: LanguageModel, judge: LastJudge, began: float, lengths: range) -> Inversion:
     fitting = list(dict.fromkeys(judge.fitting))
     best: Prompt = fitting[0] if fitting else judge.best
     seen = judge.seen.ending_at(max(len(best), lengths[0]))
@@ -343,7 +203,7 @@ def _result(lm: LanguageModel, judge: LastJudge, began: float, budget: float, le
             tolerance=float(tolerance.max()),
             n_checked=len(judge.tried),
             runner_up=others[1] if len(others) > 1 else None,
-            diagnosis=_diagnosis(lm, judge, best, budget, lengths),
+            diagnosis=_diagnosis(lm, judge, best, lengths),
         )
     ids = best if fitting else ()
     return Inversion(
@@ -368,10 +228,10 @@ def _result(lm: LanguageModel, judge: LastJudge, began: float, budget: float, le
     )
 
 
-def _diagnosis(lm: LanguageModel, judge: LastJudge, best: Prompt, budget: float, lengths: range) -> str:
+def _diagnosis(lm: LanguageModel, judge: LastJudge, best: Prompt, lengths: range) -> str:
     """Say what was not found, within which budget, and what came nearest."""
     sought = f"{lengths[0]} to {lengths[-1]}" if len(lengths) > 1 else f"{lengths[0]}"
-    said = f"no prompt of {sought} tokens was found within {budget:g} s and {len(judge.tried):,} prompts tried"
+    said = f"no prompt of {sought} tokens was found within {judge.budget:g} s and {len(judge.tried):,} prompts tried"
     if best:
         shown = lm.decode(best)
         shown = repr(shown) if shown is not None else str(list(best))
@@ -379,15 +239,15 @@ def _diagnosis(lm: LanguageModel, judge: LastJudge, best: Prompt, budget: float,
     return f"{said}; give it more seconds, a prompt network (sipit fit --last), or the prompt may be longer"
 
 
-def _teller(judge: LastJudge, on_progress: OnLastProgress, began: float, budget: float) -> Callable[[int], None]:
+def _teller(judge: LastJudge, on_progress: OnLastProgress) -> Callable[[int], None]:
     def tell(n_tried: int) -> None:
         on_progress(
             LastProgress(
                 n_tried=n_tried,
                 nearest=judge.best,
                 distance=judge.tried[judge.best],
-                seconds=time.perf_counter() - began,
-                budget=budget,
+                seconds=judge.seconds,
+                budget=judge.budget,
             )
         )
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -34,7 +35,7 @@ class LastJudge:
 
     lm: LanguageModel
     seen: Observation
-    deadline: float  # of time.perf_counter(): no pass starts after it
+    budget: float  # seconds: no pass starts after them
     meter: Meter = field(default_factory=Meter)
     tried: dict[Prompt, float] = field(default_factory=dict)  # prompt → distance, exact where it is near
     fitting: list[Prompt] = field(default_factory=list)  # that lie within tolerance by an ordinary pass
@@ -46,11 +47,24 @@ class LastJudge:
         self._norm = float(self._observed.norm())
         self._error = _FIRST_ERROR
         self._limits: dict[int, float] = {}  # length → tolerance
+        self._began = time.perf_counter()
 
     @property
     def is_over(self) -> bool:
         """Whether the time is up, or a prompt was found."""
-        return bool(self.fitting) or time.perf_counter() >= self.deadline
+        return bool(self.fitting) or self.seconds >= self.budget
+
+    @property
+    def seconds(self) -> float:
+        """How long the search has taken, without what was paused."""
+        return time.perf_counter() - self._began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count the time spent within."""
+        stopped = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - stopped
 
     def nearest(self, n: int) -> list[Prompt]:
         """Return the n prompts that came nearest."""

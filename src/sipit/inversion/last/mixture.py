@@ -31,7 +31,7 @@ _RIDGE = 1e-5  # of the mean diagonal
 _FLOOR = 1e-3  # of the mean eigenvalue of values, added to each
 _COARSEST = 1e-2  # of the state's norm: blur of the first step
 _SOLVED = 300.0  # squared standard deviations of blur left of a coordinate, on average
-_PLAUSIBLE = 4.0  # squared standard deviations of heads that a regression misses them by, on average
+_PLAUSIBLE, _HOPELESS = 4.0, 12.0  # squared standard deviations that a regression misses heads by, on average
 _DAMPING, _MOST_DAMPING = 1e-6, 1e3  # of a step that leads away, at first, and where none leads on
 _LEAST_LEFT = 1e-7  # of a head's squared deviation: what float32 leaves
 _TEMPERED = 0.3  # share of the log-likelihood that counts: values are not normal, and their coordinates not independent
@@ -155,6 +155,8 @@ def heads_of(
                     steps, left = longer, after
                     break
                 damping = 10 * damping or _DAMPING
+            if float(steps.square().mean()) > _HOPELESS:
+                break
         if float((left / blur).square().mean()) <= _SOLVED and float(steps.square().mean()) <= _PLAUSIBLE:
             heads: Tensor = (guess + spread @ steps).float().unflatten(0, (-1, width)).to(lm.device)
             return heads

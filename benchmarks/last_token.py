@@ -1,0 +1,115 @@
+"""Prompts from the state of their last token alone: share recovered exactly, tokens right and seconds, by length.
+
+python -m benchmarks.last_token --text-file F --layer 1 --lengths 4,6,8,12,16 --prompts 20 --json OUT
+python -m benchmarks.last_token --random-ids --layer 1 --lengths 3 --prompts 20
+python -m benchmarks.last_token --plot docs/last-token.svg OUT [OUT ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+import sipit
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--layer", default="1", help="blocks run, or 'final'")
+    parser.add_argument("--text-file", type=Path)
+    parser.add_argument("--random-ids", action="store_true")
+    parser.add_argument("--lengths", default="4,6,8")
+    parser.add_argument("--prompts", type=int, default=20, help="of each length")
+    parser.add_argument("--max-tokens", type=int, default=8, help="longest prompt sought; longer lengths raise it")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="draw the records named instead of measuring")
+    parser.add_argument("records", nargs="*", type=Path)
+    options = parser.parse_args()
+    if options.plot is not None:
+        _draw(options.plot, [run for path in options.records for run in json.loads(path.read_text("utf-8"))["runs"]])
+        return
+    lm = sipit.load(options.model)
+    cut = {"layer": lm.n_layers, "site": "final"} if options.layer == "final" else {"layer": int(options.layer)}
+    ids = None if options.random_ids else lm.encode(options.text_file.read_text("utf-8"))
+    generator = torch.Generator().manual_seed(options.seed)
+    warm = lm.capture(input_ids=torch.arange(2), **cut).states[-1]
+    sipit.invert_last(lm, warm, max_tokens=2, seconds=1, **cut)  # what is prepared once a process
+    runs = []
+    for length in map(int, options.lengths.split(",")):
+        kept = []
+        for _ in range(options.prompts):
+            if ids is None:
+                prompt = torch.randint(lm.vocab_size, (length,), generator=generator)
+            else:
+                at = int(torch.randint(len(ids) - length, (1,), generator=generator))
+                prompt = ids[at : at + length]
+            kept.append(_run(lm, prompt, cut, max(options.max_tokens, length), options.seconds))
+            runs.append({"layer": options.layer, "length": length, "random_ids": ids is None, **kept[-1]})
+            if options.json is not None:
+                about = {"model": options.model, "seconds": options.seconds, "threads": torch.get_num_threads()}
+                options.json.write_text(json.dumps({**about, "runs": runs}, indent=1), encoding="utf-8")
+        n_exact = sum(run["exact"] and run["verdict"] == "recovered" for run in kept)
+        n_wrong = sum(not run["exact"] and run["verdict"] == "recovered" for run in kept)
+        share = sum(run["tokens_right"] for run in kept) / (length * len(kept))
+        print(
+            f"layer {options.layer}, {length} tokens: {n_exact} of {len(kept)} recovered, {n_wrong} wrong, "
+            f"{share:.0%} of tokens, median {median(run['seconds'] for run in kept):.1f} s",
+            flush=True,
+        )
+
+
+def _run(
+    lm: sipit.LanguageModel, prompt: torch.Tensor, cut: dict[str, Any], max_tokens: int, seconds: float
+) -> dict[str, Any]:
+    state = lm.capture(input_ids=prompt, **cut).states[-1]
+    began = time.perf_counter()
+    found = sipit.invert_last(lm, state, max_tokens=max_tokens, seconds=seconds, **cut)
+    took = time.perf_counter() - began
+    truth = prompt.tolist()
+    answer = list(found.input_ids or (found.other_prompts[0] if found.other_prompts else ()))
+    right = sum(a == b for a, b in zip(answer[::-1], truth[::-1], strict=False))
+    return {
+        "verdict": found.verdict,
+        "exact": answer == truth and found.verdict != "unmatched",
+        "is_named": tuple(truth) in found.other_prompts or answer == truth,
+        "tokens_right": right,  # of the answer, or of the nearest prompt, counted from the end
+        "seconds": took,
+    }
+
+
+def _draw(path: Path, runs: list[dict[str, Any]]) -> None:
+    """Draw the share recovered against the length of the prompt, a line for each layer and kind of prompt."""
+    import matplotlib.pyplot as plt
+
+    series: dict[tuple[str, bool], dict[int, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        series[run["layer"], run["random_ids"]][run["length"]].append(run["exact"] and run["verdict"] == "recovered")
+    figure, axes = plt.subplots(figsize=(6.4, 3.6))
+    styles = (("o", "#0072B2"), ("s", "#D55E00"), ("^", "#009E73"), ("D", "#CC79A7"), ("v", "#777777"))
+    for ((layer, is_random), found), (marker, colour) in zip(sorted(series.items()), styles, strict=False):
+        lengths = sorted(found)
+        shares = [100 * sum(found[n]) / len(found[n]) for n in lengths]
+        label = f"layer {layer}" + (", random ids" if is_random else "")
+        axes.plot(lengths, shares, marker=marker, color=colour, label=label)
+        axes.annotate(label, (lengths[-1], shares[-1]), xytext=(6, 0), textcoords="offset points", color=colour)
+    axes.set_xlabel("tokens of the prompt")
+    axes.set_ylabel("% recovered exactly")
+    axes.set_ylim(-4, 104)
+    axes.margins(x=0.18)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()
