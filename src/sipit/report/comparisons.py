@@ -47,7 +47,7 @@ def _margins(values: Values) -> list[Row]:
 
 
 def _inversion(values: Values) -> list[Row]:
-    found = []
+    found: list[Row] = []
     for method in dict.fromkeys(v["method"] for v in values):
         runs = [v for v in values if v["method"] == method]
         seconds, n_exact = [v["seconds"] for v in runs], sum(v["exact"] for v in runs)
