@@ -105,6 +105,14 @@ def test_numbers_sort_before_words_and_blanks_come_last(browser: Chromium, tmp_p
     assert tab.run(read) == ["item 10", "item 9", "3", "1e-07", "-2.5", ""]
 
 
+def test_nothing_is_cut_off_on_paper(browser: Chromium, pages: dict[str, Path]) -> None:
+    for page in pages.values():
+        tab = Tab(browser, width=718, scheme="light")  # A4 within Chromium's margins, in CSS pixels
+        tab.call("Emulation.setEmulatedMedia", media="print")
+        tab.open(page)
+        assert tab.run("document.documentElement.scrollWidth") <= 718
+
+
 def test_the_report_prints_itself(tmp_path: Path) -> None:
     assert main(["report", str(_RESULTS), "--out", str(tmp_path / "p.html"), "--pdf", str(tmp_path / "p.pdf")]) == 0
     printed = (tmp_path / "p.pdf").read_bytes()

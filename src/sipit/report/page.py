@@ -20,13 +20,13 @@ _STYLE = """
 --good:#2fc79a;--warn:#f0b93a;--bad:#ff9757;--link:#7cc4f2;--heat:#8f3d00;--a:#56b4e9;--b:#ff8c42;--c:#2fc79a;
 --d:#e39ac4;--e:#f0b93a;--f:#8fd0f5}}
 *{box-sizing:border-box}body{margin:0 auto;max-width:66rem;padding:1.5rem 1.2rem 4rem;background:var(--paper);
-color:var(--ink);font:16px/1.55 system-ui,sans-serif;overflow-wrap:break-word}a{color:var(--link)}
+color:var(--ink);font:1rem/1.55 system-ui,sans-serif;overflow-wrap:break-word}a{color:var(--link)}
 h1{font-size:1.7rem;line-height:1.25}h2{font-size:1.25rem;margin-top:2.4rem;border-bottom:1px solid var(--line);
 padding-bottom:.25rem}h3{font-size:1.05rem}.lead{font-size:1.12rem}.soft,figcaption{color:var(--soft);
 font-size:.92rem}figure{margin:1.2rem 0}.wide{overflow-x:auto;margin:.8rem 0}table{border-collapse:collapse;
 font-variant-numeric:tabular-nums;font-size:.92rem}th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);
 text-align:left;vertical-align:top}th.n,td.n{text-align:right}td.n{white-space:nowrap}td.t{min-width:15rem}
-.wide td:first-child{min-width:10rem}th[data-sort]{cursor:pointer;user-select:none;vertical-align:bottom}
+.wide td:first-child:not(.n){min-width:10rem}th[data-sort]{cursor:pointer;user-select:none;vertical-align:bottom}
 th[data-sort]:after{content:"\\a0\\2195";color:var(--soft)}th[data-sort=up]:after{content:"\\a0\\2191"}
 th[data-sort=down]:after{content:"\\a0\\2193"}summary{cursor:pointer;color:var(--link)}
 code,pre{font-family:ui-monospace,monospace;font-size:.88em;background:var(--wash)}
@@ -37,10 +37,11 @@ svg text{fill:var(--ink);font:12px system-ui,sans-serif}
 .wrong:before{content:"\\2717\\a0"}.open:before{content:"\\2013\\a0"}
 .token{display:inline-block;padding:0 .2rem;margin:.1rem;border:1px solid var(--line);border-radius:.2rem;
 background:var(--wash);white-space:pre}.token.miss{border-color:var(--b);text-decoration:line-through}
-@media (min-width:60rem){.wide td:first-child{min-width:15rem}}
+@media (min-width:60rem){.wide td:first-child:not(.n){min-width:15rem}}
 @media (max-width:44rem){.claims thead{display:none}.claims tr{display:block;border-bottom:1px solid var(--line);
 padding:.6rem 0}.claims td{display:block;border:0;padding:.1rem 0}}
-@media print{body{max-width:none;font-size:12px}.wide{overflow:visible}svg{min-width:0}h2,h3{break-after:avoid}
+@media print{html{font-size:11px}body{max-width:none}.wide{overflow:visible}svg,.wide td:first-child:not(.n),td.t{
+min-width:0}th[data-sort]:after{content:none}h2,h3{break-after:avoid}
 figure,tr{break-inside:avoid}}
 """
 

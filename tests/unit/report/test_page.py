@@ -39,6 +39,13 @@ def test_the_sentence_says_what_came_back_what_changed_nothing_and_what_hides() 
     assert "under gaussian 0.5 50 % of tokens still came back" in text
 
 
+def test_a_defence_that_hides_something_somewhere_did_not_change_nothing() -> None:
+    elsewhere = {**NOISY, "layer": 9, "exact_prompts": 4, "exact_tokens": 80}
+    text = sentence({**RECORD, "cells": [CELL, NOISY, elsewhere]})
+    assert "changed nothing" not in text
+    assert "under gaussian 0.5 50 % of tokens still came back" in text
+
+
 def test_tables_sort_by_numbers_and_heat_maps_show_shares() -> None:
     text = table(["a", "b"], [[1, ("2 of 3", 0.5)], [1000.5, "<i>"], [None, True]])
     assert 'data-value="0.5">2 of 3' in text
