@@ -60,7 +60,7 @@ class Claim(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Run:
+class Run:
     """An experiment on one model at one scale."""
 
     label: str
@@ -73,18 +73,51 @@ class _Run:
         return _values(self.records)
 
 
-def reproduction_page(records: Records, claims: Mapping[str, Claim]) -> str:
-    """Return the page of all records of a folder.
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """An experiment with all that was run of it."""
+
+    claim: Claim
+    runs: tuple[Run, ...]
+
+    @property
+    def kind(self) -> Kind:
+        """The weakest of its runs' verdicts."""
+        return worst([run.kind for run in self.runs])
+
+    @property
+    def verdict(self) -> str:
+        """The verdict in words."""
+        return _VERDICTS[self.kind]
+
+    @property
+    def sentences(self) -> list[str]:
+        """What each run says, behind its model's name where there are several."""
+        names = [f"{run.label}: " if len(self.runs) > 1 else "" for run in self.runs]
+        return [f"{name}{_sentence(run.says)}" for name, run in zip(names, self.runs, strict=True)] or [
+            "No record yet."
+        ]
+
+
+def judged(records: Records, claims: Mapping[str, Claim]) -> list[Judged]:
+    """Return each experiment with its verdict; of several models and scales, each is judged by itself.
 
     Args:
-        records: as `sipit reproduce` writes them; of several models and scales, each is judged by itself.
+        records: as `sipit reproduce` writes them.
         claims: by the name of the experiment, in the order of the page.
     """
-    runs = {name: _runs(one, [r for r in records if r["experiment"] == name]) for name, one in claims.items()}
-    kinds = {name: worst([run.kind for run in found]) for name, found in runs.items()}
-    rows = "".join(_overview_row(one, runs[name], kinds[name]) for name, one in claims.items())
+    return [
+        Judged(claim=one, runs=_runs(one, [r for r in records if r["experiment"] == name]))
+        for name, one in claims.items()
+    ]
+
+
+def reproduction_page(records: Records, claims: Mapping[str, Claim]) -> str:
+    """Return the page of all records of a folder. Arguments as for `judged`."""
+    found = judged(records, claims)
+    rows = "".join(map(_overview_row, found))
     head = "".join(f"<th>{name}</th>" for name in ("where", "claim", "here", "by"))
-    counts = {kind: list(kinds.values()).count(kind) for kind in _VERDICTS}
+    counts = {kind: sum(one.kind == kind for one in found) for kind in _VERDICTS}
     lead = ", ".join(f"{n} {_VERDICTS[kind]}" for kind, n in counts.items() if n)
     models = sorted({r["model"] for r in records if claims[r["experiment"]].uses_model}) or ["models of our own"]
     body = [
@@ -92,12 +125,12 @@ def reproduction_page(records: Records, claims: Mapping[str, Claim]) -> str:
         f"tried on {escape(' and '.join(models))}: {lead}.</p>",
         f"<p class='soft'>{escape(_setting(models))}</p>",
         f'<table class="claims"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>',
-        *(_section(one, runs[name], kinds[name]) for name, one in claims.items()),
+        *map(_section, found),
     ]
     return page("What of the paper holds here", "\n".join(body), list(records))
 
 
-def _runs(one: Claim, records: Records) -> list[_Run]:
+def _runs(one: Claim, records: Records) -> tuple[Run, ...]:
     """Part the records of an experiment by model and scale, and judge each part."""
     parts: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for record in records:
@@ -107,8 +140,8 @@ def _runs(one: Claim, records: Records) -> list[_Run]:
     for (model, _, scale), part in parts.items():
         name = model if one.uses_model else _OWN_MODELS
         kind, says = judge(one.name, _values(part))
-        found.append(_Run(label=f"{name}, {scale}" if has_scales else name, records=part, kind=kind, says=says))
-    return found
+        found.append(Run(label=f"{name}, {scale}" if has_scales else name, records=part, kind=kind, says=says))
+    return tuple(found)
 
 
 def _values(records: Records) -> list[dict[str, Any]]:
@@ -124,20 +157,16 @@ def _setting(models: Sequence[str]) -> str:
     )
 
 
-def _overview_row(one: Claim, runs: Sequence[_Run], kind: Kind) -> str:
+def _overview_row(one: Judged) -> str:
+    claim = one.claim
     return (
-        f'<tr><td><a href="#{one.name}">{escape(one.answers)}</a></td><td>{escape(_sentence(one.claim))}</td>'
-        f'<td class="{kind}">{_VERDICTS[kind]}</td><td>{_says(runs)}</td></tr>'
+        f'<tr><td><a href="#{claim.name}">{escape(claim.answers)}</a></td><td>{escape(_sentence(claim.claim))}</td>'
+        f'<td class="{one.kind}">{one.verdict}</td><td>{_says(one)}</td></tr>'
     )
 
 
-def _says(runs: Sequence[_Run]) -> str:
-    """Return what each run says, with its model's name where there are several."""
-    if not runs:
-        return "No record yet."
-    return "<br>".join(
-        f"{f'<b>{escape(run.label)}</b>: ' if len(runs) > 1 else ''}{escape(_sentence(run.says))}" for run in runs
-    )
+def _says(one: Judged) -> str:
+    return "<br>".join(map(escape, one.sentences))
 
 
 def _sentence(text: str) -> str:
@@ -146,26 +175,27 @@ def _sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}{end}"
 
 
-def _section(one: Claim, runs: Sequence[_Run], kind: Kind) -> str:
+def _section(one: Judged) -> str:
+    claim, runs = one.claim, one.runs
     parts = [
-        f'<h2 id="{one.name}">{escape(one.name)}: {escape(one.answers)}</h2>',
-        f"<p>Claim: {escape(one.claim)}.</p><p>Paper: {escape(one.paper)}.</p>",
+        f'<h2 id="{claim.name}">{escape(claim.name)}: {escape(claim.answers)}</h2>',
+        f"<p>Claim: {escape(claim.claim)}.</p><p>Paper: {escape(claim.paper)}.</p>",
     ]
-    if one.caveat:
-        parts.append(f"<p>Checked: {escape(one.caveat)}.</p>")
-    parts.append(f'<p>Here: <span class="{kind}">{_VERDICTS[kind]}</span>. {_says(runs)}</p>')
+    if claim.caveat:
+        parts.append(f"<p>Checked: {escape(claim.caveat)}.</p>")
+    parts.append(f'<p>Here: <span class="{one.kind}">{one.verdict}</span>. {_says(one)}</p>')
     if not runs:
-        return "".join([*parts, f"<pre>sipit reproduce {escape(one.name)}</pre>"])
-    if one.paper_table is not None:
-        parts.append(_beside(one.paper_table, one.name, runs))
+        return "".join([*parts, f"<pre>sipit reproduce {escape(claim.name)}</pre>"])
+    if claim.paper_table is not None:
+        parts.append(_beside(claim.paper_table, claim.name, runs))
     for run in runs:
         if len(runs) > 1:
             parts.append(f"<h3>{escape(run.label)}</h3>")
-        parts += [figure(one.name, run.values), _records_table(one.name, run), _made_by(one, run)]
+        parts += [figure(claim.name, run.values), _records_table(claim.name, run), _made_by(claim, run)]
     return "".join(parts)
 
 
-def _beside(numbers: Numbers, name: str, runs: Sequence[_Run]) -> str:
+def _beside(numbers: Numbers, name: str, runs: Sequence[Run]) -> str:
     """Return the paper's rows, then ours, each with what it is of."""
     rows = [[f"paper: {label}", *map(_number, shown)] for label, shown in numbers.rows]
     for run in runs:
@@ -180,7 +210,7 @@ def _number(value: float | None) -> tuple[str, str]:
     return (f"{value:,.4g}" if abs(value) < 1000 and value != int(value) else number(value), repr(value))
 
 
-def _records_table(name: str, run: _Run) -> str:
+def _records_table(name: str, run: Run) -> str:
     """Return the records as rows; what is the same in all of them is said once above."""
     rows = record_rows(name, run.values)
     if not rows:
@@ -201,7 +231,7 @@ def _word(value: Any) -> str:
     return number(value) if isinstance(value, int | float) else str(value)
 
 
-def _made_by(one: Claim, run: _Run) -> str:
+def _made_by(one: Claim, run: Run) -> str:
     first = run.records[0]
     threads = f"{first['threads']} thread{'s' if first['threads'] != 1 else ''}"
     commands = "".join(f"<pre>{escape(command)}</pre>" for command in dict.fromkeys(r["command"] for r in run.records))

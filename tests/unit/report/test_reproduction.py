@@ -45,12 +45,12 @@ def test_models_are_judged_apart_and_the_claim_by_the_weaker() -> None:
     falling = [_record("margins", _margin(layer, least), model="b") for layer, least in ((1, 2.0), (9, 1.0))]
     row = _row(reproduction_page([*rising, *falling], EXPERIMENTS), "margins")
     assert 'class="limit">held with this limit<' in row
-    assert "<b>b</b>: Least margin" in row
+    assert "<br>b: Least margin" in row
 
 
 def test_scales_are_judged_apart() -> None:
     records = [_record("margins", _margin(1, 1.0), scale="smoke"), _record("margins", _margin(1, 3.0))]
-    assert "<b>m, smoke</b>" in _row(reproduction_page(records, EXPERIMENTS), "margins")
+    assert "m, smoke: Least margin" in _row(reproduction_page(records, EXPERIMENTS), "margins")
 
 
 def test_what_all_rows_share_is_said_once() -> None:
