@@ -13,7 +13,7 @@ from sipit.cli import main
 from sipit.experiments.catalogue import EXPERIMENTS
 from sipit.report.comparisons import ours
 from sipit.report.judges import Kind, judge, worst
-from sipit.report.reproduction import reproduction_page
+from sipit.report.reproduction import judged, reproduction_page
 
 _ROOT = Path(__file__).parents[3]
 _HEAD = {"fingerprint": "f", "dtype": "float32", "device": "cpu", "threads": 1, "torch": "2", "seconds": 1.0}
@@ -92,6 +92,21 @@ def test_the_committed_page_is_that_of_the_committed_records(tmp_path: Path) -> 
     assert main(["report", str(_ROOT / "results"), "--out", str(tmp_path / "page.html")]) == 0
     committed = (_ROOT / "docs" / "reproduction.html").read_bytes()
     assert (tmp_path / "page.html").read_bytes() == committed, "make it again: sipit report results --out docs/…"
+
+
+def paper_table_rows() -> list[str]:
+    """Return the rows of the table in docs/figures.md that the committed records give."""
+    files = [_ROOT / "results" / f"{name}.jsonl" for name in EXPERIMENTS]
+    records = [json.loads(line) for path in files for line in path.read_text("utf-8").splitlines()]
+    return [
+        f"| {one.claim.answers} | `{one.claim.name}` | {one.verdict} | {'<br>'.join(one.sentences)} |"
+        for one in judged(records, EXPERIMENTS)
+    ]
+
+
+def test_the_docs_quote_the_committed_records() -> None:
+    quoted = (_ROOT / "docs" / "figures.md").read_text("utf-8")
+    assert [row for row in paper_table_rows() if row not in quoted] == []
 
 
 def _timed(seconds: list[float]) -> list[dict[str, Any]]:
