@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from statistics import fmean, median, pstdev
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from sipit.experiments.bench import bench, random_prompts
 from sipit.experiments.experiment import Experiment, Setting, Task, Values
 from sipit.experiments.paper import TABLE_4, TABLE_5, TABLE_7
 from sipit.inversion import invert
+from sipit.inversion.inverses.store import load_fit
 from sipit.models.plain_pass import plain_seconds
 from sipit.observations import Cut
 
@@ -49,7 +49,9 @@ def _tried(setting: Setting, method: str, ids: Tensor, cut: Cut, most: float) ->
     if method != "hard-prompts":
         (run,) = bench(lm, [ids], cuts=[cut], methods=[method], seed=setting.seed, max_seconds=most)
         right = len(ids) if run.exact else None
-        return {**asdict(run), "method": method, "time_limit": most, "exact_tokens": right}
+        is_fitted = method == "auto" and load_fit(lm, cut) is not None
+        about = {"method": method, "time_limit": most, "exact_tokens": right, "is_fitted": is_fitted}
+        return {**asdict(run), **about}
     seen = lm.capture(input_ids=ids, layer=cut.layer, site=cut.site)
     found = hard_prompts(lm, seen, n_steps=setting.of_scale(20, 1000, 100_000), max_seconds=most, seed=setting.seed)
     plain = plain_seconds(lm, cut, len(ids))
@@ -99,12 +101,12 @@ def _share(setting: Setting) -> Iterator[Task]:
     yield Task(key="auto, no fit", make=lambda: _summary(setting, prompts, cut, use_fit=False))
 
 
-def _summary(setting: Setting, prompts: Sequence[Tensor], cut: Cut, **options: Any) -> Values:
+def _summary(setting: Setting, prompts: Sequence[Tensor], cut: Cut, *, use_fit: bool = True) -> Values:
     lm = setting.lm
     runs = []
     for ids in prompts:
         seen = lm.capture(input_ids=ids, layer=cut.layer, site=cut.site)
-        runs.append((invert(lm, seen, **options), tuple(ids.tolist())))
+        runs.append((invert(lm, seen, use_fit=use_fit), tuple(ids.tolist())))
     seconds = [found.seconds for found, _ in runs]
     tried = [position.n_checked / lm.vocab_size for found, _ in runs for position in found.positions]
     return {
@@ -120,6 +122,7 @@ def _summary(setting: Setting, prompts: Sequence[Tensor], cut: Cut, **options: A
         "n_passes": median(found.n_passes for found, _ in runs),
         "share_of_vocabulary": fmean(tried) if tried else None,
         "vocab_size": lm.vocab_size,
+        "is_fitted": use_fit and load_fit(lm, cut) is not None,
         "threads": torch.get_num_threads(),
     }
 

@@ -121,7 +121,16 @@ def _plain(value: Any) -> Any:
     return value
 
 
-_PRICE = ("n_prompts", "n_exact", "seconds", "seconds_deviation", "wall_ratio", "prefill_ratio", "n_passes")
+_PRICE = (
+    "n_prompts",
+    "n_exact",
+    "seconds",
+    "seconds_deviation",
+    "wall_ratio",
+    "prefill_ratio",
+    "n_passes",
+    "is_fitted",
+)
 _COLUMNS: dict[str, tuple[str, ...]] = {
     "distances": (
         *("n_pairs", "n_collisions", "least_float64", "least_varied_float64", "relative_to_norm", "median"),
@@ -132,7 +141,7 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
     "families": ("n_prompts", "n_pairs", "n_collisions", "least", "mean_norm"),
     "matched-next-tokens": ("n_prompts", "n_pairs", "n_collisions", "least", "least_of_any", "closest_texts"),
     "margins": ("n_prefixes", "n_tokens", "least", "mean", "median_relative_to_norm"),
-    "inversion": ("exact", "exact_tokens", "verdict", "seconds", "wall_ratio", "n_passes", "n_checked"),
+    "inversion": ("exact", "exact_tokens", "verdict", "seconds", "wall_ratio", "n_passes", "n_checked", "is_fitted"),
     "long-prompts": (*_PRICE, "share_of_vocabulary"),
     "vocabulary-share": (*_PRICE, "share_of_vocabulary"),
     "time-by-layer": (*_PRICE, "share_of_vocabulary"),
@@ -180,6 +189,7 @@ _HEADINGS = {
     "random_right": "share right in random ones",
     "largest_gap": "largest gap alone",
     "least_gap_behind_another_token": "least gap behind another token",
+    "is_fitted": "with a fitted inverse",
     "is_analytic": "analytic",
     "is_routed": "routed",
 }
