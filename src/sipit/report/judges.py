@@ -31,11 +31,13 @@ def _distances(values: Values) -> tuple[Kind, str]:
     pairs, hits = sum(v["n_pairs"] for v in values), sum(v["n_collisions"] for v in values)
     varied = min(v["least_varied_float64"] for v in values)
     least = min(v["least_float64"] for v in values)
-    says = f"{hits} of {pairs:,} pairs within 1e-6; the closest in float64 {number(least)} apart"
+    threshold = values[0]["threshold"]
+    says = f"{hits} of {pairs:,} pairs within {threshold:g}; the closest in float64 {number(least)} apart"
     repeats = f", {number(varied)} where no prompt repeats one token only"
-    if hits and varied > 1e-6:
+    # In float32 rounding alone may hide a collision, or make one.
+    if (hits or least <= threshold) and varied > threshold:
         return "limit", f"{says}{repeats}: prompts of one repeated token are the exception."
-    return ("held" if varied > 1e-6 else "wrong"), says + repeats + "."
+    return ("held" if varied > threshold else "wrong"), says + repeats + "."
 
 
 def _precision(values: Values) -> tuple[Kind, str]:

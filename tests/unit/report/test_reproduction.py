@@ -129,6 +129,12 @@ def test_hard_prompts_that_are_right_once_limit_the_claim() -> None:
     assert judge("inversion", [_run("auto", False), never])[0] == "wrong"
 
 
+@pytest.mark.parametrize(("least", "varied", "kind"), [(0.5, 0.5, "held"), (0.0, 0.5, "limit"), (0.0, 1e-9, "wrong")])
+def test_a_collision_that_only_float64_shows_is_not_passed_over(least: float, varied: float, kind: Kind) -> None:
+    values = {"n_pairs": 10, "n_collisions": 0, "threshold": 1e-6, "least_float64": least}
+    assert judge("distances", [{**values, "least_varied_float64": varied}])[0] == kind
+
+
 def test_doubling_under_4_bits_is_checked() -> None:
     def values(least: float) -> list[dict[str, Any]]:
         gaps = {"float32": 1.0, "int4": least}
