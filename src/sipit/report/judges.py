@@ -103,12 +103,14 @@ def _inversion(values: Values) -> tuple[Kind, str]:
         f"{name} {exact[name]} of {len(runs)} in {number(fmean(v['seconds'] for v in runs))} s"
         for name, runs in methods.items()
     ]
-    ours = [v["exact"] for name in ("auto", "auto-no-fit") for v in methods.get(name, [])]
+    ours = [v for name in ("auto", "auto-no-fit") for v in methods.get(name, [])]
+    stopped = sum(v.get("verdict") == "stopped" for v in ours)
     limits = sorted({v["time_limit"] for v in values})
-    kind: Kind = "held" if ours and all(ours) else "wrong"
-    if kind == "held" and exact.get("hard-prompts"):
+    kind: Kind = "held" if ours and all(v["exact"] or v.get("verdict") == "stopped" for v in ours) else "wrong"
+    if kind == "held" and (stopped or exact.get("hard-prompts")):
         kind = "limit"
-        parts.append("HardPrompts was not always wrong")
+        parts += [f"{stopped} of ours had to stop before they were done"] if stopped else []
+        parts += ["HardPrompts was not always wrong"] if exact.get("hard-prompts") else []
     return kind, f"Exact answers: {'; '.join(parts)} (mean; stopped after {', '.join(f'{x:g}' for x in limits)} s)."
 
 

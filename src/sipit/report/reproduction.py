@@ -140,6 +140,10 @@ def _runs(one: Claim, records: Records) -> tuple[Run, ...]:
     for (model, _, scale), part in parts.items():
         name = model if one.uses_model else _OWN_MODELS
         kind, says = judge(one.name, _values(part))
+        refused = [f"{r['key']} was refused: {r['values']['refused']}" for r in part if "refused" in r["values"]]
+        if refused and kind == "held":
+            kind = "limit"
+        says = " ".join([_sentence(says), *(f"{each}." for each in refused)])
         found.append(Run(label=f"{name}, {scale}" if has_scales else name, records=part, kind=kind, says=says))
     return tuple(found)
 
@@ -214,7 +218,7 @@ def _records_table(name: str, run: Run) -> str:
     """Return the records as rows; what is the same in all of them is said once above."""
     rows = record_rows(name, run.values)
     if not rows:
-        return f"<p>{escape('; '.join(str(r['values'].get('refused')) for r in run.records))}</p>"
+        return ""
     columns = [name for name in rows[0] if any(row[name] is not None for row in rows)]
     fixed = [c for c in columns if c != "of" and len(rows) > 1 and len({str(row[c]) for row in rows}) == 1]
     if len(fixed) == len(columns) - 1:

@@ -68,6 +68,15 @@ def test_a_table_whose_rows_agree_in_everything_still_shows_it() -> None:
     assert "The same in every row" not in section
 
 
+def test_a_refusal_limits_what_else_held() -> None:
+    done = {"dtype": "float32", "layer": 1, "n_prompts": 5, "n_exact": 5}
+    records = [_record("stored-dtypes", done), _record("stored-dtypes", {"refused": "it overflows"})]
+    row = _row(reproduction_page(records, EXPERIMENTS), "stored-dtypes")
+    assert 'class="limit">' in row
+    assert "5 of 5 exact." in row
+    assert "was refused: it overflows." in row
+
+
 def test_refused_records_are_said_to_be() -> None:
     text = reproduction_page([_record("margins", {"refused": "no <tokenizer>"})], EXPERIMENTS)
     assert "no &lt;tokenizer&gt;" in text
@@ -127,6 +136,12 @@ def test_hard_prompts_that_are_right_once_limit_the_claim() -> None:
     assert judge("inversion", [ours_right, never])[0] == "held"
     assert judge("inversion", [ours_right, never, _run("hard-prompts", True)])[0] == "limit"
     assert judge("inversion", [_run("auto", False), never])[0] == "wrong"
+
+
+def test_an_inversion_that_ran_out_of_time_limits_the_claim_and_refutes_nothing() -> None:
+    stopped = {**_run("auto", False), "verdict": "stopped"}
+    kind, says = judge("inversion", [_run("auto", True), stopped])
+    assert (kind, "1 of ours had to stop before they were done" in says) == ("limit", True)
 
 
 @pytest.mark.parametrize(("least", "varied", "kind"), [(0.5, 0.5, "held"), (0.0, 0.5, "limit"), (0.0, 1e-9, "wrong")])
