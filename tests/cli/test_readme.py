@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sipit.cli import main
 from sipit.cli.arguments import parser
 
 _ROOT = Path(__file__).parents[2]
@@ -24,9 +25,25 @@ def test_python_examples_recover_a_prompt_and_find_a_pair(capsys: pytest.Capture
 
 def test_every_command_it_shows_parses() -> None:
     commands = set(re.findall(r"`sipit (\w+)", _README))
-    assert {"demo", "capture", "invert", "check", "fit", "bench", "collisions"} <= commands
+    assert {"demo", "capture", "invert", "check", "fit", "bench", "collisions", "audit", "reproduce"} <= commands
     help_text = parser().format_help()
     assert all(re.search(rf"^    {command}\b", help_text, flags=re.MULTILINE) for command in commands)
+
+
+def test_every_option_it_shows_is_one_of_that_command(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = re.findall(r"`sipit ([^`]+)`", _README)
+    assert len(shown) > 15
+    for line in shown:
+        words = line.split()
+        command = words[: 2 if words[0] == "collisions" else 1]
+        with pytest.raises(SystemExit):
+            main([*command, "--help"])
+        known = capsys.readouterr().out
+        assert [option for option in re.findall(r"--[a-z-]+", line) if f"{option} " not in known] == []
+
+
+def test_it_fits_a_sitting() -> None:
+    assert len(_README.splitlines()) <= 150
 
 
 def test_every_file_it_links_exists() -> None:

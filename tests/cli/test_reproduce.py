@@ -85,6 +85,11 @@ def test_ours_is_exact_beside_the_baselines(results: Path) -> None:
     assert all(run["exact"] for run in runs if run["method"] in ("auto", "vocabulary-matching"))
 
 
+def test_inversions_say_whether_a_fit_helped(results: Path) -> None:
+    said = [r["values"] for name in ("long-prompts", "inversion") for r in _records(results, name)]
+    assert {v["is_fitted"] for v in said if v.get("method") != "hard-prompts"} == {False}
+
+
 def test_a_second_run_makes_nothing_anew(results: Path, text_folder: Path) -> None:
     before = {path: path.read_bytes() for path in results.glob("*.jsonl")}
     assert main(["reproduce", "margins", "--scale", "smoke", "--model", str(text_folder), "--out", str(results)]) == 0

@@ -24,6 +24,7 @@ from sipit.collisions import (
 from sipit.collisions.survey import LayerSurvey
 from sipit.experiments.dimension import intrinsic_dimension
 from sipit.experiments.experiment import Experiment, Setting, Task, Values
+from sipit.experiments.paper import DOUBLING, MINIMA_DISAGREE, TABLE_1, TABLE_2
 from sipit.observations import Cut
 
 _LENGTHS = [4, 6, 8, 10, 12]
@@ -122,7 +123,9 @@ MINIMUM = Experiment(
     name="distances",
     answers="Table 1, Figures 3 and 5, E.4 and E.5",
     claim="no two of many different prompts have last states within 1e-6 (L2) at any layer",
-    paper="100,000 prompts, 5e9 pairs a model: none; least L2 at layers 1, L/2, L of Llama-3.1-8B 0.001, 0.129, 0.620",
+    paper="100,000 prompts, 5e9 pairs a model and layer: none",
+    paper_table=TABLE_1,
+    caveat=MINIMA_DISAGREE,
     tasks=_minimum,
     paper_models=(*_HUB, "roneneldan/TinyStories-33M"),
     paper_needs="80 GB of GPU memory, 200 GB of disk, half a day a model",
@@ -130,8 +133,10 @@ MINIMUM = Experiment(
 PRECISION = Experiment(
     name="precision",
     answers="Tables 2 and 3",
-    claim="states of models with rounded weights stay apart",
-    paper="Llama-3.1-8B, final layer: 2.281 in FP4, 6.597 in INT8, and in FP32 1.274, where Table 1 says 0.620",
+    claim="states of models with rounded weights stay apart, and FP4 more than doubles the least distance",
+    paper="no collision in FP4 nor INT8; least L2 at the last layer, by the precision of the weights",
+    paper_table=TABLE_2,
+    caveat=f"{MINIMA_DISAGREE}. And {DOUBLING}",
     tasks=_by_precision,
     paper_models=_HUB,
     paper_needs="80 GB of GPU memory, some hours a model",

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from sipit.corpora import Corpus, exact_prompts, special_start
+from sipit.experiments.paper import PaperTable
 from sipit.models import LanguageModel
 from sipit.observations import Cut
 
@@ -67,6 +68,8 @@ class Experiment:
     claim: str  # what is claimed there, in a sentence
     paper: str  # the paper's numbers, in a sentence
     tasks: Callable[[Setting], Iterator[Task]]
+    paper_table: PaperTable | None = None  # the numbers that ours are put beside
+    caveat: str = ""  # what of the paper's numbers does not fit together, or is narrower than it reads
     paper_models: tuple[str, ...] = ()  # by their hub names
     paper_needs: str = ""  # memory and hours of scale "paper", about
     needs_tokenizer: bool = True

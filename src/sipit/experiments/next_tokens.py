@@ -10,6 +10,7 @@ import torch
 
 from sipit.collisions import StateFolder, capture_continuations, survey_continuations, survey_margins
 from sipit.experiments.experiment import Experiment, Setting, Task, Values
+from sipit.experiments.paper import FIGURE_4, ONE_VOCABULARY, STEP_MARGINS
 from sipit.inversion import invert
 from sipit.models import LanguageModel
 from sipit.observations import Cut, Observation
@@ -115,7 +116,9 @@ CONTINUATIONS = Experiment(
     name="continuations",
     answers="Figure 4",
     claim="no two of all next tokens behind one prefix have states within 1e-6",
-    paper="343e9 pairs for Gemma-3-1B: 10 prefixes, C(262144, 2) each, within a prefix only; none collide",
+    paper="the 10 closest prompts, every next token behind each: 343e9 pairs, none of which collides",
+    paper_table=FIGURE_4,
+    caveat=ONE_VOCABULARY,
     tasks=_continuations,
     paper_models=("google/gemma-3-1b-pt", "openai-community/gpt2"),
     paper_needs="24 GB of GPU memory, 60 GB of disk, some hours a model",
@@ -124,7 +127,8 @@ MARGINS = Experiment(
     name="margins",
     answers="one-step margins",
     claim="the margin that noise must stay below half of is far above rounding, and rises with the layer",
-    paper="GPT-2, 1,000 continuations, layers 1 to 12: 1.85 to 4.64, rising",
+    paper="GPT-2, 1,000 continuations: 1.85 at layer 1, rising to 4.64 at layer 12",
+    paper_table=STEP_MARGINS,
     tasks=_margins,
     paper_models=("openai-community/gpt2",),
     paper_needs="4 GB, an hour",

@@ -55,8 +55,11 @@ def sentence(record: dict[str, Any]) -> str:
     defended = [cell for cell in cells if cell["defence"] != "none"]
     idle = [cell for cell in defended if cell["exact_prompts"] == cell["prompts"]]
     hiding = [cell for cell in defended if cell["exact_tokens"] <= _FEW_TOKENS * cell["tokens"]]
-    if idle:
-        said.append(f"{_named(idle)} changed nothing")
+    idle_everywhere = [
+        one for one in idle if all(other in idle for other in defended if _defence(other) == _defence(one))
+    ]
+    if idle_everywhere:
+        said.append(f"{_named(idle_everywhere)} changed nothing")
     if hiding:
         cheapest = min(hiding, key=lambda cell: -(cell["agreement"] or 0.0))
         costs = (
@@ -93,9 +96,10 @@ def _share(cell: dict[str, Any]) -> str:
 
 
 def _setting(record: dict[str, Any]) -> str:
+    threads = f"{record['threads']} thread{'s' if record['threads'] != 1 else ''}"
     return (
         f"Model {record['model']} ({record['fingerprint'][:19]}…), {record['dtype']} weights on {record['device']}, "
-        f"{record['threads']} threads, sipit {record['sipit']}, torch {record['torch']}. Intervals are Wilson's, 95 %."
+        f"{threads}, sipit {record['sipit']}, torch {record['torch']}. Intervals are Wilson's, 95 %."
     )
 
 

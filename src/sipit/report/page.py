@@ -14,33 +14,54 @@ from html import escape
 from typing import Any
 
 _STYLE = """
-:root{--ink:#1b1b1b;--paper:#fff;--soft:#5c5c5c;--line:#d5d5d5;--wash:#f4f4f2;--a:#0072b2;--b:#d55e00;--c:#009e73;
---d:#cc79a7;--e:#e69f00;--f:#56b4e9;--g:#7a7a7a}
+:root{--ink:#1b1b1b;--paper:#fff;--soft:#5c5c5c;--line:#d5d5d5;--wash:#f4f4f2;--good:#00694d;--warn:#8a5500;
+--bad:#b34700;--link:#0b62a0;--heat:#e8915a;--a:#0072b2;--b:#d55e00;--c:#009e73;--d:#cc79a7;--e:#e69f00;--f:#56b4e9}
 @media (prefers-color-scheme:dark){:root{--ink:#ececec;--paper:#16181b;--soft:#a9a9a9;--line:#3a3d42;--wash:#1f2226;
---a:#56b4e9;--b:#ff8c42;--c:#2fc79a;--d:#e39ac4;--e:#f0b93a;--f:#8fd0f5;--g:#9a9a9a}}
-*{box-sizing:border-box}body{margin:0 auto;max-width:62rem;padding:1.5rem 1.2rem 4rem;background:var(--paper);
-color:var(--ink);font:16px/1.55 system-ui,sans-serif}h1{font-size:1.7rem;line-height:1.25}h2{font-size:1.25rem;
-margin-top:2.4rem;border-bottom:1px solid var(--line);padding-bottom:.25rem}h3{font-size:1.05rem}
-.lead{font-size:1.12rem}.soft,figcaption{color:var(--soft);font-size:.92rem}figure{margin:1.2rem 0}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.92rem}
-th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
-th[data-sort]{cursor:pointer;user-select:none}th[data-sort]:after{content:" \\2195";color:var(--soft)}
-td.n{text-align:right}code,pre{font-family:ui-monospace,monospace;font-size:.88em;background:var(--wash)}
-pre{padding:.7rem;overflow-x:auto}svg{max-width:100%;height:auto}
+--good:#2fc79a;--warn:#f0b93a;--bad:#ff9757;--link:#7cc4f2;--heat:#8f3d00;--a:#56b4e9;--b:#ff8c42;--c:#2fc79a;
+--d:#e39ac4;--e:#f0b93a;--f:#8fd0f5}}
+*{box-sizing:border-box}body{margin:0 auto;max-width:66rem;padding:1.5rem 1.2rem 4rem;background:var(--paper);
+color:var(--ink);font:1rem/1.55 system-ui,sans-serif;overflow-wrap:break-word}a{color:var(--link)}
+h1{font-size:1.7rem;line-height:1.25}h2{font-size:1.25rem;margin-top:2.4rem;border-bottom:1px solid var(--line);
+padding-bottom:.25rem}h3{font-size:1.05rem}.lead{font-size:1.12rem}.soft,figcaption{color:var(--soft);
+font-size:.92rem}figure{margin:1.2rem 0}.wide{overflow-x:auto;margin:.8rem 0}table{border-collapse:collapse;
+font-variant-numeric:tabular-nums;font-size:.92rem}th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);
+text-align:left;vertical-align:top}th.n,td.n{text-align:right}td.n{white-space:nowrap}td.t{min-width:15rem}
+.wide td:first-child:not(.n){min-width:10rem}th[data-sort]{cursor:pointer;user-select:none;vertical-align:bottom}
+th[data-sort]:after{content:"\\a0\\2195";color:var(--soft)}th[data-sort=up]:after{content:"\\a0\\2191"}
+th[data-sort=down]:after{content:"\\a0\\2193"}summary{cursor:pointer;color:var(--link)}
+code,pre{font-family:ui-monospace,monospace;font-size:.88em;background:var(--wash)}
+pre{padding:.7rem;overflow-x:auto}svg{display:block;max-width:100%;min-width:33rem;height:auto}
 svg text{fill:var(--ink);font:12px system-ui,sans-serif}
-.held{color:var(--c);font-weight:600}.limit{color:var(--e);font-weight:600}.open{color:var(--g);font-weight:600}
-.wrong{color:var(--b);font-weight:600}.token{display:inline-block;padding:0 .2rem;margin:.1rem;border:1px solid
-var(--line);border-radius:.2rem;background:var(--wash);white-space:pre}.token.miss{border-color:var(--b);
-text-decoration:line-through}@media print{body{max-width:none}h2{break-after:avoid}figure,tr{break-inside:avoid}}
+.held,.limit,.open,.wrong{font-weight:600}.held{color:var(--good)}.limit{color:var(--warn)}.open{color:var(--soft)}
+.wrong{color:var(--bad)}.held:before{content:"\\2713\\a0"}.limit:before{content:"\\2248\\a0"}
+.wrong:before{content:"\\2717\\a0"}.open:before{content:"\\2013\\a0"}
+.token{display:inline-block;padding:0 .2rem;margin:.1rem;border:1px solid var(--line);border-radius:.2rem;
+background:var(--wash);white-space:pre}.token.miss{border-color:var(--b);text-decoration:line-through}
+@media (min-width:60rem){.wide td:first-child:not(.n){min-width:15rem}}
+@media (max-width:44rem){.claims thead{display:none}.claims tr{display:block;border-bottom:1px solid var(--line);
+padding:.6rem 0}.claims td{display:block;border:0;padding:.1rem 0}}
+@media print{html{font-size:11px}body{max-width:none}.wide{overflow:visible}svg,.wide td:first-child:not(.n),td.t{
+min-width:0}th[data-sort]:after{content:none}h2,h3{break-after:avoid}
+figure,tr{break-inside:avoid}}
 """
 
+# Numbers sort before words, and empty cells come last whichever way the rest runs.
 _SCRIPT = """
-for(const h of document.querySelectorAll("th[data-sort]"))h.addEventListener("click",()=>{const t=h.closest("table"),
-i=[...h.parentNode.children].indexOf(h),b=t.tBodies[0],s=h.dataset.sort==="up"?-1:1;h.dataset.sort=s>0?"up":"down";
-const k=r=>{const c=r.children[i],v=c.dataset.value??c.textContent,n=parseFloat(v);return isNaN(n)?v:n};
-[...b.rows].sort((x,y)=>{const p=k(x),q=k(y);return(p>q?1:p<q?-1:0)*s}).forEach(r=>b.append(r))});
+const value=(row,i)=>{const cell=row.children[i],text=(cell.dataset.value??cell.textContent).trim();
+return text===""?null:isNaN(text)?text:Number(text)};
+const order=(p,q)=>typeof p!==typeof q?(typeof p==="number"?-1:1):typeof p==="number"?p-q:
+p.localeCompare(q,undefined,{numeric:true});
+const sort=head=>{const way=head.dataset.sort==="up"?"down":"up",sign=way==="up"?1:-1,
+heads=[...head.parentNode.children],i=heads.indexOf(head),body=head.closest("table").tBodies[0];heads.forEach(each=>{each.dataset.sort="";
+each.removeAttribute("aria-sort")});head.dataset.sort=way;head.setAttribute("aria-sort",way==="up"?"ascending":
+"descending");[...body.rows].sort((x,y)=>{const p=value(x,i),q=value(y,i);return p===null||q===null?
+(p===null)-(q===null):sign*order(p,q)}).forEach(row=>body.append(row))};
+for(const head of document.querySelectorAll("th[data-sort]")){head.addEventListener("click",()=>sort(head));
+head.addEventListener("keydown",event=>{if(event.key==="Enter")sort(head)})}
 """
 
+_RIGHT_SET, _WORDY = ' class="n"', ' class="t"'
+_LONG = 24  # letters: a cell of more gets room
 _MARKS = ("a", "b", "c", "d", "e", "f")  # a colour and a shape for each series, in turn
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 340, 64, 150, 14, 46
 _LEAST_GAP = 14.0  # between the labels of two lines
@@ -69,17 +90,25 @@ def page(title: str, body: str, record: Any) -> str:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Return a table that its reader can sort; numbers are set right. A cell may be (text, number to sort by)."""
-    head = "".join(f'<th data-sort="">{escape(name)}</th>' for name in columns)
+    is_number = [any(_is_number(row[i]) for row in rows) for i in range(len(columns))]
+    head = "".join(
+        f'<th data-sort="" tabindex="0"{_RIGHT_SET * right}>{escape(name)}</th>'
+        for name, right in zip(columns, is_number, strict=True)
+    )
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | tuple) and not isinstance(value, bool)
+
+
 def _cell(value: Any) -> str:
-    if isinstance(value, tuple):
-        return f'<td class="n" data-value="{value[1]}">{escape(str(value[0]))}</td>'
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return f"<td>{'' if value is None else escape(str(value))}</td>"
-    return f'<td class="n" data-value="{value!r}">{number(value)}</td>'
+    if not _is_number(value):
+        text = "" if value is None else str(value)
+        return f"<td{_WORDY * (len(text) > _LONG)}>{escape(text)}</td>"
+    text, key = value if isinstance(value, tuple) else (number(value), repr(value))
+    return f'<td{_RIGHT_SET} data-value="{key}">{escape(str(text))}</td>'
 
 
 def number(value: float | None) -> str:
@@ -108,7 +137,7 @@ def _shade(value: tuple[float, str] | None) -> str:
         return "<td></td>"
     share, text = value
     return (
-        f'<td class="n" style="background:color-mix(in srgb,var(--b) {100 * share:.0f}%,transparent)">'
+        f'<td class="n" style="background:color-mix(in srgb,var(--heat) {100 * share:.0f}%,transparent)">'
         f"{escape(text)}</td>"
     )
 
@@ -157,8 +186,9 @@ def chart(
         f'<text x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">{escape(y)}</text>'
     )
     return (
-        f'<figure><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" role="img" aria-label="{escape(caption)}">'
-        f"{''.join(parts)}</svg><figcaption>{escape(caption)}</figcaption></figure>"
+        f'<figure><div class="wide"><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" role="img" '
+        f'aria-label="{escape(caption)}">'
+        f"{''.join(parts)}</svg></div><figcaption>{escape(caption)}</figcaption></figure>"
     )
 
 
@@ -202,17 +232,19 @@ class _Axis:
     def _ticks(self) -> list[float]:
         if self._is_log:
             first, last = math.ceil(self._low), math.floor(self._high)
-            step = max(1, (last - first) // 5)
-            powers: list[float] = [10.0**k for k in range(first, last + 1, step)]
-            return (
-                powers
-                if len(powers) > 1
-                else [10.0 ** (self._low + f * (self._high - self._low)) for f in (0.1, 0.5, 0.9)]
-            )
-        span = self._high - self._low
+            if last > first:
+                step = max(1, (last - first) // 5)
+                return [10.0**k for k in range(first, last + 1, step)]
+            # Within one power of ten the ticks are round numbers too, though not evenly apart.
+            return self._round_ticks(10.0**self._low, 10.0**self._high)
+        return self._round_ticks(self._low, self._high)
+
+    def _round_ticks(self, low: float, high: float) -> list[float]:
+        """Return three to seven round numbers between two, evenly apart."""
+        span = high - low
         power = 10.0 ** math.floor(math.log10(span / 4))
         gap = next(power * m for m in (1, 2, 5, 10) if span / (power * m) <= 6)
-        return [round(k * gap, 12) for k in range(math.ceil(self._low / gap), math.floor(self._high / gap) + 1)]
+        return [float(f"{k * gap:.6g}") for k in range(math.ceil(low / gap), math.floor(high / gap) + 1)]
 
 
 def _mark(n: int, a: float, b: float, colour: str) -> str:
@@ -237,5 +269,5 @@ def _labels(labels: Sequence[tuple[float, int, str]]) -> list[str]:
         last = max(place, last + _LEAST_GAP)
         colour = _MARKS[n % len(_MARKS)]
         found.append(_mark(n, left, last, colour))
-        found.append(f'<text x="{left + 9}" y="{last + 4:.1f}" style="fill:var(--{colour})">{escape(name)}</text>')
+        found.append(f'<text x="{left + 9}" y="{last + 4:.1f}">{escape(name)}</text>')
     return found

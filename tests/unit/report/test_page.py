@@ -4,59 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
-from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
 from sipit.report.audit import audit_page, sentence
-from sipit.report.page import Series, chart, heat_map, number, page, table
-
-CELL: dict[str, Any] = {
-    "layer": 5,
-    "site": "block",
-    "dtype": "float32",
-    "defence": "none",
-    "strength": 0.0,
-    "prompts": 4,
-    "exact_prompts": 4,
-    "tokens": 80,
-    "exact_tokens": 80,
-    "low": 0.51,
-    "high": 1.0,
-    "wall_ratio": 3.5,
-    "kl": 0.0,
-    "agreement": 1.0,
-    "seconds": 0.2,
-    "verdicts": {"recovered": 4},
-}
-NOISY = {**CELL, "defence": "gaussian", "strength": 0.5, "exact_prompts": 0, "exact_tokens": 40, "agreement": 0.7}
-HIDDEN = {**NOISY, "strength": 4.0, "exact_tokens": 1, "agreement": 0.1}
-RECORD: dict[str, Any] = {
-    "model": "tiny <b>",
-    "fingerprint": "sha256:0123",
-    "dtype": "float32",
-    "device": "cpu",
-    "threads": 1,
-    "sipit": "0",
-    "torch": "2",
-    "command": "sipit audit --text '<x>'",
-    "cells": [CELL, NOISY, HIDDEN],
-}
-TRIAL: dict[str, Any] = {
-    "cell": "5 block float32 none:0",
-    "prompt": 0,
-    "verdict": "recovered",
-    "tokens": 2,
-    "exact_tokens": 1,
-    "shown": [
-        {"token": "<script>secret", "is_right": True, "distance": 0.1, "runner_up": 2.0, "posterior": None},
-        {"token": None, "is_right": False, "distance": 0.2, "runner_up": None, "posterior": 0.5},
-    ],
-}
+from sipit.report.page import Series, chart, heat_map, number, table
+from tests.audit_records import CELL, HIDDEN, NOISY, RECORD, TRIAL
 
 
 def test_a_page_stands_alone_and_holds_its_record() -> None:
@@ -85,12 +39,19 @@ def test_the_sentence_says_what_came_back_what_changed_nothing_and_what_hides() 
     assert "under gaussian 0.5 50 % of tokens still came back" in text
 
 
+def test_a_defence_that_hides_something_somewhere_did_not_change_nothing() -> None:
+    elsewhere = {**NOISY, "layer": 9, "exact_prompts": 4, "exact_tokens": 80}
+    text = sentence({**RECORD, "cells": [CELL, NOISY, elsewhere]})
+    assert "changed nothing" not in text
+    assert "under gaussian 0.5 50 % of tokens still came back" in text
+
+
 def test_tables_sort_by_numbers_and_heat_maps_show_shares() -> None:
     text = table(["a", "b"], [[1, ("2 of 3", 0.5)], [1000.5, "<i>"], [None, True]])
     assert 'data-value="0.5">2 of 3' in text
     assert "&lt;i&gt;" in text
     shaded = heat_map(["r"], ["c", "d"], {(0, 0): (0.25, "25 %")})
-    assert "var(--b) 25%" in shaded
+    assert "var(--heat) 25%" in shaded
     assert shaded.count("<td") == 2
 
 
@@ -120,24 +81,3 @@ def test_few_points_or_none_are_no_trouble(points: tuple[tuple[float, float], ..
     text = chart([Series(name="one", points=points)], x="x", y="y", is_log_x=True, caption="c")
     ElementTree.fromstring(text)
     assert ("nothing to draw" in text) == (points != ((1.0, 1.0),))
-
-
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
-@pytest.mark.parametrize("width", [400, 1200])
-def test_a_browser_renders_the_page_without_an_error(width: int, tmp_path: Path) -> None:
-    body = chart([Series(name="s", points=((1.0, 2.0), (3.0, 4.0)))], x="x", y="y", caption="c")
-    body += table(["n"], [[2], [1]])
-    click = "document.querySelector('th').click();document.title=document.querySelector('td').textContent"
-    text = page("t", body, {"a": 1}).replace("</body>", f"<script>{click}</script></body>")
-    (tmp_path / "page.html").write_text(text, "utf-8")
-    options = ("--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},800", "--enable-logging=stderr")
-    command = [
-        "chromium",
-        *options,
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--dump-dom",
-        f"file://{tmp_path}/page.html",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert "<title>1</title>" in done.stdout  # sorted by the click
-    assert "CONSOLE" not in done.stderr
