@@ -205,7 +205,21 @@ def run_pairs(
     The states are noted beside the tokens of one place of the sequences.
     """
     n_missing = sequences.shape[1]
-    followers = torch.tensor(list(next_ids))[: max(1, max_batch - n_missing)]  # (K,)
+    for followers in torch.tensor(list(next_ids)).split(max(1, max_batch - n_missing)):
+        _run_with(check, position, sequences, followers, max_batch, bridges, place)
+
+
+def _run_with(
+    check: PackedCheck,
+    position: int,
+    sequences: Tensor,
+    followers: Tensor,
+    max_batch: int,
+    bridges: Bridges,
+    place: int,
+) -> None:
+    """Run each sequence with each of as many tokens behind it as one pass holds. (N, G) and (K,)."""
+    n_missing = sequences.shape[1]
     branch = n_missing + len(followers)
     attends = torch.eye(branch, dtype=torch.bool)
     attends[:, :n_missing] = True
