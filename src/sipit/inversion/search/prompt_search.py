@@ -399,6 +399,7 @@ class PromptSearch:
                 check.observed,
                 self.view.seen.cut,
                 self.view.position,
+                stored=self.view.seen.states.dtype,
                 distance=best.distance,
                 runner_up=runner_up,
                 limit=check.limit(self.view.position),
