@@ -57,7 +57,7 @@ def diagnosed(
     stands_out = _STANDS_OUT if narrow is None else _STANDS_OUT_NARROW
     if runner_up is not None and distance * stands_out < runner_up:
         moved = (
-            f"something else than {arithmetic} arithmetic moved the state: try the --dtype it was captured in"
+            f"something else than {arithmetic} arithmetic moved the state: try the --dtype or --quantize it was run in"
             if narrow is None
             else f"the rows hold {narrow} values where it computes in {arithmetic}: try --dtype {narrow}"
         )
