@@ -2,6 +2,7 @@
 
 python -m benchmarks.leaks --text-file F --layers 5,15,30 --roundings bfloat16,float8-row,int8-row,int4-64 --prompts 50
 python -m benchmarks.leaks --text-file F --layers 1,15,29 --sites keys,values,kv --prompts 20
+python -m benchmarks.leaks --text-file F --layers 15 --pass-dtype bfloat16 --dtype float32 --prompts 5
 """
 
 from __future__ import annotations
@@ -55,10 +56,13 @@ def main() -> None:
     parser.add_argument("--roundings", default="none")
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=20)
+    parser.add_argument("--dtype", default="auto", help="of the weights that the states are inverted with")
+    parser.add_argument("--pass-dtype", help="of the weights whose pass leaves the states (default: --dtype)")
     parser.add_argument("--fit", action="store_true", help="use fitted inverses that are there")
     parser.add_argument("--max-seconds", type=float, default=float("inf"), help="give a prompt up after so long")
     options = parser.parse_args()
-    lm = sipit.load(options.model)
+    lm = sipit.load(options.model, dtype=options.dtype)
+    leaking = lm if options.pass_dtype is None else sipit.load(options.model, dtype=options.pass_dtype)
     ids = [int(i) for i in lm.encode(options.text_file.read_text("utf-8")[: 20 * options.prompts * options.tokens])]
     prompts = [ids[k * options.tokens :][: options.tokens] for k in range(options.prompts)]
     print("site           layer  rounding     exact     candidates/token  wall ratio  verdicts")
@@ -66,7 +70,7 @@ def main() -> None:
         layers = options.layers.split(",") if site in ("block", "kv", "keys", "values") or "block" in site else [None]
         for layer in layers:
             for rounding in options.roundings.split(","):
-                _row(lm, prompts, site, None if layer is None else int(layer), rounding, options)
+                _row(lm, leaking, prompts, site, None if layer is None else int(layer), rounding, options)
 
 
 class _OutOfTimeError(Exception):
@@ -75,6 +79,7 @@ class _OutOfTimeError(Exception):
 
 def _row(
     lm: sipit.LanguageModel,
+    leaking: sipit.LanguageModel,
     prompts: list[list[int]],
     site: str,
     layer: int | None,
@@ -86,8 +91,9 @@ def _row(
     ratios: list[float] = []
     for k, prompt in enumerate(prompts):
         began = time.perf_counter()
-        seen = lm.capture(input_ids=prompt, layer=layer, site=site)  # type: ignore[arg-type]
+        seen = leaking.capture(input_ids=prompt, layer=layer, site=site)  # type: ignore[arg-type]
         plain = time.perf_counter() - began
+        seen = replace(seen, fingerprint=lm.fingerprint)
         values, _, half_step = as_rounded(ROUNDINGS[rounding](seen.states), is_embedding=layer == 0)
         began = time.perf_counter()
         found = _inverted(lm, replace(seen, states=values, half_step=half_step), options)
@@ -99,6 +105,8 @@ def _row(
             exact += list(found.input_ids) == prompt
             n_checked += found.n_checked
             n_tokens += len(prompt)
+            if found.miss is not None:
+                print(f"position {found.miss.position}: {found.miss.diagnosis}", file=sys.stderr)
         print(f"prompt {k} at {layer}, {rounding}: {verdict}, {exact} exact so far, {seconds:.1f} s", file=sys.stderr)
     n_run = max(n_tokens, 1)
     print(
