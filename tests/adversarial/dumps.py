@@ -126,6 +126,14 @@ def _of_llama_cpp(of: Passed) -> bytes:
     return memory([neighbouring_pairs(rows, of.lm.d_head) for rows in keys], values)
 
 
+def _session(path: Path, of: Passed) -> None:
+    session(path, of.ids.tolist(), _of_llama_cpp(of))
+
+
+def _slot(path: Path, of: Passed) -> None:
+    slot(path, of.ids.tolist(), _of_llama_cpp(of))
+
+
 def _mlx(path: Path, of: Passed) -> None:
     tensors = {f"{i}.{n}": part.contiguous() for i, block in enumerate(of.cache) for n, part in enumerate(block)}
     save_file(tensors, path, metadata={f"2.{i}": "KVCache" for i in range(len(of.cache))})
@@ -177,11 +185,9 @@ PRODUCERS: dict[str, Producer] = {
     "llama.cpp embeddings": Producer(write=_embeddings, suffix=".json"),
     "prompt_logprobs": Producer(write=_prompt_logprobs, suffix=".json"),
     "largest logits": Producer(write=_top_logits),
-    "llama.cpp session": Producer(
-        write=lambda path, of: session(path, of.ids.tolist(), _of_llama_cpp(of)) and None, told=_KV, suffix=".bin"
-    ),
+    "llama.cpp session": Producer(write=_session, told=_KV, suffix=".bin"),
     "llama.cpp slot": Producer(
-        write=lambda path, of: slot(path, of.ids.tolist(), _of_llama_cpp(of)) and None,
+        write=_slot,
         told=("--layer", "1", "--site", "values"),
         suffix=".bin",
     ),

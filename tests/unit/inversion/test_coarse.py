@@ -145,6 +145,7 @@ def test_first_states_are_kept_apart_by_cut_and_not_read_behind_a_known_prefix()
     deeper = sipit.invert(lm, _in_whole_steps(lm, ids, LAYER + 1))
     assert deeper.n_checked >= VOCAB
     seen = _in_whole_steps(lm, ids, LAYER)
+    assert seen.half_step is not None
     rest = replace(seen, states=seen.states[1:], half_step=seen.half_step[1:], positions=())
     behind = sipit.invert(lm, rest, known_prefix=ids[:1].tolist())
     assert behind.n_checked >= VOCAB
