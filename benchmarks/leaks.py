@@ -2,11 +2,13 @@
 
 python -m benchmarks.leaks --text-file F --layers 5,15,30 --roundings bfloat16,float8-row,int8-row,int4-64 --prompts 50
 python -m benchmarks.leaks --text-file F --layers 1,15,29 --sites keys,values,kv --prompts 20
+python -m benchmarks.leaks --text-file F --layers 15 --pass-dtype bfloat16 --dtype float32 --prompts 5
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -54,9 +56,13 @@ def main() -> None:
     parser.add_argument("--roundings", default="none")
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=20)
+    parser.add_argument("--dtype", default="auto", help="of the weights that the states are inverted with")
+    parser.add_argument("--pass-dtype", help="of the weights whose pass leaves the states (default: --dtype)")
     parser.add_argument("--fit", action="store_true", help="use fitted inverses that are there")
+    parser.add_argument("--max-seconds", type=float, default=float("inf"), help="give a prompt up after so long")
     options = parser.parse_args()
-    lm = sipit.load(options.model)
+    lm = sipit.load(options.model, dtype=options.dtype)
+    leaking = lm if options.pass_dtype is None else sipit.load(options.model, dtype=options.pass_dtype)
     ids = [int(i) for i in lm.encode(options.text_file.read_text("utf-8")[: 20 * options.prompts * options.tokens])]
     prompts = [ids[k * options.tokens :][: options.tokens] for k in range(options.prompts)]
     print("site           layer  rounding     exact     candidates/token  wall ratio  verdicts")
@@ -64,32 +70,63 @@ def main() -> None:
         layers = options.layers.split(",") if site in ("block", "kv", "keys", "values") or "block" in site else [None]
         for layer in layers:
             for rounding in options.roundings.split(","):
-                _row(lm, prompts, site, None if layer is None else int(layer), rounding, use_fit=options.fit)
+                _row(lm, leaking, prompts, site, None if layer is None else int(layer), rounding, options)
+
+
+class _OutOfTimeError(Exception):
+    """A prompt has had its seconds."""
 
 
 def _row(
-    lm: sipit.LanguageModel, prompts: list[list[int]], site: str, layer: int | None, rounding: str, *, use_fit: bool
+    lm: sipit.LanguageModel,
+    leaking: sipit.LanguageModel,
+    prompts: list[list[int]],
+    site: str,
+    layer: int | None,
+    rounding: str,
+    options: argparse.Namespace,
 ) -> None:
     verdicts: Counter[str] = Counter()
     exact = n_checked = n_tokens = 0
     ratios: list[float] = []
-    for prompt in prompts:
+    for k, prompt in enumerate(prompts):
         began = time.perf_counter()
-        seen = lm.capture(input_ids=prompt, layer=layer, site=site)  # type: ignore[arg-type]
+        seen = leaking.capture(input_ids=prompt, layer=layer, site=site)  # type: ignore[arg-type]
         plain = time.perf_counter() - began
+        seen = replace(seen, fingerprint=lm.fingerprint)
         values, _, half_step = as_rounded(ROUNDINGS[rounding](seen.states), is_embedding=layer == 0)
         began = time.perf_counter()
-        found = sipit.invert(lm, replace(seen, states=values, half_step=half_step), use_fit=use_fit)
-        ratios.append((time.perf_counter() - began) / plain)
-        exact += list(found.input_ids) == prompt
-        verdicts[found.verdict] += 1
-        n_checked += found.n_checked
-        n_tokens += len(prompt)
+        found = _inverted(lm, replace(seen, states=values, half_step=half_step), options)
+        seconds = time.perf_counter() - began
+        ratios.append(seconds / plain)
+        verdict = "out of time" if found is None else found.verdict
+        verdicts[verdict] += 1
+        if found is not None:
+            exact += list(found.input_ids) == prompt
+            n_checked += found.n_checked
+            n_tokens += len(prompt)
+            if found.miss is not None:
+                print(f"position {found.miss.position}: {found.miss.diagnosis}", file=sys.stderr)
+        print(f"prompt {k} at {layer}, {rounding}: {verdict}, {exact} exact so far, {seconds:.1f} s", file=sys.stderr)
+    n_run = max(n_tokens, 1)
     print(
         f"{site:13s}  {'-' if layer is None else layer:>5}  {rounding:11s}  {exact:3d} of {len(prompts):<3d}"
-        f"{n_checked / n_tokens:14.1f}  {median(ratios):16.1f}  {dict(verdicts)}",
+        f"{n_checked / n_run:14.1f}  {median(ratios):16.1f}  {dict(verdicts)}",
         flush=True,
     )
+
+
+def _inverted(lm: sipit.LanguageModel, seen: sipit.Observation, options: argparse.Namespace) -> sipit.Inversion | None:
+    deadline = time.perf_counter() + options.max_seconds
+
+    def stop(_: object) -> None:
+        if time.perf_counter() > deadline:
+            raise _OutOfTimeError
+
+    try:
+        return sipit.invert(lm, seen, use_fit=options.fit, on_progress=stop)
+    except _OutOfTimeError:
+        return None
 
 
 if __name__ == "__main__":

@@ -42,11 +42,11 @@ def damaged_header(rng: random.Random, raw: bytes) -> Damaged:
         return f"a header of {told} bytes", struct.pack("<Q", told) + raw[8:]
     about = header.setdefault("__metadata__", {})
     tensor = rng.choice([key for key in header if key != "__metadata__"])
-    key = rng.choice(list(about))
+    key = rng.choice(list(about) or ["note"])
     odd = ["", "-1", "1e3", "２", "9" * 5000, "true", "null", "[" * 100_000, "[0, NaN]", "[1.0]", "\ud800", "x" * 10**6]
     edits: list[tuple[str, Callable[[], Any]]] = [
         ("without metadata", lambda: header.pop("__metadata__")),
-        (f"without {key}", lambda: about.pop(key)),
+        (f"without {key}", lambda: about.pop(key, None)),
         *[(f"{key} = {value[:20]!r}", lambda value=value: about.update({key: value})) for value in odd],
         (f"{key} a number", lambda: about.update({key: 3})),
         (f"{key} an object", lambda: about.update({key: {"a": []}})),
@@ -119,7 +119,7 @@ def damaged_json(rng: random.Random, raw: bytes) -> Damaged:
 
 def _somewhere(rng: random.Random, record: Any) -> tuple[Any, Any]:
     """Return a list or object inside a record, and a key of it."""
-    holder, key = record, rng.choice(list(record))
+    holder, key = record, rng.randrange(len(record)) if isinstance(record, list) else rng.choice(list(record))
     while isinstance(holder[key], dict | list) and holder[key] and rng.randrange(3):
         holder = holder[key]
         key = rng.randrange(len(holder)) if isinstance(holder, list) else rng.choice(list(holder))

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -408,11 +408,11 @@ KINDS: tuple[Callable[[random.Random, Scene], Plan], ...] = (
 )
 
 
-def malformed(number: int, scene: Scene) -> Case:
-    """Run one case in a new working folder."""
+def malformed(number: int, scene: Scene, kinds: Sequence[Callable[[random.Random, Scene], Plan]] = KINDS) -> Case:
+    """Run one case of some kinds in a new working folder."""
     rng = random.Random(number)
     with tempfile.TemporaryDirectory(dir=scene.folder) as name, _inside(name):
-        plan = rng.choice(KINDS)(rng, scene)
+        plan = rng.choice(kinds)(rng, scene)
         os.environ["SIPIT_CACHE"] = str(Path("cache").absolute() if Path("cache").is_dir() else scene.folder / "none")
         outcome, fault = _outcome(plan)
         for path in Path().rglob("*"):  # so that the folder can be removed

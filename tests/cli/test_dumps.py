@@ -16,9 +16,9 @@ import sipit
 from sipit import LanguageModel
 from sipit.cli import main
 from sipit.errors import OptionError
+from tests.unit.observations.formats.arrow_files import arrow_folder
 from tests.unit.observations.formats.deepspec_files import target_cache
 from tests.unit.observations.formats.llama_files import memory, neighbouring_pairs, session
-from tests.unit.observations.formats.test_sae_lens import arrow_folder
 
 TEXT = "the prompt of another tool"
 

@@ -42,6 +42,20 @@ def test_an_array_behind_a_prefix_needs_no_observation(llama: LanguageModel) -> 
     assert len(found.positions) == len(rows)
 
 
+def test_a_suffix_that_was_rounded_or_is_partial_comes_back(llama: LanguageModel) -> None:
+    seen = _suffix(llama)
+    step = seen.states.abs().amax(dim=1, keepdim=True) / 127
+    half = (step / 2).expand_as(seen.states).contiguous()
+    eighth = replace(seen, states=(seen.states / step).round() * step, half_step=half)
+    logits = _suffix(llama, "logits", None)
+    top = logits.states.topk(30, dim=1)
+    few = torch.full(logits.states.shape, torch.inf).scatter(1, top.indices, 0.0)
+    for rounded in (eighth, replace(logits, half_step=few)):
+        found = sipit.invert(llama, rounded)
+        assert (found.verdict, found.input_ids) == ("recovered", tuple(IDS[SPLIT:].tolist()))
+        assert sipit.check_certificate(certificate_of(found), rounded, llama).holds
+
+
 def test_the_price_is_the_suffix_and_one_pass_of_the_prefix(llama: LanguageModel) -> None:
     ids = random_ids(90, seed=12)
     rows = llama.capture(input_ids=ids, layer=2).states[80:]

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from sipit.cli.arguments import parser
+from sipit.cli.messages import say
 from sipit.errors import SipitError
 
 
@@ -19,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parser().parse_args(argv)
         code: int = options.run(options)
     except SipitError as error:
-        print(f"sipit: {error}", file=sys.stderr)
+        say(f"sipit: {error}")
         return 2
     except KeyboardInterrupt:
         print("sipit: interrupted", file=sys.stderr)

@@ -12,9 +12,14 @@ if TYPE_CHECKING:
     from sipit.inversion import Inversion
 
 
+def printable(text: str) -> str:
+    """Return a text in which a file's names cannot move the cursor: what does not print stands as its escape."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def say(line: str) -> None:
     """Write a line for the user."""
-    print(line, file=sys.stderr)
+    print(printable(line), file=sys.stderr)
 
 
 def refuse(name: str, error: SipitError) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sipit.cli.commands import ids_of, loaded, text_of, wanted_of
-from sipit.cli.messages import refuse, say
+from sipit.cli.messages import printable, refuse, say
 from sipit.errors import InputError, OptionError, SipitError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def identify(options: Namespace) -> int:
         fits += [{"entry": name, **asdict(fit)} for fit in found.fits]
         near += found.near
         if not found.fits:
-            print(f"{name}: none of these ({', '.join(lm.name for lm in models)}) at any layer or site")
+            print(f"{printable(name)}: none of these ({', '.join(lm.name for lm in models)}) at any layer or site")
             for sentence in found.near[:_NEAR]:
                 say(f"near      {sentence}")
     if len(entries) > len(chosen):
@@ -92,9 +92,8 @@ def _print_fits(fits: list[dict[str, Any]]) -> None:
     rows = [
         [f"{fit[key]:.4g}" if isinstance(fit[key], float) else str(fit[key]) for key in columns]
         + [
-            fit["entry"]
-            if fit["columns"] is None
-            else f"{fit['entry']}, columns {fit['columns'][0]} to {fit['columns'][1]}"
+            printable(fit["entry"])
+            + ("" if fit["columns"] is None else f", columns {fit['columns'][0]} to {fit['columns'][1]}")
         ]
         for fit in fits
     ]

@@ -75,7 +75,8 @@ def invert(
             token that fits only thanks to it is the nearest one checked, and the verdict is "ambiguous". A
             `NoiseModel` says how likely each error is, and "auto" estimates one with the prompt: then the most
             probable prompt is sought, with a posterior for every token, and the verdict is "probable" where the
-            prompt's is at least 0.95 and what is left of the rows is such noise. See docs/noise.md.
+            prompt's is at least 0.95 and what is left of the rows is such noise; that takes whole rows, one of every
+            position. See docs/noise.md.
         exhaustive: check the whole vocabulary at every position, so that each runner-up is over all tokens.
         max_batch: most candidates in one packed pass; bounds the memory.
         seed: of the random draws of the policies "random" and "gradient".

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -13,6 +15,7 @@ from sipit.errors import ModelError
 from sipit.inversion.judging import check as check_module
 from sipit.inversion.judging import noise as noise_module
 from sipit.inversion.judging import tolerance
+from sipit.inversion.search import first_states as first_states_module
 from sipit.inversion.search import prompt_search as run_module
 from sipit.models.embeddings import EmbeddingRows
 from sipit.observations import Cut
@@ -113,3 +116,44 @@ def test_bfloat16_model_never_takes_a_wrong_prompt_for_recovered(family: str) ->
         found = sipit.invert(lm, lm.capture(input_ids=ids, layer=3))
         assert found.input_ids == tuple(ids.tolist())
         assert found.verdict in ("recovered", "ambiguous")
+
+
+def _in_whole_steps(lm: LanguageModel, ids: torch.Tensor, layer: int) -> sipit.Observation:
+    """The states of a prompt in whole steps, a step a row, the first of them so wide that it may hold others."""
+    seen = lm.capture(input_ids=ids, layer=layer)
+    step = seen.states.abs().amax(dim=1, keepdim=True) / 2
+    half = (step / 2).expand_as(seen.states).contiguous()
+    return replace(seen, states=(seen.states / step).round() * step, half_step=half)
+
+
+def test_first_states_that_one_prompt_ran_are_read_by_the_next() -> None:
+    lm = LanguageModel(tiny_model("llama"), name="llama")
+    first, second = (_in_whole_steps(lm, random_ids(6, seed=seed), LAYER) for seed in (1, 2))
+    fresh = sipit.invert(LanguageModel(tiny_model("llama"), name="llama"), second)
+    before = sipit.invert(lm, first)
+    after = sipit.invert(lm, second)
+    assert before.positions[0].n_checked == after.positions[0].n_checked == VOCAB
+    assert after.n_checked <= fresh.n_checked - VOCAB + 1
+    assert (after.verdict, after.input_ids) == (fresh.verdict, fresh.input_ids)
+    assert [p.token_id for p in after.positions[0].rivals] == [p.token_id for p in fresh.positions[0].rivals]
+
+
+def test_first_states_are_kept_apart_by_cut_and_not_read_behind_a_known_prefix() -> None:
+    lm = LanguageModel(tiny_model("llama"), name="llama")
+    ids = random_ids(6, seed=1)
+    sipit.invert(lm, _in_whole_steps(lm, ids, LAYER))
+    deeper = sipit.invert(lm, _in_whole_steps(lm, ids, LAYER + 1))
+    assert deeper.n_checked >= VOCAB
+    seen = _in_whole_steps(lm, ids, LAYER)
+    assert seen.half_step is not None
+    rest = replace(seen, states=seen.states[1:], half_step=seen.half_step[1:], positions=())
+    behind = sipit.invert(lm, rest, known_prefix=ids[:1].tolist())
+    assert behind.n_checked >= VOCAB
+
+
+def test_first_states_of_a_large_vocabulary_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_states_module, "_MOST_BYTES", VOCAB * 32 * 4 - 1)
+    lm = LanguageModel(tiny_model("llama"), name="llama")
+    assert first_states_module.first_states(lm, Cut(LAYER), 6) is None
+    for seed in (1, 2):
+        assert sipit.invert(lm, _in_whole_steps(lm, random_ids(6, seed=seed), LAYER)).n_checked >= VOCAB

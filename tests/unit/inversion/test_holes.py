@@ -41,6 +41,21 @@ def test_holes_at_every_site(site: Site, missing: str) -> None:
     assert (found.verdict, found.input_ids) == ("recovered", tuple(IDS.tolist()))
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_hole_is_filled_by_passes_of_few_tokens(seed: int) -> None:
+    lm, ids = LanguageModel(tiny_model("llama")), random_ids(8, seed=seed)
+    found = sipit.invert(lm, _without(lm.capture(input_ids=ids, layer=2), (3,)), max_batch=16)
+    assert (found.verdict, found.input_ids) == ("recovered", tuple(ids.tolist()))
+
+
+def test_every_pair_of_a_vocabulary_of_bytes_is_run_before_a_hole_is_given_up(text_lm: LanguageModel) -> None:
+    ids = text_lm.encode("every second row")[:14]  # the right pair is one of the last tried
+    known = ids[:12].tolist()
+    held = replace(text_lm.capture(input_ids=ids, layer=2), positions=())
+    found = sipit.invert(text_lm, replace(held, states=held.states[13:], positions=(13,), known_prefix=tuple(known)))
+    assert (found.verdict, found.input_ids) == ("recovered", tuple(ids[12:].tolist()))
+
+
 @pytest.mark.parametrize("site", ["block", "logits"])
 def test_two_holes_together_are_filled_rightly_or_named_as_a_miss(site: Site) -> None:
     lm = LanguageModel(tiny_model("llama"))

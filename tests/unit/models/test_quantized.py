@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import sipit
 from sipit import LanguageModel
+from sipit.cli import main
 from sipit.collisions import in_float64, last_states, survey_margins
 from sipit.collisions.precision import PRECISIONS, Precision, float64_distances, precision_survey, with_rounded_weights
 from sipit.errors import ModelError, OptionError
@@ -132,6 +133,27 @@ def test_int8_models_are_captured_but_not_inverted(folder: Path, quantize: str) 
         sipit.invert(lm, lm.capture(input_ids=PROMPTS[3], layer=3))
     with pytest.raises(OptionError, match="rounds activations to int8"):
         survey_margins(lm, PROMPTS[:1], [Cut(2, "block")])
+
+
+@pytest.mark.parametrize("quantize", FOUR_BIT)
+def test_states_of_a_four_bit_pass_need_its_weights(folder: Path, quantize: str) -> None:
+    seen = sipit.load(folder, quantize=quantize).capture(input_ids=PROMPTS[3], layer=3).states
+    other = sipit.load(folder, quantize=next(name for name in FOUR_BIT if name != quantize))
+    for lm in (sipit.load(folder), other):
+        assert sipit.invert(lm, seen, layer=3).verdict == "unmatched"
+
+
+def test_the_command_line_inverts_four_bit_models_and_refuses_int8_ones(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for quantize in ("nf4", "int8"):
+        output: Any = sipit.load(folder, quantize=quantize).model(input_ids=PROMPTS[3][None], output_hidden_states=True)
+        torch.save(tuple(states.detach() for states in output.hidden_states), tmp_path / f"{quantize}.pt")
+    told = ["--model", str(folder), "--layer", "3", "--no-fit"]
+    assert main(["invert", str(tmp_path / "nf4.pt"), *told, "--quantize", "nf4"]) == 0
+    assert capsys.readouterr().out == ",".join(map(str, PROMPTS[3].tolist()))
+    assert main(["invert", str(tmp_path / "int8.pt"), *told, "--quantize", "int8"]) == 2
+    assert "int8 products round activations" in capsys.readouterr().err
 
 
 def test_quantising_a_loaded_model_gives_what_loading_it_quantised_does(folder: Path) -> None:

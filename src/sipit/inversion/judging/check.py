@@ -115,9 +115,13 @@ class PackedCheck:
 
     def judge(self, token_ids: Tensor, positions: Tensor, states: Tensor) -> Checked:
         """Compare the states of packed tokens with the observed ones. (Q,), (Q,), (Q, D)."""
-        states = states.to(self.observed.dtype)
         self._meter.spend(len(token_ids), self.cut.layer)
         self._meter.n_checked += len(token_ids)
+        return self.compared(token_ids, positions, states)
+
+    def compared(self, token_ids: Tensor, positions: Tensor, states: Tensor) -> Checked:
+        """Compare states with the observed ones, for which no pass of this search was made. (Q,), (Q,), (Q, D)."""
+        states = states.to(self.observed.dtype)
         rows = positions.to(states.device)
         observed = self.observed[rows]  # (Q, D)
         distances = self._tolerance.distances(states, observed, rows)  # (Q,)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sipit.errors import OptionError
 from sipit.inversion.evidence.cost import cost_of
 from sipit.inversion.evidence.result import Candidate, Inversion, Miss, PositionEvidence, Verdict
 from sipit.inversion.judging.meter import Meter
@@ -72,7 +73,12 @@ def decode(
         meter: charged for every token run.
         effort: how much the decoding may cost.
         on_position: told the best tokens so far after every position of every decoding.
+
+    Raises:
+        OptionError: a position has no row, or a row lacks values.
+        ShapeError: the noise model is of another width.
     """
+    _require_whole(seen)
     meter, effort = meter or Meter(), effort or Effort()
     if noise is None:
         noise = _estimated(lm, seen, meter, on_position)
@@ -83,6 +89,22 @@ def decode(
     if float(beams.posteriors[0]) >= PROBABLE and residuals.is_noise:
         held_out = _held_out_slope(lm, seen, noise, meter, effort)
     return Decoded(noise=noise, beams=beams, residuals=residuals, held_out_slope=held_out)
+
+
+def _require_whole(seen: Observation) -> None:
+    """Refuse rows of which the likelihood under a noise model cannot be computed."""
+    if not seen.is_complete:
+        held = set(seen.positions)
+        missing = next(p for p in range(len(seen.known_prefix), seen.n_positions) if p not in held)
+        raise OptionError(
+            f"no row is held at position {missing}, and under a noise model every position needs one; leave the noise "
+            "out or give its L2 distance"
+        )
+    if seen.is_partial:
+        raise OptionError(
+            f"rows of which only some of the {seen.d_model} values are held have no likelihood under a noise model; "
+            "leave the noise out or give its L2 distance"
+        )
 
 
 def _whole(seen: Observation, input_ids: Tensor) -> Tensor:
@@ -224,6 +246,7 @@ def invert_noisy(
 
     Raises:
         ShapeError, MismatchError: the observation cannot be this model's, or the noise model is of another width.
+        OptionError: a position has no row, or a row lacks values.
     """
     require_belongs(lm, seen)
     began, meter = time.perf_counter(), Meter()

@@ -186,8 +186,14 @@ class BatchScheduler:
         meter.spend(len(ids), seen.layer)
         most = torch.finfo(seen.states.dtype).max
         states = torch.cat(rows).clamp(-most, most).to(seen.states.dtype)
-        states = torch.cat([states, seen.states.cpu()])
-        return replace(seen, states=states, known_prefix=(), positions=(*range(len(ids)), *seen.positions))
+        half = seen.half_step
+        return replace(
+            seen,
+            states=torch.cat([states, seen.states.cpu()]),
+            half_step=None if half is None else torch.cat([half.new_zeros(states.shape), half]).cpu(),
+            known_prefix=(),
+            positions=(*range(len(ids)), *seen.positions),
+        )
 
     def step(self) -> dict[int, Inversion]:
         """PromptSearch one packed pass; return the searches that came to their end, by number."""

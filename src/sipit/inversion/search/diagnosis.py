@@ -12,6 +12,7 @@ from sipit.models.everywhere import distinct_cuts
 from sipit.observations import Cut
 
 _STANDS_OUT = 40.0  # times nearer than all others: hardly a chance resemblance
+_STANDS_OUT_NARROW = 8.0  # the same where the rows are of a narrower dtype than the arithmetic, which explains it
 _UNIT = 1e-3  # of 1, for rows that were all brought to unit length
 
 
@@ -21,6 +22,7 @@ def diagnosed(
     cut: Cut,
     position: int,
     *,
+    stored: torch.dtype,
     distance: float,
     runner_up: float | None,
     limit: float,
@@ -32,6 +34,7 @@ def diagnosed(
         observed: all observed states, (T, D).
         cut: where they are said to come from.
         position: where nothing fits.
+        stored: dtype of the observed states, as they were stored.
         distance: L2 of the nearest token.
         runner_up: L2 of the next one.
         limit: tolerance there.
@@ -50,17 +53,28 @@ def diagnosed(
             "the nearest token is within the plain tolerance, but some coordinates are off by more than the rounding "
             "of the stored dtype; the values were changed after they were rounded"
         )
-    if runner_up is not None and distance * _STANDS_OUT < runner_up:
+    narrow = str(stored).removeprefix("torch.") if stored.itemsize < lm.dtype.itemsize else None
+    stands_out = _STANDS_OUT if narrow is None else _STANDS_OUT_NARROW
+    if runner_up is not None and distance * stands_out < runner_up:
+        moved = (
+            f"something else than {arithmetic} arithmetic moved the state: try the --dtype or --quantize it was run in"
+            if narrow is None
+            else f"the rows hold {narrow} values where it computes in {arithmetic}: try --dtype {narrow}"
+        )
         return (
             f"the nearest token stands out ({runner_up / distance:.0f} times nearer than the next), so this is the "
-            f"model, but something else than {arithmetic} arithmetic moved the state: try the --dtype it "
-            f"was captured in, or declare --noise {1.1 * distance:.2g}"
+            f"model, but {moved}, or declare --noise {1.1 * distance:.2g}"
         )
+    otherwise = "" if narrow is None else f"; or a pass in {narrow} made the rows, then try --dtype {narrow}"
     if position == 0 and (elsewhere := _elsewhere(lm, row, cut)):
-        return elsewhere
+        return elsewhere + otherwise
     if position == 0:
-        return "no token stands out: wrong model, layer or site, or the first rows of the prompt are missing"
-    return "no token stands out: rows from here on may belong to another prompt, or an earlier token is wrong"
+        return (
+            "no token stands out: wrong model, layer or site, or the first rows of the prompt are missing" + otherwise
+        )
+    return (
+        "no token stands out: rows from here on may belong to another prompt, or an earlier token is wrong" + otherwise
+    )
 
 
 def _elsewhere(lm: LanguageModel, row: Tensor, cut: Cut) -> str | None:

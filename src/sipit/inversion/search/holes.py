@@ -22,6 +22,7 @@ from sipit.inversion.proposals.proposal import SearchView
 _NEXT = 8  # tokens that each sequence is run with at the next row, by the inverse
 _MANY_NEXT = 64  # of which the row's token is one where it was not among the first
 _PAIRS = 1 << 16  # pairs run at last, where no right next token stood out
+_ALL_PAIRS = 1 << 17  # or all there are, up to so many: a vocabulary of bytes and a hundred other tokens
 _FEW_NEXT = 2  # of those that came nearest: a right one stands out, though what stands in the hole is wrong
 _FIRST, _DEEP = 64, 128  # sequences run with the first next tokens, and with many
 _LIKELY = 1024  # sequences run with few next tokens before others join
@@ -47,10 +48,15 @@ class Bridges:
     """What was run over one hole: those that fit, the nearest first, then the nearest of the rest."""
 
     found: list[Bridge] = field(default_factory=list)
-    n_tried: int = 0  # sequences
+    tried: set[tuple[int, ...]] = field(default_factory=set)  # sequences
     states: dict[int, list[tuple[Tensor, Tensor]]] = field(
         default_factory=dict
     )  # next id → tokens in one place, states
+
+    @property
+    def n_tried(self) -> int:
+        """Sequences run, each counted once."""
+        return len(self.tried)
 
     @property
     def is_closed(self) -> bool:
@@ -71,7 +77,11 @@ class Bridges:
 
 def n_next_ids(vocab_size: int) -> int:
     """Return how many tokens for the row behind a hole are worth naming: all where every pair can be run."""
-    return max(_MANY_NEXT, _PAIRS // vocab_size)
+    return max(_MANY_NEXT, _n_pairs(vocab_size) // vocab_size)
+
+
+def _n_pairs(vocab_size: int) -> int:
+    return vocab_size**2 if vocab_size**2 <= _ALL_PAIRS else _PAIRS
 
 
 def bridged(
@@ -129,7 +139,7 @@ def _swept(view: SearchView, likely: Tensor, at: Bridge, place: int, bridges: Br
         every = torch.arange(view.lm.vocab_size)
         every = every[~torch.isin(every, tokens)][:, None]
         tokens = _reordered(view, every, here.states[at.next_id])[: len(likely), 0]
-    bridges.n_tried += here.n_tried
+    bridges.tried |= here.tried
     bridges.add(here.found)
     return min(here.found[0], at, key=lambda one: (not one.is_near, one.distance))
 
@@ -150,7 +160,7 @@ def _rounds(
         n_more = max(_REORDERED, n_run // 4)
         yield sequences[n_run : n_run + n_more], few
         n_run += n_more
-    yield sequences[: _PAIRS // len(next_ids)], next_ids
+    yield sequences[: _n_pairs(view.lm.vocab_size) // len(next_ids)], next_ids
 
 
 def _reordered(view: SearchView, rest: Tensor, run: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -195,7 +205,21 @@ def run_pairs(
     The states are noted beside the tokens of one place of the sequences.
     """
     n_missing = sequences.shape[1]
-    followers = torch.tensor(list(next_ids))[: max(1, max_batch - n_missing)]  # (K,)
+    for followers in torch.tensor(list(next_ids)).split(max(1, max_batch - n_missing)):
+        _run_with(check, position, sequences, followers, max_batch, bridges, place)
+
+
+def _run_with(
+    check: PackedCheck,
+    position: int,
+    sequences: Tensor,
+    followers: Tensor,
+    max_batch: int,
+    bridges: Bridges,
+    place: int,
+) -> None:
+    """Run each sequence with each of as many tokens behind it as one pass holds. (N, G) and (K,)."""
+    n_missing = sequences.shape[1]
     branch = n_missing + len(followers)
     attends = torch.eye(branch, dtype=torch.bool)
     attends[:, :n_missing] = True
@@ -209,7 +233,7 @@ def run_pairs(
         judged = check.judge(tokens, positions, states)
         near = judged.is_near.cpu().view(len(part), branch)[:, n_missing:]  # (B, K)
         distances = judged.distances.cpu().view(len(part), branch)[:, n_missing:]
-        bridges.n_tried += len(part)
+        bridges.tried.update(map(tuple, part.tolist()))
         by_branch = states.view(len(part), branch, -1)
         for column, next_id in enumerate(followers.tolist()):
             bridges.states.setdefault(next_id, []).append((part[:, place], by_branch[:, n_missing + column]))

@@ -20,6 +20,7 @@ from sipit.inversion.proposals import Proposal, SearchView
 from sipit.inversion.proposals.continuations import Continuations
 from sipit.inversion.proposals.proposal import Draft
 from sipit.inversion.search.diagnosis import diagnosed
+from sipit.inversion.search.first_states import FirstStates, first_states
 from sipit.inversion.search.forks import Fork, followed
 from sipit.inversion.search.holes import Bridge, Bridges, bridged, n_next_ids, run_pairs
 from sipit.inversion.search.tree import Tree, build_tree
@@ -27,6 +28,7 @@ from sipit.inversion.search.trials import Best, Trials
 
 _FIRST_BATCH = 16
 _GROWTH = 4
+_RECALLED = 4096  # states kept of an earlier search that are compared at once
 _STANDS_OUT = 16.0  # a token this many times nearer than all others is worth a second look
 _AMPLIFIED = 256.0  # at most this many tolerances away
 _NARROW = 2e-4  # tolerance, over the state's norm, at which none but twins can fit beside a token
@@ -255,6 +257,7 @@ class PromptSearch:
         """Return candidates not tried yet; none once the whole vocabulary was. (N,)."""
         untried = self._tried.untried
         if self._tries_all:  # all will be checked: no order is worth its price
+            self._recall()
             return untried.nonzero()[: self.max_batch, 0]
         limit = min(self._size, self.max_batch, self.proposal.batch_limit or self.max_batch)
         batch = self.proposal.next(limit, untried)
@@ -262,6 +265,21 @@ class PromptSearch:
         self._size *= _GROWTH
         # where the proposal has no more, whatever it left out comes last
         return batch if len(batch) else untried.nonzero()[: self.max_batch, 0]
+
+    def _recall(self) -> None:
+        """At the first position: compare the states of what an earlier prompt's search ran there."""
+        kept = self._first_states()
+        if kept is None:
+            return
+        known = kept.token_ids
+        for ids in known[self._tried.untried[known]].split(_RECALLED):
+            self._tried.add(self.view.check.compared(ids, torch.zeros_like(ids), kept.of(ids)))
+
+    def _first_states(self) -> FirstStates | None:
+        """Return what is kept of first states where all are tried; None elsewhere, and where they are too many."""
+        if self.view.prefix or not self._tries_all:
+            return None
+        return first_states(self.view.lm, self.view.seen.cut, self.view.seen.n_positions)
 
     def walk(self, tree: Tree, states: Tensor) -> list[int]:
         """Accept along the tree as long as a token fits; return the columns to keep. (Q, D).
@@ -272,6 +290,9 @@ class PromptSearch:
         accepted: list[int] = []
         outcomes = [checked.subset(slice(level[0], level[-1] + 1)) for level in tree.levels]
         start = self.view.position
+        kept = self._first_states()
+        if kept is not None:
+            kept.note(tree.token_ids, states)
         steps = zip(tree.levels, outcomes, tree.chain, strict=True)
         for depth, (level, here, continued) in enumerate(steps, start=1):
             self._tried.add(here)
@@ -378,6 +399,7 @@ class PromptSearch:
                 check.observed,
                 self.view.seen.cut,
                 self.view.position,
+                stored=self.view.seen.states.dtype,
                 distance=best.distance,
                 runner_up=runner_up,
                 limit=check.limit(self.view.position),

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sipit.errors import InputError, OptionError
-from sipit.observations.formats.dump import Dump, EachInTurn, Place, Wanted, brief, file_name
+from sipit.observations.formats.dump import Dump, EachInTurn, Place, Wanted, brief, file_name, shortened
 from sipit.observations.formats.rows import chosen_prompts, floats_of, ids_of, is_wanted, settled, without_padding
 from sipit.storage import read_json
 
@@ -125,7 +125,7 @@ def _dump(
     declared = "what DeepSpec calls last" if place[0] is None else f"declared {place[0] - 1}, +1"
     notes: tuple[str, ...] = (f"layer {place[0]} ({declared})" if place[0] is not None else f"site final ({declared})",)
     notes += (
-        f"model {manifest.model[:80]}, as the manifest says",
+        f"model {shortened(manifest.model)}, as the manifest says",
         f"rows {len(values)}",
         *([padding] if padding else []),
     )

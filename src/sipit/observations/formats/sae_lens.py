@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from sipit.errors import InputError, OptionError, ShapeError, StorageError
-from sipit.observations.formats.dump import Dump, EachInTurn, Wanted, brief, file_name
+from sipit.observations.formats.dump import Dump, EachInTurn, Wanted, brief, file_name, shortened
 from sipit.observations.formats.rows import ids_of, is_wanted, one_prompt, require_same_length
 from sipit.observations.formats.tensors import place_of_hook
 from sipit.storage import read_json
@@ -78,7 +78,7 @@ def _files(path: Path, name: str) -> list[Path]:
         ) from error
     absent = next((file.name for file in files if not file.is_file()), None)
     if absent is not None or not files:
-        raise InputError(f"{name} lacks {absent or 'all of its files'}; copy the folder again")
+        raise InputError(f"{name} lacks {shortened(absent) if absent else 'all of its files'}; copy the folder again")
     return files
 
 
