@@ -40,8 +40,15 @@ _ODD: tuple[Any, ...] = (  # values that some key of a record must not have
     *(None, True, -1, -0.5, 1.5, 3, "\ud800", "x", [], {}, [None], [1.5], {"a": 1}, math.inf, math.nan, 10**400),
 )
 _GAUSSIAN = {
-    "law": "gaussian", "spread": 1.0, "scale": 1.0, "shift": None, "drops": False, "longest": None,
-    "sigma": 1.0, "says": "noise", "is_estimated": True,
+    "law": "gaussian",
+    "spread": 1.0,
+    "scale": 1.0,
+    "shift": None,
+    "drops": False,
+    "longest": None,
+    "sigma": 1.0,
+    "says": "noise",
+    "is_estimated": True,
 }
 
 Check = Callable[[dict[str, Any], Observation, LanguageModel], CertificateCheck]
@@ -131,6 +138,8 @@ def _honest(rng: random.Random, scene: str) -> Forgery:
     lm = _model(family, rng.randrange(2), is_massive=scene == "massive")
     length = {"one row": 1, "noisy": _NOISY_ROWS, "whole": rng.choice((1, 4, 8))}.get(scene, 6)
     ids = [rng.choice((FIRST, SECOND, *range(VOCAB))) if rng.random() < 0.8 else FIRST for _ in range(length)]
+    if scene == "without twins":
+        ids = [token_id if token_id not in (FIRST, SECOND) else 0 for token_id in ids]
     dtype = "bfloat16" if scene == "massive" else rng.choice(("float32", "float32", "bfloat16", "float16"))
     seen = lm.capture(input_ids=ids, layer=layer, dtype="float32" if scene == "noisy" else dtype)
     if scene == "noisy":
@@ -271,12 +280,18 @@ def _not_held(rng: random.Random, forged: Forgery) -> str:
 
 
 def _one_more(rng: random.Random, forged: Forgery) -> str:
-    extra = rng.randrange(VOCAB)
-    record = forged.record
+    """Claim a token behind the last, of which no row tells."""
+    record, extra = forged.record, rng.randrange(VOCAB)
     record["input_ids"].append(extra)
-    record["positions"].append({**record["positions"][-1], "token_id": extra, "is_held": rng.random() < 0.5})
-    record["seq_len"] += rng.randrange(2)
-    return f"token {extra} behind the last, {record['seq_len']} positions"
+    record["positions"].append({**record["positions"][-1], "token_id": extra, "rivals": [], "is_held": False})
+    return f"token {extra} behind the last"
+
+
+def _one_more_counted(rng: random.Random, forged: Forgery) -> str:
+    how = _one_more(rng, forged)
+    forged.record["seq_len"] += 1
+    forged.record["positions"][-1]["is_held"] = rng.random() < 0.5
+    return f"{how}, of {forged.record['seq_len']}"
 
 
 def _reversed(_: random.Random, forged: Forgery) -> str:
@@ -376,15 +391,24 @@ def _other_prompts(rng: random.Random, forged: Forgery) -> str:
         "the same": ids,
     }[kind]
     others = [list(ids), other] if rng.randrange(2) else [other]
-    forged.record |= {"other_prompts": others, "verdict": rng.choice(("ambiguous", "ambiguous", "recovered"))}
-    return f"{len(others)} other prompts, {kind}, {forged.record['verdict']}"
+    forged.record |= {"other_prompts": others, "verdict": "ambiguous"}
+    return f"{len(others)} other prompts, {kind}"
+
+
+def _recovered_beside(_: random.Random, forged: Forgery) -> str:
+    forged.record |= {"other_prompts": [[0, *forged.true["input_ids"][1:]]], "verdict": "recovered"}
+    return "recovered beside another prompt"
 
 
 def _false_posterior(rng: random.Random, forged: Forgery) -> str:
     record = forged.record
     record["posterior"] = rng.choice((0.0, 0.3, 0.94, 1.5, 1e9, None))
-    record["verdict"] = rng.choice(("probable", "probable", "recovered"))
-    return f"posterior {record['posterior']}, {record['verdict']}"
+    return f"posterior {record['posterior']}"
+
+
+def _recovered_behind_noise(_: random.Random, forged: Forgery) -> str:
+    forged.record["verdict"] = "recovered"
+    return "recovered"
 
 
 def _text_behind_noise(_: random.Random, forged: Forgery) -> str:
@@ -433,24 +457,34 @@ def _noisier_row(rng: random.Random, forged: Forgery) -> str:
 def _noise_of_tokens(rng: random.Random, forged: Forgery) -> str:
     """Observe noise of the size that the record says, but along the directions in which tokens differ."""
     size, (n_rows, width) = forged.true["noise_model"]["spread"], forged.seen.states.shape
-    lm, layer = forged.lm, forged.seen.layer
-    ids = forged.record["input_ids"]
-    others = [lm.capture(input_ids=[*ids[:5], other], layer=layer).states[-1] for other in range(0, VOCAB, 2)]
-    directions = torch.linalg.svd(torch.stack(others) - others[0]).Vh[:6]  # (6, D)
+    directions = torch.linalg.svd(_deviations(forged)).Vh[:6]  # (6, D)
     noise = _normal(rng, n_rows, 6) @ directions
     noise *= size * width**0.5 / noise.norm(dim=1, keepdim=True)
-    _observe(forged, lm.capture(input_ids=ids, layer=layer).states + noise)
+    _observe(forged, _states_of_true(forged) + noise)
     forged.lie = "the noise lies along the directions in which tokens differ"
     return forged.lie
 
 
-def _shrunk_rows(rng: random.Random, forged: Forgery) -> str:
-    """Observe states of another scale than the record says, behind noise that hides how much is left."""
-    states = forged.lm.capture(input_ids=forged.record["input_ids"], layer=forged.seen.layer).states
-    noise = forged.seen.states - states
-    _observe(forged, rng.choice((0.8, 1.2)) * states + noise)
-    forged.lie = "the rows are of another scale"
+def _rows_of_another_scale(rng: random.Random, forged: Forgery) -> str:
+    """Observe states of another scale than the record says, by little more than can be told behind the noise."""
+    spread, gap = forged.true["noise_model"]["spread"], float(_deviations(forged).square().mean().sqrt())
+    error = spread / gap / forged.seen.states.numel() ** 0.5  # of a scale that is fitted to the rows
+    scale = 1 + rng.choice((-1, 1)) * (0.05 + 9 * error)
+    _observe(forged, forged.seen.states + (scale - 1) * _states_of_true(forged))
+    forged.lie = f"the rows are of scale {scale:.3g}"
     return forged.lie
+
+
+def _states_of_true(forged: Forgery) -> Tensor:
+    return forged.lm.capture(input_ids=forged.true["input_ids"], layer=forged.seen.layer).states
+
+
+def _deviations(forged: Forgery) -> Tensor:
+    """Return how the states of other tokens at one place differ from their mean. (75, D)."""
+    prefix = forged.true["input_ids"][:5]
+    captured = [forged.lm.capture(input_ids=[*prefix, other], layer=forged.seen.layer) for other in range(0, VOCAB, 2)]
+    states = torch.stack([seen.states[-1] for seen in captured])
+    return states - states.mean(dim=0)
 
 
 def _odd_noise_model(rng: random.Random, forged: Forgery) -> str:
@@ -506,6 +540,7 @@ KINDS: dict[str, tuple[Callable[[random.Random, Forgery], str], str | None]] = {
     "a row not held": (_not_held, None),
     "a hole that is held": (_not_held, "some rows"),
     "a token more": (_one_more, None),
+    "a token more, counted": (_one_more_counted, None),
     "reversed": (_reversed, None),
     "another model": (_another_model, None),
     "an observation of another model": (_says_another_model, None),
@@ -519,7 +554,9 @@ KINDS: dict[str, tuple[Callable[[random.Random, Forgery], str], str | None]] = {
     "a known token outside the vocabulary": (_outside, "behind a prefix"),
     "an old digest": (_old_digest, None),
     "other prompts": (_other_prompts, "whole"),
+    "recovered beside other prompts": (_recovered_beside, "without twins"),
     "a posterior": (_false_posterior, "noisy"),
+    "recovered behind noise": (_recovered_behind_noise, "noisy"),
     "another text behind noise": (_text_behind_noise, "noisy"),
     "a shift made to fit": (_shift_made_to_fit, "one row"),
     "noise of another size at each coordinate": (_each_its_own, "noisy"),
@@ -527,7 +564,7 @@ KINDS: dict[str, tuple[Callable[[random.Random, Forgery], str], str | None]] = {
     "rows of noise alone": (_rows_of_noise, "noisy"),
     "a row noisier than said": (_noisier_row, "noisy"),
     "noise along the tokens": (_noise_of_tokens, "noisy"),
-    "rows of another scale": (_shrunk_rows, "noisy"),
+    "rows of another scale": (_rows_of_another_scale, "noisy"),
     "an odd noise model": (_odd_noise_model, "noisy"),
 }
 _OWN_DIGEST = ("an old digest", "an odd value")
