@@ -6,7 +6,6 @@ claimed tokens and measures its own tolerance.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor
 
 from sipit.errors import CertificateError, InputError, OptionError, ShapeError
+from sipit.inversion.evidence.digest import digest_of
+from sipit.inversion.evidence.redaction import redacted
 from sipit.inversion.evidence.result import POLICIES, Inversion, Verdict
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.judging.noise import noise_floor
@@ -56,16 +57,19 @@ class CertificateCheck:
 def certificate_of(found: Inversion) -> dict[str, Any]:
     """Return the certificate of an inversion: its record, named, versioned and with a digest."""
     record = json.loads(json.dumps({"format": _FORMAT, "version": _VERSION, **found.record()}))
-    return {**record, "digest": _digest(record)}
+    return {**record, "digest": digest_of(record)}
 
 
-def write_certificate(found: Inversion, path: Path | str) -> None:
+def write_certificate(found: Inversion, path: Path | str, *, is_redacted: bool = False) -> None:
     """Write the record of an inversion as a certificate, whole or not at all, readable by its owner alone.
+
+    `is_redacted` leaves the prompt out: see `redacted`. Nothing can be replayed from such a record.
 
     Raises:
         StorageError: the path cannot be written.
     """
-    write_json(path, certificate_of(found), is_private=True)
+    record = certificate_of(found)
+    write_json(path, redacted(record) if is_redacted else record, is_private=True)
 
 
 def read_certificate(path: Path | str) -> dict[str, Any]:
@@ -85,6 +89,11 @@ def read_certificate(path: Path | str) -> dict[str, Any]:
 def _validated(record: Any, path: str) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("format") != _FORMAT:
         raise CertificateError(f"{path} is not a certificate; write one with 'sipit invert --json'")
+    if record.get("is_redacted") is True:
+        raise CertificateError(
+            f"{path} is redacted: it names no tokens, so there is nothing to replay; check the certificate that it was "
+            "made of"
+        )
     if type(record.get("version")) is int and record["version"] != _VERSION:
         raise CertificateError(
             f"{path} has version {str(record['version'])[:20]}, this sipit reads {_VERSION}; "
@@ -330,7 +339,7 @@ def _mismatches(record: dict[str, Any], seen: Observation, lm: LanguageModel) ->
     known = _known_prefix(record)
     n_sought = seen.n_positions - len(known)
     body = {key: value for key, value in record.items() if key not in ("digest", "file")}
-    if record["digest"] != _digest(body):
+    if record["digest"] != digest_of(body):
         reasons.append("the certificate was edited: its digest does not match its content")
     if record["fingerprint"] != lm.fingerprint:
         reasons.append(
@@ -393,9 +402,3 @@ def _arranged(record: dict[str, Any], seen: Observation) -> Observation:
 def _known_prefix(record: dict[str, Any]) -> list[int]:
     """Return the token ids that the claim takes as known before the first row; none in older records."""
     return list(record.get("known_prefix", []))
-
-
-def _digest(record: dict[str, Any]) -> str:
-    """Return the SHA-256 of a record in canonical JSON. It detects edits by accident, not forgery."""
-    text = json.dumps(record, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
