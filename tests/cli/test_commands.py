@@ -65,10 +65,11 @@ def test_text_comes_back_byte_for_byte(run: Run, tmp_path: Path, text_folder: Pa
 
 def test_record_holds_what_was_found(run: Run, tmp_path: Path, text_folder: Path) -> None:
     run("capture", "--text", "record", "--layer", "2", "--out", "seen", "--model", text_folder)
-    run("invert", "seen", "--policy", "vocabulary", "--json", "c.json")
+    _, _, err = run("invert", "seen", "--policy", "vocabulary", "--json", "c.json")
     record = json.loads((tmp_path / "c.json").read_text("utf-8"))
     lm = sipit.load(text_folder)
     assert record["text"] == "record"
+    assert f"(tolerance {record['tolerance']:.2g})" in err.decode()
     assert record["input_ids"] == lm.encode("record").tolist()
     assert record["model"] == str(text_folder)
     assert (record["layer"], record["site"], record["policy"]) == (2, "block", "vocabulary")
