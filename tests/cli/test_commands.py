@@ -65,15 +65,33 @@ def test_text_comes_back_byte_for_byte(run: Run, tmp_path: Path, text_folder: Pa
 
 def test_record_holds_what_was_found(run: Run, tmp_path: Path, text_folder: Path) -> None:
     run("capture", "--text", "record", "--layer", "2", "--out", "seen", "--model", text_folder)
-    run("invert", "seen", "--policy", "vocabulary", "--json", "c.json")
+    _, _, err = run("invert", "seen", "--policy", "vocabulary", "--json", "c.json")
     record = json.loads((tmp_path / "c.json").read_text("utf-8"))
     lm = sipit.load(text_folder)
     assert record["text"] == "record"
+    assert f"(tolerance {record['tolerance']:.2g})" in err.decode()
     assert record["input_ids"] == lm.encode("record").tolist()
     assert record["model"] == str(text_folder)
     assert (record["layer"], record["site"], record["policy"]) == (2, "block", "vocabulary")
     assert record["prefill_ratio"] == pytest.approx(record["block_tokens"] / (6 * 2))
     assert [p["token"] for p in record["positions"]] == list("record")
+
+
+def test_redacted_record_is_written_without_the_prompt_and_refused_by_check(
+    run: Run, tmp_path: Path, text_folder: Path
+) -> None:
+    run("capture", "--text", "zyx qvj", "--layer", "2", "--out", "seen", "--model", text_folder)
+    code, out, _ = run("invert", "seen", "--json", "c.json", "--redact")
+    assert (code, out) == (0, b"zyx qvj")
+    raw = (tmp_path / "c.json").read_text("utf-8")
+    assert json.loads(raw)["verdict"] == "recovered"
+    assert "zyx" not in raw
+    assert "input_ids" not in raw
+    code, out, err = run("check", "c.json", "seen")
+    assert (code, out) == (2, b"")
+    assert err.startswith(b"sipit: c.json is redacted")
+    assert err.count(b"\n") == 1
+    assert run("invert", "seen", "--redact")[0] == 2  # nothing is written that could be
 
 
 def test_bos_and_chat_template_are_part_of_the_text(run: Run, bos_folder: Path) -> None:

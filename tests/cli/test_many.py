@@ -59,6 +59,19 @@ def test_second_run_goes_on_where_the_first_stopped(
     assert texts == _LINES
 
 
+def test_redacted_lines_hold_no_prompt_and_are_gone_on_from(
+    many_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.jsonl"
+    assert main(["invert", str(many_file), "--json", str(out), "--redact"]) == 0
+    raw = out.read_text(encoding="utf-8")
+    assert raw.count('"verdict": "recovered"') == len(_LINES)
+    assert "first" not in raw
+    assert "input_ids" not in raw
+    assert main(["invert", str(many_file), "--json", str(out), "--redact"]) == 0
+    assert "already holds 3 of 3" in capfd.readouterr().err
+
+
 def test_line_of_the_output_is_a_certificate(many_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     main(["invert", str(many_file), "--json", str(out)])

@@ -151,6 +151,11 @@ def parser() -> argparse.ArgumentParser:
         "it holds the prompt in clear, so only its owner may read it (mode 0600)",
     )
     invert.add_argument(
+        "--redact",
+        action="store_true",
+        help="leave text, token ids and tokens out of the record; nothing can be replayed from it",
+    )
+    invert.add_argument(
         "--resume", type=Path, metavar="FILE", help="keep the recovered prefix in FILE, and start from what it holds"
     )
     _model_options(invert, default=None)

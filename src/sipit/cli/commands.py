@@ -130,6 +130,8 @@ def invert(options: Namespace) -> int:
     else:
         SearchOptions(**_search_options(options))  # refuses what no search can run with
     last_options(options)
+    if options.redact and options.json is None:
+        raise OptionError("--redact leaves the prompt out of what --json writes; pass --json OUT as well")
     if options.resume is not None:
         require_writable(options.resume)
     if is_foreign(options.file):
@@ -158,7 +160,7 @@ def _invert_one(options: Namespace, lm: LanguageModel, seen: Observation, truth:
     if options.json is not None:
         from sipit.inversion import write_certificate
 
-        write_certificate(found, options.json)
+        write_certificate(found, options.json, is_redacted=options.redact)
     return 0 if found.verdict == "recovered" else 1
 
 
@@ -254,7 +256,7 @@ def _invert_all(
 ) -> int:
     """Invert many observations: a line of JSON each, those already in the output passed over."""
     from sipit.cli.display import CountDisplay
-    from sipit.inversion import SearchOptions, certificate_of, invert_many
+    from sipit.inversion import SearchOptions, certificate_of, invert_many, redacted
     from sipit.observations import Observation
     from sipit.storage import LineLog
 
@@ -302,7 +304,8 @@ def _invert_all(
             for (name, _), found in zip(fitting, found_all, strict=True):
                 n_recovered += found.verdict == "recovered"
                 if log is not None:
-                    log.append({"file": name, **certificate_of(found)})
+                    record = certificate_of(found)
+                    log.append({"file": name, **(redacted(record) if options.redact else record)})
                 print(json.dumps({"file": name, "verdict": found.verdict, "text": found.text}, ensure_ascii=False))
                 display.step(found.seq_len)
     refused = f", refused {n_refused}" if n_refused else ""

@@ -7,6 +7,7 @@ from sipit.inversion.evidence.certificate import (
     read_certificate,
     write_certificate,
 )
+from sipit.inversion.evidence.redaction import redacted
 from sipit.inversion.evidence.result import Candidate, Inversion, Miss, PositionEvidence, Verdict
 from sipit.inversion.invert import invert, invert_many
 from sipit.inversion.judging.noise_model import NoiseModel
@@ -39,6 +40,7 @@ __all__ = [
     "invert_last",
     "invert_many",
     "read_certificate",
+    "redacted",
     "require_belongs",
     "write_certificate",
 ]

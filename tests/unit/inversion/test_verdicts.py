@@ -107,6 +107,22 @@ def test_perturbed_position_ends_the_search_with_the_prefix_kept(llama: Language
     assert found.summary().startswith(f"unmatched: position {k}: best of {VOCAB} candidates is ")
 
 
+@pytest.mark.parametrize("is_missed", [False, True])
+def test_record_and_sentence_give_one_tolerance(is_missed: bool) -> None:
+    """A row a thousand times as long has a tolerance a thousand times as large, on which nothing rests."""
+    model = tiny_model("llama")
+    embedding_rows(model)[40] *= 1000
+    lm = LanguageModel(model, name="one long row")
+    states = lm.capture(input_ids=[9, 40, 7], layer=2).states.clone()
+    states[2] += 1.0 if is_missed else 0.0
+    found = sipit.invert(lm, states, layer=2)
+    tolerances = [p.tolerance for p in found.positions] + ([found.miss.tolerance] if found.miss is not None else [])
+    assert (found.verdict, len(tolerances)) == ("unmatched" if is_missed else "recovered", 3)
+    assert max(tolerances) > 20 * found.tolerance
+    assert found.record()["tolerance"] in tolerances
+    assert f"tolerance {found.tolerance:.2g}" in found.summary()
+
+
 def test_miss_names_the_nearest_token_of_the_vocabulary(llama: LanguageModel) -> None:
     seen = llama.capture(input_ids=PLAIN, layer=1)
     states = seen.states.clone()

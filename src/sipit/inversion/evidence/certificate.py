@@ -6,7 +6,6 @@ claimed tokens and measures its own tolerance.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor
 
 from sipit.errors import CertificateError, InputError, OptionError, ShapeError
+from sipit.inversion.evidence.digest import digest_of
+from sipit.inversion.evidence.redaction import redacted
 from sipit.inversion.evidence.result import POLICIES, Inversion, Verdict
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.judging.noise import noise_floor
@@ -32,6 +33,7 @@ _VERSION = 2
 _MOST_RIVALS = 16  # tokens that an inversion names beside the accepted one, at most
 _MOST_PROMPTS = 64  # other prompts of one claim that are run
 _VALUES_A_PARAMETER = 8  # observed values for each number of a noise model, below which it fits whatever is claimed
+_MOST_POSTERIOR = 1.01  # a sum of rounded probabilities may lie a little above 1
 _LARGEST = 1e300  # a number beyond it is no distance, no count and no time
 _TEXTS = ("digest", "model", "fingerprint", "site", "observation_sha256", "observation_dtype", "model_dtype")
 _COUNTS = ("layer", "seq_len", "block_tokens", "calibration_block_tokens", "n_checked")  # whole numbers, 0 or more
@@ -55,16 +57,19 @@ class CertificateCheck:
 def certificate_of(found: Inversion) -> dict[str, Any]:
     """Return the certificate of an inversion: its record, named, versioned and with a digest."""
     record = json.loads(json.dumps({"format": _FORMAT, "version": _VERSION, **found.record()}))
-    return {**record, "digest": _digest(record)}
+    return {**record, "digest": digest_of(record)}
 
 
-def write_certificate(found: Inversion, path: Path | str) -> None:
+def write_certificate(found: Inversion, path: Path | str, *, is_redacted: bool = False) -> None:
     """Write the record of an inversion as a certificate, whole or not at all, readable by its owner alone.
+
+    `is_redacted` leaves the prompt out: see `redacted`. Nothing can be replayed from such a record.
 
     Raises:
         StorageError: the path cannot be written.
     """
-    write_json(path, certificate_of(found), is_private=True)
+    record = certificate_of(found)
+    write_json(path, redacted(record) if is_redacted else record, is_private=True)
 
 
 def read_certificate(path: Path | str) -> dict[str, Any]:
@@ -84,6 +89,11 @@ def read_certificate(path: Path | str) -> dict[str, Any]:
 def _validated(record: Any, path: str) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("format") != _FORMAT:
         raise CertificateError(f"{path} is not a certificate; write one with 'sipit invert --json'")
+    if record.get("is_redacted") is True:
+        raise CertificateError(
+            f"{path} is redacted: it names no tokens, so there is nothing to replay; check the certificate that it was "
+            "made of"
+        )
     if type(record.get("version")) is int and record["version"] != _VERSION:
         raise CertificateError(
             f"{path} has version {str(record['version'])[:20]}, this sipit reads {_VERSION}; "
@@ -130,11 +140,8 @@ def _wrong_keys(record: dict[str, Any]) -> Iterator[str]:
         isinstance(ids, list) and all(type(i) is int for i in ids) for ids in others
     ):
         yield "other_prompts"
-    if not isinstance(record.get("miss"), dict | None):
-        yield "miss"
-    if not isinstance(record.get("noise_model"), dict | None):
-        yield "noise_model"
-    if record.get("posterior") is not None and not (_is_number(record["posterior"]) and record["posterior"] <= 1.01):
+    yield from (key for key in ("miss", "noise_model", "residuals") if not isinstance(record.get(key), dict | None))
+    if not _is_posterior(record.get("posterior")):
         yield "posterior"
     if record.get("verdict") == "probable" and not (record.get("noise_model") and record.get("posterior") is not None):
         yield "noise_model"
@@ -149,9 +156,26 @@ def _is_position(evidence: Any) -> bool:
         and all(_is_number(evidence.get(key)) for key in _POSITION_NUMBERS)
         and (evidence.get("runner_up") is None or _is_number(evidence["runner_up"]))
         and (evidence.get("token", ...) is None or _is_text(evidence.get("token")))
-        and isinstance(evidence.get("rivals"), list | tuple)
+        and _is_posterior(evidence.get("posterior"))
+        and isinstance(evidence.get("rivals"), list)
+        and all(map(_is_rival, evidence["rivals"]))
         and type(evidence.get("is_held", True)) is bool
     )
+
+
+def _is_rival(rival: Any) -> bool:
+    """Return whether this names another token that fits as well."""
+    return (
+        isinstance(rival, dict)
+        and type(rival.get("token_id")) is int
+        and _is_number(rival.get("distance"))
+        and (rival.get("token") is None or _is_text(rival["token"]))
+        and _is_posterior(rival.get("posterior"))
+    )
+
+
+def _is_posterior(value: Any) -> bool:
+    return value is None or (_is_number(value) and value <= _MOST_POSTERIOR)
 
 
 def _is_text(value: Any) -> bool:
@@ -190,7 +214,7 @@ def check_certificate(
     distance = tolerance = None
     block_tokens = 0
     if not reasons:
-        seen = seen.arranged(row_order=record.get("row_order", ()), column_order=record.get("column_order", ()))
+        seen = _arranged(record, seen)
     if not reasons and record.get("noise_model") is not None:
         return _check_noisy(lm, seen, record)
     if not reasons:
@@ -208,7 +232,7 @@ def check_certificate(
                 f"observed state, {float(found.excess[worst]):.3g} beyond its rounding; tolerance {tolerance:.2g}"
             )
         if noise:
-            reasons += _too_much_noise(lm, seen, noise, found.distances > found.limits)
+            reasons += _too_much_noise(lm, seen, noise, found.needs_noise)
         reasons += _unnamed_equals(lm, record)
         reasons += _false_alternatives(lm, seen, record)
         if record["text"] != lm.decode(record["input_ids"]):
@@ -274,17 +298,15 @@ def _false_alternatives(lm: LanguageModel, seen: Observation, record: dict[str, 
 def _unnamed_equals(lm: LanguageModel, record: dict[str, Any]) -> list[str]:
     """Return why a claim is too narrow: a token with the same embedding row gives the same states, and is not named."""
     for place, evidence in enumerate(record["positions"]):
-        named = {rival.get("token_id") for rival in evidence["rivals"] if isinstance(rival, dict)}
+        named = {rival["token_id"] for rival in evidence["rivals"]}
         named |= {ids[place] for ids in record.get("other_prompts", []) if len(ids) == len(record["positions"])}
         if record["verdict"] == "recovered" and evidence["rivals"]:
             return [f"position {place} names other tokens that fit, so the verdict is not 'recovered'"]
-        if len(named) >= _MOST_RIVALS:
-            continue
         twins = lm.embeddings.twins(evidence["token_id"])
         rows = lm.embeddings.rows(torch.tensor([evidence["token_id"], *twins]))  # (1 + N, D)
         equal = [twin for twin, row in zip(twins, rows[1:], strict=True) if torch.equal(row, rows[0])]
         left_out = [twin for twin in equal if twin not in named]
-        if left_out:
+        if left_out and len(named & set(equal)) < _MOST_RIVALS:
             return [
                 f"position {place}: token {left_out[0]} has the same embedding row as {evidence['token_id']}, so its "
                 "state is the same, but the certificate does not name it"
@@ -317,7 +339,7 @@ def _mismatches(record: dict[str, Any], seen: Observation, lm: LanguageModel) ->
     known = _known_prefix(record)
     n_sought = seen.n_positions - len(known)
     body = {key: value for key, value in record.items() if key not in ("digest", "file")}
-    if record["digest"] != _digest(body):
+    if record["digest"] != digest_of(body):
         reasons.append("the certificate was edited: its digest does not match its content")
     if record["fingerprint"] != lm.fingerprint:
         reasons.append(
@@ -348,10 +370,6 @@ def _mismatches(record: dict[str, Any], seen: Observation, lm: LanguageModel) ->
     if seen.positions != _claimed_places(record) and record["verdict"] != "unmatched":
         reasons.append(f"the observation holds other positions than the certificate, behind {len(known)} known tokens")
     try:
-        seen.arranged(row_order=record.get("row_order", ()), column_order=record.get("column_order", ()))
-    except InputError as error:
-        reasons.append(f"the certificate's arrangement is none: {error}")
-    try:
         lm.checked_layer(seen.layer, seen.site)
         if seen.d_model != lm.width(seen.cut):
             raise ShapeError(f"the observed states are {seen.d_model} wide, the model's {lm.width(seen.cut)}")
@@ -373,12 +391,14 @@ def _at_claimed_places(record: dict[str, Any], seen: Observation) -> Observation
     return replace(seen, positions=places, is_last=False) if is_silent and len(places) == seen.seq_len else seen
 
 
+def _arranged(record: dict[str, Any], seen: Observation) -> Observation:
+    """Return an observation with its rows and columns in the order that the claim says."""
+    try:
+        return seen.arranged(row_order=record.get("row_order", ()), column_order=record.get("column_order", ()))
+    except InputError as error:
+        raise CertificateError(f"the certificate's order of rows or columns cannot be used: {error}") from error
+
+
 def _known_prefix(record: dict[str, Any]) -> list[int]:
     """Return the token ids that the claim takes as known before the first row; none in older records."""
     return list(record.get("known_prefix", []))
-
-
-def _digest(record: dict[str, Any]) -> str:
-    """Return the SHA-256 of a record in canonical JSON. It detects edits by accident, not forgery."""
-    text = json.dumps(record, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -54,6 +55,15 @@ class Miss:
     diagnosis: str  # the likeliest cause, and what to try
 
 
+def decisive_tolerance(positions: Sequence[PositionEvidence], miss: Miss | None) -> float:
+    """Return the tolerance that a verdict rests on: the one that was missed, else the one met with least to spare."""
+    return miss.tolerance if miss is not None else _nearest_to_its_tolerance(positions).tolerance
+
+
+def _nearest_to_its_tolerance(positions: Sequence[PositionEvidence]) -> PositionEvidence:
+    return max(positions, key=lambda p: p.distance / p.tolerance if p.tolerance else 0.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Inversion:
     """The result of inverting one observation."""
@@ -67,7 +77,7 @@ class Inversion:
     text: str | None  # of the tokens below; None without a tokenizer
     input_ids: tuple[int, ...]  # the recovered prompt behind the known prefix, or its beginning where "unmatched"
     seq_len: int  # tokens sought: positions behind the known prefix, holes included
-    tolerance: float  # the largest over the positions
+    tolerance: float  # where a state comes nearest to it, or at the miss: see `decisive_tolerance`
     noise: float  # declared by the caller; L2, 0 where none was
     seconds: float
     wall_ratio: float  # seconds over those of a plain forward pass through the same blocks, in this process
@@ -103,7 +113,7 @@ class Inversion:
             miss = self.miss
             return (
                 f"unmatched: position {miss.position}: best of {miss.n_checked} candidates is "
-                f"{miss.distance:.3g} away, tolerance {miss.tolerance:.2g}; {miss.diagnosis}. "
+                f"{miss.distance:.3g} away, tolerance {self.tolerance:.2g}; {miss.diagnosis}. "
                 'See "sipit invert --help".'
             )
         if self.posterior is not None and self.noise_model is not None:
@@ -113,10 +123,10 @@ class Inversion:
                 f"{self.noise_model['says']}{', estimated' if self.noise_model['is_estimated'] else ''}; "
                 f"{doubtful} tokens below 0.95; no proof"
             )
-        worst = max(self.positions, key=lambda p: p.distance / p.tolerance if p.tolerance else 0.0)
+        worst = _nearest_to_its_tolerance(self.positions)
         text = (
             f"{self.verdict}: {len(self.input_ids)} of {self.seq_len} tokens; largest distance "
-            f"{worst.distance:.2g} (tolerance {worst.tolerance:.2g})"
+            f"{worst.distance:.2g} (tolerance {self.tolerance:.2g})"
         )
         margins = [p.runner_up for p in self.positions if p.runner_up is not None]
         if margins:

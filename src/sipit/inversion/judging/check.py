@@ -126,13 +126,13 @@ class PackedCheck:
         observed = self.observed[rows]  # (Q, D)
         distances = self._tolerance.distances(states, observed, rows)  # (Q,)
         excess = self._tolerance.excess(states, observed, rows)  # (Q,)
-        limit = self._limit[rows]
+        floor = self._floor[rows]
         return Checked(
             token_ids=token_ids,
             states=states,
             distances=distances,
-            fits=(excess <= self._floor[rows]) & (distances <= limit),
-            is_near=(excess <= self._floor[rows] + self.noise) & (distances <= limit + self.noise),
+            fits=excess <= floor,  # which the plain distance follows: see `replay`
+            is_near=excess <= floor + self.noise,
         )
 
     def remeasure(self, prefix: Sequence[int], token_id: int) -> None:

@@ -47,6 +47,10 @@ class NoiseModel:
             raise OptionError("the spread of the noise must be one number a coordinate, or one for all, above 0")
         if not 0 < abs(self.scale) < math.inf:
             raise OptionError(f"the scale of the noise model is {self.scale}; it must be finite and not 0")
+        if self.shift is not None and not (self.shift.ndim == 1 and bool(self.shift.isfinite().all())):
+            raise OptionError("the shift of the noise model must be one finite number a coordinate")
+        if self.longest is not None and not 0 < self.longest < math.inf:
+            raise OptionError(f"the length that rows are cut down to is {self.longest}; it must be finite and above 0")
 
     @classmethod
     def gaussian(cls, sigma: float | Tensor) -> NoiseModel:
@@ -196,7 +200,7 @@ def noise_model(record: dict[str, Any]) -> NoiseModel:
             longest=None if record["longest"] is None else float(record["longest"]),
         )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise OptionError(f"the noise model of the record cannot be read ({error}); invert again") from error
+        raise OptionError(f"the noise model of the record cannot be read ({str(error)[:120]}); invert again") from error
 
 
 def _fair_energy(energy: Tensor, width: int) -> float:

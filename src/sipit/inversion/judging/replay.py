@@ -26,9 +26,9 @@ class Replay:
     observed: Tensor  # (T, W) in the same dtype
     distances: Tensor  # (T,) float64, L2
     excess: Tensor  # (T,) float64: beyond what the rounding of the stored values explains
-    limits: Tensor  # (T,) float64: tolerances, without any declared noise
-    allowed: Tensor  # (T,) float64: tolerances, with it, and with the noise of states that amplify rounding
-    over: Tensor  # (T,) float64: how far a row lies beyond its tolerance; it holds where this is not above 0
+    needs_noise: Tensor  # (T,) bool: whether the measured noise floor alone does not explain the excess
+    allowed: Tensor  # (T,) float64: tolerances, any declared noise and that of states that amplify rounding included
+    over: Tensor  # (T,) float64: how far the excess lies beyond all noise; a row holds where this is not above 0
     block_tokens: int  # cost
 
 
@@ -53,8 +53,10 @@ def replay(lm: LanguageModel, seen: Observation, input_ids: Tensor, *, noise: fl
     rows = torch.arange(len(states))
     distances = limits.distances(states, observed, rows).double().cpu()  # (T,)
     excess = limits.excess(states, observed, rows).double().cpu()  # (T,)
-    noises, allowed = limits.noise.cpu() + noise, limits.total.cpu() + noise  # (T,)
-    over = torch.maximum(distances - allowed, excess - noises)  # (T,)
+    allowed = limits.total.cpu() + noise  # (T,)
+    # What the rounding explains is at most the norm of the half steps, which `allowed` adds to the noise: a row whose
+    # excess is within the noise is within its tolerance by plain distance too, which so needs no check of its own.
+    over = excess - limits.noise.cpu() - noise  # (T,)
     for row in over.argsort(descending=True)[:_REMEASURED].tolist():
         if over[row] > 0:  # a state may amplify rounding: measure its own
             position = seen.positions[row]
@@ -68,7 +70,7 @@ def replay(lm: LanguageModel, seen: Observation, input_ids: Tensor, *, noise: fl
         observed=observed,
         distances=distances,
         excess=excess,
-        limits=limits.total.cpu(),
+        needs_noise=excess > limits.noise.cpu(),
         allowed=allowed,
         over=over,
         block_tokens=block_tokens,

@@ -91,19 +91,20 @@ def _reasons(
 ) -> tuple[str, ...]:
     found = []
     worst = int(by_row.abs().argmax())
-    if abs(float(by_row[worst])) > _MOST_DEVIATION:
+    # Each comparison asks for what holds, so that values that are no numbers give a reason.
+    if not abs(float(by_row[worst])) <= _MOST_DEVIATION:
         found.append(
             f"row {seen.positions[worst]} is {float(by_row[worst]):.3g} standard deviations off the size that the "
             "noise has elsewhere"
         )
-    if abs(by_direction) > _MOST_DEVIATION:
+    if not abs(by_direction) <= _MOST_DEVIATION:
         found.append(
             f"along the directions in which tokens differ, more is left than noise explains: {by_direction:.3g} "
             "standard deviations"
         )
-    if abs(slope - 1) > _MOST_DEVIATION * slope_error + 0.05:
+    if not abs(slope - 1) <= _MOST_DEVIATION * slope_error + 0.05:
         found.append(f"the states account for {slope:.2f} of how the rows differ from those of other tokens, not for 1")
-    if slope_error * _LEAST_SLOPE_SIGNAL > 1:
+    if not slope_error * _LEAST_SLOPE_SIGNAL <= 1:
         found.append("the noise hides the states, so the rows say nothing of the tokens")
     return tuple(found)
 

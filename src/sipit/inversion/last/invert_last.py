@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sipit.errors import OptionError, ShapeError
 from sipit.inversion.evidence.cost import cost_of
-from sipit.inversion.evidence.result import Inversion, Miss, PositionEvidence, Verdict
+from sipit.inversion.evidence.result import Inversion, Miss, PositionEvidence, Verdict, decisive_tolerance
 from sipit.inversion.judging.replay import replay
 from sipit.inversion.judging.tolerance import tolerance_for
 from sipit.inversion.last.decode import Prompt
@@ -170,7 +170,6 @@ def _result(lm: LanguageModel, judge: LastJudge, began: float, lengths: range) -
     fitting = list(dict.fromkeys(judge.fitting))
     best: Prompt = fitting[0] if fitting else judge.best
     seen = judge.seen.ending_at(max(len(best), lengths[0]))
-    tolerance = tolerance_for(lm, seen).total
     verdict: Verdict = "recovered" if len(fitting) == 1 else "ambiguous" if fitting else "unmatched"
     others = sorted(distance for prompt, distance in judge.tried.items() if prompt not in fitting)
     runner_up = others[0] if others else None
@@ -200,7 +199,7 @@ def _result(lm: LanguageModel, judge: LastJudge, began: float, lengths: range) -
             token_id=best[-1] if best else 0,
             token=lm.decode(best[-1:]) if best else None,
             distance=distance,
-            tolerance=float(tolerance.max()),
+            tolerance=float(tolerance_for(lm, seen).total.max()),
             n_checked=len(judge.tried),
             runner_up=others[1] if len(others) > 1 else None,
             diagnosis=_diagnosis(lm, judge, best, lengths),
@@ -216,7 +215,7 @@ def _result(lm: LanguageModel, judge: LastJudge, began: float, lengths: range) -
         text=lm.decode(ids),
         input_ids=ids,
         seq_len=seen.n_sought,
-        tolerance=float(tolerance.max()),
+        tolerance=decisive_tolerance(positions, miss),
         noise=0.0,
         observation_sha256=seen.digest(),
         observation_dtype=seen.dtype,

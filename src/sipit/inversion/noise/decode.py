@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sipit.errors import OptionError
 from sipit.inversion.evidence.cost import cost_of
-from sipit.inversion.evidence.result import Candidate, Inversion, Miss, PositionEvidence, Verdict
+from sipit.inversion.evidence.result import Candidate, Inversion, Miss, PositionEvidence, Verdict, decisive_tolerance
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.judging.noise_model import NoiseModel
 from sipit.inversion.judging.replay import replay
@@ -158,7 +158,6 @@ def inversion_of(
 ) -> Inversion:
     """Return the result of a decoding as an inversion."""
     verdict, reason = verdict_of(found)
-    tolerance = tolerance_for(lm, seen).total
     evidence = evidence_of(lm, seen, found)
     ids = [int(i) for i in found.input_ids]
     miss = None
@@ -188,7 +187,7 @@ def inversion_of(
         input_ids=tuple(ids),
         known_prefix=seen.known_prefix,
         seq_len=seen.seq_len,
-        tolerance=float(tolerance.max()),
+        tolerance=decisive_tolerance(evidence, miss),
         noise=0.0,
         **cost_of(lm, seen, meter, seconds),
         observation_sha256=seen.digest(),

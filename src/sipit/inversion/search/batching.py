@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sipit.errors import OptionError
 from sipit.inversion.evidence.cost import cost_of
-from sipit.inversion.evidence.result import Inversion
+from sipit.inversion.evidence.result import Inversion, decisive_tolerance
 from sipit.inversion.inverses.linear_head import completed
 from sipit.inversion.judging.check import PackedCheck
 from sipit.inversion.judging.meter import Meter
@@ -80,7 +80,6 @@ class _Slot:
     lane: int
     seen: Observation
     run: PromptSearch
-    tolerance: float
     seconds: float  # of the work done for this search alone, and its share of the passes
     tree: Tree | None = field(init=False, default=None)  # planned, not yet checked
 
@@ -163,7 +162,6 @@ class BatchScheduler:
                 lane=lane,
                 seen=seen,
                 run=run,
-                tolerance=float(tolerance.total[len(prefix) :].max()),
                 seconds=time.perf_counter() - started,
             )
         )
@@ -281,7 +279,7 @@ class BatchScheduler:
             input_ids=tuple(found),
             known_prefix=seen.known_prefix,
             seq_len=seen.n_sought,
-            tolerance=slot.tolerance,
+            tolerance=decisive_tolerance(run.evidence, run.miss),
             noise=self._options.noise,
             **cost_of(lm, seen, meter, slot.seconds),
             observation_sha256=seen.digest(),
