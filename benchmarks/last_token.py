@@ -2,6 +2,7 @@
 
 python -m benchmarks.last_token --text-file F --layer 1 --lengths 4,6,8,12,16 --prompts 20 --json OUT
 python -m benchmarks.last_token --random-ids --layer 1 --lengths 3 --prompts 20
+python -m benchmarks.last_token --text-file F --layer 1 --lengths 4,6,8 --decoys 2000
 python -m benchmarks.last_token --plot docs/last-token.svg OUT [OUT ...]
 """
 
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 import sipit
+from sipit.inversion.last.judge import LastJudge
 
 
 def main() -> None:
@@ -31,6 +33,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=8, help="longest prompt sought; longer lengths raise it")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--decoys", type=int, help="judge so many prompts a token or two away instead of searching")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="draw the records named instead of measuring")
     parser.add_argument("records", nargs="*", type=Path)
@@ -42,6 +45,9 @@ def main() -> None:
     cut = {"layer": lm.n_layers, "site": "final"} if options.layer == "final" else {"layer": int(options.layer)}
     ids = None if options.random_ids else lm.encode(options.text_file.read_text("utf-8"))
     generator = torch.Generator().manual_seed(options.seed)
+    if options.decoys is not None:
+        _judge_decoys(lm, ids, cut, list(map(int, options.lengths.split(","))), options.decoys, generator)
+        return
     warm = lm.capture(input_ids=torch.arange(2), **cut).states[-1]
     sipit.invert_last(lm, warm, max_tokens=2, seconds=1, **cut)  # what is prepared once a process
     runs = []
@@ -66,6 +72,41 @@ def main() -> None:
             f"{share:.0%} of tokens, median {median(run['seconds'] for run in kept):.1f} s",
             flush=True,
         )
+
+
+def _judge_decoys(
+    lm: sipit.LanguageModel,
+    ids: torch.Tensor,
+    cut: dict[str, Any],
+    lengths: list[int],
+    n_decoys: int,
+    generator: torch.Generator,
+) -> None:
+    """Count prompts near the true one that the judge would let pass: there should be none."""
+    n_tried = n_passed = 0
+    while n_tried < n_decoys:
+        length = lengths[n_tried % len(lengths)]
+        at = int(torch.randint(len(ids) - length, (1,), generator=generator))
+        prompt = ids[at : at + length].tolist()
+        if len(set(prompt)) == 1 or any(lm.embeddings.twins(token) for token in prompt):
+            continue  # a prompt that others equal by design
+        decoys = set()
+        for place, token in enumerate(prompt):
+            gaps = lm.embeddings.squared_distances(lm.embeddings.rows(torch.tensor([token]))[0])
+            gaps[token] = torch.inf
+            near = [int(i) for i in gaps.topk(2, largest=False).indices]
+            for other in [*near, int(torch.randint(lm.vocab_size, (1,), generator=generator))]:
+                decoys.add((*prompt[:place], other, *prompt[place + 1 :]))
+            decoys.add((*prompt[:place], *prompt[place + 1 :]))
+            decoys.add((*prompt[: place + 1], *prompt[place:]))
+            decoys.add((*prompt[:place], *prompt[place : place + 2][::-1], *prompt[place + 2 :]))
+        decoys.discard(tuple(prompt))
+        judge = LastJudge(lm=lm, seen=lm.capture(input_ids=prompt, **cut).last_rows(1), budget=float("inf"))
+        judge.score(sorted(decoys), to_the_end=True)
+        n_tried, n_passed = n_tried + len(decoys), n_passed + len(judge.fitting)
+        for passed in judge.fitting:
+            print(f"PASSED {passed} for {tuple(prompt)}")
+    print(f"{cut}: {n_tried} prompts near the true one judged, {n_passed} within tolerance")
 
 
 def _run(

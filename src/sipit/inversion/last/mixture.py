@@ -27,6 +27,7 @@ from sipit.models import LanguageModel
 from sipit.models.open_block import OpenBlock, open_block
 
 _PROMPTS, _TOKENS = 1536, 12  # run to see what heads give
+_VALUES = 8192  # drawn to see how they spread
 _RIDGE = 1e-5  # of the mean diagonal
 _FLOOR = 1e-3  # of the mean eigenvalue of values, added to each
 _COARSEST = 1e-2  # of the state's norm: blur of the first step
@@ -81,8 +82,9 @@ def _mixture(lm: LanguageModel) -> Mixture | None:
     missed = given - inputs @ to_heads
     values, vectors = torch.linalg.eigh(missed.T @ missed / len(missed))
     tokens = block.read(torch.arange(lm.vocab_size))
-    frequencies = windows.frequencies().to(lm.device)
-    seen = tokens.values[torch.multinomial(frequencies, 8192, replacement=True)].float()  # (N, K, e)
+    frequencies = windows.frequencies()
+    drawn = torch.multinomial(frequencies, _VALUES, replacement=True, generator=generator)
+    seen = tokens.values[drawn.to(lm.device)].float()  # (N, K, e)
     mean = seen.mean(dim=0)
     gaps = (seen - mean).transpose(0, 1).cpu().double()  # (K, N, e)
     whitener = torch.stack([whitening(part.T @ part / len(part), _FLOOR) for part in gaps]).to(mean)
@@ -92,7 +94,7 @@ def _mixture(lm: LanguageModel) -> Mixture | None:
         white=(tokens.values.float() - mean).transpose(0, 1) @ whitener,
         mean=mean,
         whitener=whitener,
-        log_frequencies=frequencies.log(),
+        log_frequencies=frequencies.log().to(lm.device),
         to_heads=to_heads,
         spread=vectors * (values.clamp(min=0) + _FLOOR * values.mean()).sqrt(),
     )
