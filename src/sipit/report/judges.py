@@ -31,8 +31,8 @@ def _distances(values: Values) -> tuple[Kind, str]:
     pairs, hits = sum(v["n_pairs"] for v in values), sum(v["n_collisions"] for v in values)
     varied = min(v["least_varied_float64"] for v in values)
     least = min(v["least_float64"] for v in values)
-    threshold = values[0]["threshold"]
-    says = f"{hits} of {pairs:,} pairs within {threshold:g}; the closest in float64 {number(least)} apart"
+    threshold = max(v["threshold"] for v in values)
+    says = f"{hits} of {pairs:,} pairs within 1e-6; the closest in float64 {number(least)} apart"
     repeats = f", {number(varied)} where no prompt repeats one token only"
     # In float32 rounding alone may hide a collision, or make one.
     if (hits or least <= threshold) and varied > threshold:
