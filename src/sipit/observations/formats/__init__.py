@@ -12,7 +12,7 @@ from typing import Protocol
 
 from safetensors import SafetensorError, safe_open
 
-from sipit.errors import InputError, SipitError, StorageError
+from sipit.errors import InputError, OptionError, SipitError, StorageError
 from sipit.observations.formats.arrays import NumpyArchiveFormat, NumpyFormat, SafetensorsFormat
 from sipit.observations.formats.deepspec import DeepSpecFormat
 from sipit.observations.formats.dump import Dump, ModelShape, Wanted, brief, file_name
@@ -125,14 +125,19 @@ def _of_file(path: Path, wanted: Wanted) -> Iterator[Dump | SipitError]:
             "save the states as safetensors, .npy or a torch tensor"
         )
         return
-    dumps = found.read(path, wanted)
+    dumps, is_empty = found.read(path, wanted), True
     while True:
         try:
             yield next(dumps)
         except StopIteration:
-            return
+            break
         except SipitError as error:
             yield error
+        is_empty = False
+    if is_empty:
+        yield OptionError(
+            f"{file_name(path)} holds nothing at the place that --layer, --site or --key names; ask for another"
+        )
 
 
 def _of_folder(folder: Path, top: Path, wanted: Wanted, depth: int) -> Iterator[Dump | SipitError]:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from sipit.errors import InputError, OptionError
 from sipit.observations.formats.dump import Dump, EachInTurn, Wanted, file_name
-from sipit.observations.formats.rows import chosen_prompts, settled
+from sipit.observations.formats.rows import chosen_prompts, refuse_unused, settled
 from sipit.observations.formats.tensor_file import first_bytes
 
 _SESSION, _SLOT = 0x6767736E, 0x67677371
@@ -116,6 +116,7 @@ class _Reader:
 def _blocks(path: Path, wanted: Wanted) -> Iterator[Callable[[], Dump]]:
     name = file_name(path)
     chosen_prompts(1, wanted, name)
+    refuse_unused(name, wanted, "layers")
     reader = _Reader(np.memmap(path, np.uint8, "c"), name)
     magic, version = reader.number("I"), reader.number("I")
     if version not in (_SESSION_VERSIONS if magic == _SESSION else _SLOT_VERSIONS):
@@ -133,6 +134,9 @@ def _blocks(path: Path, wanted: Wanted) -> Iterator[Callable[[], Dump]]:
     site = wanted.site or "kv"
     if site not in ("kv", "keys", "values"):
         raise OptionError(f"{name} holds keys and values alone; ask for --site kv, keys or values")
+    n_blocks = len(caches[0].keys) if len(caches) == 1 else None
+    if n_blocks is not None and wanted.layer is not None and wanted.layer >= n_blocks:
+        raise OptionError(f"{name} holds the cache of blocks 0 to {n_blocks - 1}, not {wanted.layer}; ask for another")
     blocks = [(number, layer) for number, cache in enumerate(caches) for layer in range(len(cache.keys))]
     for number, layer in blocks:
         at = None if len(caches) > 1 else layer
