@@ -19,7 +19,7 @@ from sipit.observations.formats.dump import Dump, ModelShape, Wanted, brief, fil
 from sipit.observations.formats.json_states import JsonFormat
 from sipit.observations.formats.llama_cpp import LlamaCppFormat
 from sipit.observations.formats.mlx import MlxFormat
-from sipit.observations.formats.observed import observation_of, observed, settled_dumps, unpadded
+from sipit.observations.formats.observed import in_halves, observation_of, observed, settled_dumps, unpadded
 from sipit.observations.formats.sae_lens import SaeLensFormat
 from sipit.observations.formats.torch_files import TorchFormat
 from sipit.observations.formats.vllm import VllmFormat
@@ -31,6 +31,7 @@ __all__ = [
     "ModelShape",
     "ObservationFormat",
     "Wanted",
+    "in_halves",
     "is_foreign",
     "observation_of",
     "observed",
