@@ -33,7 +33,7 @@ from tests.adversarial.malformed import Case, Plan, malformed
 from tests.adversarial.scenes import TEXT, Scene, built_scene
 from tests.unit.observations.formats.arrow_files import arrow_folder
 from tests.unit.observations.formats.deepspec_files import target_cache
-from tests.unit.observations.formats.llama_files import memory, neighbouring_pairs, session, slot
+from tests.unit.observations.formats.llama_files import memory, neighbouring_pairs, packed, session, slot
 
 _LAYER = ("--layer", "2")
 _KV = ("--layer", "1", "--site", "kv")
@@ -120,10 +120,10 @@ def _top_logits(path: Path, of: Passed) -> None:
     torch.save({"values": values, "indices": token_ids}, path)
 
 
-def _of_llama_cpp(of: Passed) -> bytes:
+def _of_llama_cpp(of: Passed, rotation: tuple[int, int] | None = None) -> bytes:
     keys, values = ([block[n][0].transpose(0, 1).flatten(1) for block in of.cache] for n in (0, 1))
     assert of.lm.d_head is not None
-    return memory([neighbouring_pairs(rows, of.lm.d_head) for rows in keys], values)
+    return memory([neighbouring_pairs(rows, of.lm.d_head) for rows in keys], values, rotation=rotation)
 
 
 def _session(path: Path, of: Passed) -> None:
@@ -131,7 +131,7 @@ def _session(path: Path, of: Passed) -> None:
 
 
 def _slot(path: Path, of: Passed) -> None:
-    slot(path, of.ids.tolist(), _of_llama_cpp(of))
+    slot(path, packed(of.ids.tolist()), _of_llama_cpp(of, rotation=(0, 0)), version=4)
 
 
 def _mlx(path: Path, of: Passed) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,8 +92,8 @@ def _environment(**values: str) -> Iterator[None]:
                 os.environ[key] = value
 
 
-def write_gguf(lm: LanguageModel, path: Path) -> None:
-    """Write a tiny Llama over bytes as a GGUF file in float32."""
+def write_gguf(lm: LanguageModel, path: Path, merges: Sequence[str] = ()) -> None:
+    """Write a tiny Llama over bytes as a GGUF file in float32; llama.cpp reads none without a merge of two tokens."""
     import gguf
 
     config: Any = lm.model.config
@@ -109,7 +109,7 @@ def write_gguf(lm: LanguageModel, path: Path) -> None:
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([lm.tokenizer.convert_ids_to_tokens(i) or f"<unused {i}>" for i in range(lm.vocab_size)])
-    writer.add_token_merges([])
+    writer.add_token_merges(merges)
     writer.add_bos_token_id(256)
     writer.add_eos_token_id(257)
     names = {

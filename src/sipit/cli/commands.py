@@ -269,7 +269,7 @@ def _invert_all(
         if isinstance(entry, Observation)
     ]
     if not named:
-        raise InputError(f"{options.file} holds nothing that can be read; make observations with 'sipit capture'")
+        raise InputError(f"{options.file} holds nothing that can be inverted as asked; the reasons stand above")
     log = None if options.json is None else LineLog(options.json, is_private=True)
     digests = {name: seen.digest() for name, seen in named}
     records = [] if log is None else log.records()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from sipit.observations import Observation
     from sipit.observations.formats import Dump, Wanted
 
+    _RowsOf = Callable[[LanguageModel], Tensor]  # (T, W), as the model lays out what they hold
     # The name of an entry, what it is said to be, and the ids or the text that it is said to be of.
     _Labelled = tuple[str, Dump | Observation | SipitError, tuple[int, ...] | str | None]
 
@@ -48,9 +50,9 @@ def identify(options: Namespace) -> int:
         if isinstance(entry, SipitError):
             refuse(name, entry)
             continue
-        rows, ids = entry
+        rows_of, ids = entry
         with waiting(f"{name}: looking at every layer and site"):
-            found = _identified(models, options, rows, ids)
+            found = _identified(models, options, rows_of, ids)
         fits += [{"entry": name, **asdict(fit)} for fit in found.fits]
         near += found.near
         if not found.fits:
@@ -67,20 +69,20 @@ def identify(options: Namespace) -> int:
 
 
 def _identified(
-    models: list[LanguageModel], options: Namespace, rows: Tensor, ids: tuple[int, ...] | None
+    models: list[LanguageModel], options: Namespace, rows_of: _RowsOf, ids: tuple[int, ...] | None
 ) -> Identification:
     """Identify rows among some models; in the dtype that the rows were rounded to where nothing fits otherwise."""
     from sipit.inversion.places import Identification
     from sipit.inversion.places import identify as run
     from sipit.observations.rounding import narrowed
 
-    found = [run(lm, rows, input_ids=ids) for lm in models]
-    stored = narrowed(rows).dtype
+    found = [run(lm, rows_of(lm), input_ids=ids) for lm in models]
+    stored = narrowed(rows_of(models[0])).dtype
     if not any(one.fits for one in found) and options.dtype == "auto":
         for number, (name, lm) in enumerate(zip(options.model, models, strict=True)):
             if stored.itemsize < lm.dtype.itemsize and found[number].near:
                 narrow = Namespace(**{**vars(options), "dtype": str(stored).removeprefix("torch.")})
-                found.append(run(loaded(name, narrow), rows, input_ids=ids, is_thorough=False))
+                found.append(run(loaded(name, narrow), rows_of(lm), input_ids=ids, is_thorough=False))
     return Identification(
         fits=tuple(fit for one in found for fit in one.fits), near=tuple(line for one in found for line in one.near)
     )
@@ -103,7 +105,7 @@ def _print_fits(fits: list[dict[str, Any]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _rows_in(path: Path, wanted: Wanted) -> Iterator[tuple[str, tuple[Tensor, tuple[int, ...] | None] | SipitError]]:
+def _rows_in(path: Path, wanted: Wanted) -> Iterator[tuple[str, tuple[_RowsOf, tuple[int, ...] | None] | SipitError]]:
     """Yield the name, rows and ids of each entry of a file or folder, of ours or of another tool."""
     from sipit.observations import read_each, read_observation
     from sipit.observations.formats import is_foreign, read_dumps
@@ -119,11 +121,21 @@ def _rows_in(path: Path, wanted: Wanted) -> Iterator[tuple[str, tuple[Tensor, tu
                     InputError(f"{dump.name} holds {dump.site} of some tokens only; 'sipit invert' reads it"),
                 )
             else:
-                yield dump.name, (dump.values, dump.input_ids)
+                yield dump.name, (partial(_rows_for, dump), dump.input_ids)
         return
     found = read_each(path) if holds_many(path) else [(path.name, read_observation(path))]
     for name, seen in found:
-        yield name, seen if isinstance(seen, SipitError) else (seen.states, None)
+        yield name, seen if isinstance(seen, SipitError) else (partial(_same_rows, seen.states), None)
+
+
+def _rows_for(dump: Dump, lm: LanguageModel) -> Tensor:
+    from sipit.observations.formats import in_halves
+
+    return in_halves(dump, lm.shape).values
+
+
+def _same_rows(rows: Tensor, _: LanguageModel) -> Tensor:
+    return rows
 
 
 def verify(options: Namespace) -> int:

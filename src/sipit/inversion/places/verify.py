@@ -179,10 +179,10 @@ def _instead(
         left = [n for n in left if n not in says]
     for n in left:
         own, apart = states[n], float((rows[n] - states[n]).norm() / rows[n].norm())
-        if torch.allclose(rows[n].sort().values, own.sort().values, rtol=1e-3, atol=1e-3 * float(own.std())):
-            says[n] = "its own state with the columns in another order"
-        elif apart < _MOVED:
+        if apart < _MOVED:
             says[n] = f"its own state, {100 * apart:.2g} % of its length away: noise, another dtype or rounding"
+        elif torch.allclose(rows[n].sort().values, own.sort().values, rtol=1e-3, atol=1e-3 * float(own.std())):
+            says[n] = "its own state with the columns in another order"
     return [says.get(n) for n in bad]
 
 

@@ -22,7 +22,7 @@ def require_belongs(lm: LanguageModel, seen: Observation) -> None:
     if seen.d_model != width:
         raise ShapeError(
             f"states are {seen.d_model} wide, but site {seen.site!r} of model {lm.name!r} is {width} wide; "
-            "name the model they were captured from"
+            "name the model they were captured from, or their site"
         )
     lengths = seen.states.float().norm(dim=1)  # (T,)
     if not bool(lengths.isfinite().all()):

@@ -12,14 +12,14 @@ from typing import Protocol
 
 from safetensors import SafetensorError, safe_open
 
-from sipit.errors import InputError, SipitError, StorageError
+from sipit.errors import InputError, OptionError, SipitError, StorageError
 from sipit.observations.formats.arrays import NumpyArchiveFormat, NumpyFormat, SafetensorsFormat
 from sipit.observations.formats.deepspec import DeepSpecFormat
 from sipit.observations.formats.dump import Dump, ModelShape, Wanted, brief, file_name
 from sipit.observations.formats.json_states import JsonFormat
 from sipit.observations.formats.llama_cpp import LlamaCppFormat
 from sipit.observations.formats.mlx import MlxFormat
-from sipit.observations.formats.observed import observation_of, observed, settled_dumps, unpadded
+from sipit.observations.formats.observed import in_halves, observation_of, observed, settled_dumps, unpadded
 from sipit.observations.formats.sae_lens import SaeLensFormat
 from sipit.observations.formats.torch_files import TorchFormat
 from sipit.observations.formats.vllm import VllmFormat
@@ -31,6 +31,7 @@ __all__ = [
     "ModelShape",
     "ObservationFormat",
     "Wanted",
+    "in_halves",
     "is_foreign",
     "observation_of",
     "observed",
@@ -125,14 +126,19 @@ def _of_file(path: Path, wanted: Wanted) -> Iterator[Dump | SipitError]:
             "save the states as safetensors, .npy or a torch tensor"
         )
         return
-    dumps = found.read(path, wanted)
+    dumps, is_empty = found.read(path, wanted), True
     while True:
         try:
             yield next(dumps)
         except StopIteration:
-            return
+            break
         except SipitError as error:
             yield error
+        is_empty = False
+    if is_empty:
+        yield OptionError(
+            f"{file_name(path)} holds nothing at the place that --layer, --site or --key names; ask for another"
+        )
 
 
 def _of_folder(folder: Path, top: Path, wanted: Wanted, depth: int) -> Iterator[Dump | SipitError]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sipit.errors import InputError
 from sipit.observations.formats.dump import Dump, EachInTurn, Wanted, brief, file_name
+from sipit.observations.formats.rows import refuse_unused
 from sipit.observations.formats.tensor_file import first_bytes, first_member, looks_like_safetensors
 from sipit.observations.formats.tensors import Maker, named
 
@@ -91,11 +92,12 @@ class OnDemand(Mapping[Any, Any]):
 
 def _of_array(path: Path, wanted: Wanted) -> Iterator[Maker]:
     name = file_name(path)
+    refuse_unused(name, wanted, "key")
     with path.open("rb") as stream:
         shape, fortran, dtype = _require_size(stream, path.stat().st_size, name)
         start = stream.tell()
     array = np.memmap(path, dtype, "c", start, shape, "F" if fortran else "C")  # "c": torch wants writable memory
-    yield from named(name, {"array": _tensor(array, name)}, Wanted(**{**vars(wanted), "key": None}))
+    yield from named(name, {"array": _tensor(array, name)}, wanted)
 
 
 def _of_archive(path: Path, wanted: Wanted) -> Iterator[Maker]:

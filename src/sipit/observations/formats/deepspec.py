@@ -23,7 +23,15 @@ from torch import Tensor
 
 from sipit.errors import InputError, OptionError
 from sipit.observations.formats.dump import Dump, EachInTurn, Place, Wanted, brief, file_name, shortened
-from sipit.observations.formats.rows import chosen_prompts, floats_of, ids_of, is_wanted, settled, without_padding
+from sipit.observations.formats.rows import (
+    chosen_prompts,
+    floats_of,
+    ids_of,
+    is_wanted,
+    refuse_unused,
+    settled,
+    without_padding,
+)
 from sipit.storage import read_json
 
 _RECORD = struct.Struct("<QIIQQQQQ")  # sample, shard, length; offsets of ids, two masks, states, last states
@@ -64,6 +72,7 @@ class _Manifest:
 
 def _samples(path: Path, wanted: Wanted) -> Iterator[Callable[[], Dump]]:
     name = file_name(path)
+    refuse_unused(name, wanted, "key", "layers")
     manifest = _manifest(path, name)
     index = np.memmap(path / "samples.idx", np.uint8, "r") if (path / "samples.idx").stat().st_size else b""
     if not len(index) or len(index) % _RECORD.size:

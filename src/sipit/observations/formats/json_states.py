@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sipit.errors import InputError, ShapeError
 from sipit.observations.formats.dump import Dump, EachInTurn, Place, Wanted, brief, file_name
-from sipit.observations.formats.rows import chosen_prompts, one_prompt
+from sipit.observations.formats.rows import chosen_prompts, one_prompt, refuse_unused
 from sipit.observations.formats.tensor_file import first_bytes
 from sipit.observations.formats.top_logits import answers_in, of_input_top_logprobs, of_prompt_logprobs
 from sipit.storage import parse_json
@@ -61,6 +61,7 @@ class _Found:
 
 def _prompts(path: Path, wanted: Wanted) -> Iterator[Callable[[], Dump]]:
     name = file_name(path)
+    refuse_unused(name, wanted, "key", "layers")
     if path.stat().st_size > _MOST_BYTES:
         raise InputError(f"{name} is over {_MOST_BYTES >> 20} MiB of JSON; save the states as .npy or safetensors")
     try:

@@ -1,14 +1,16 @@
 """Keys and values in llama.cpp's session files and in its server's slot files.
 
 Little-endian: magic, version, the number of tokens and their ids in clear; a session names its architecture, a
-slot does not. Then, for each cache of the model (two where some blocks attend in a window): streams, cells with their
+slot does not. llama-server of 2026 packs the ids of a slot: -1, a version, their number, the ids, the number of images
+and sounds. Then, for each cache of the model (two where some blocks attend in a window): streams, cells with their
 positions, and the keys of every block, then its values, a row a cell or transposed.
 
 For architectures whose rotary embedding turns neighbouring pairs of coordinates, the converter of weights orders the
 coordinates of each head so that they are neighbours; `Dump.is_interleaved` says so, and whoever knows the width of
 a head can undo it.
 
-Source: llama.cpp's src/llama-context.cpp, src/llama-kv-cache.cpp, src/llama-model.cpp (llama_model_rope_type).
+Source: llama.cpp's src/llama-context.cpp, src/llama-kv-cache.cpp, src/llama-model.cpp (llama_model_rope_type);
+tools/server's server_tokens.
 """
 
 from __future__ import annotations
@@ -25,11 +27,13 @@ from torch import Tensor
 
 from sipit.errors import InputError, OptionError
 from sipit.observations.formats.dump import Dump, EachInTurn, Wanted, file_name
-from sipit.observations.formats.rows import chosen_prompts, settled
+from sipit.observations.formats.rows import chosen_prompts, refuse_unused, settled
 from sipit.observations.formats.tensor_file import first_bytes
 
 _SESSION, _SLOT = 0x6767736E, 0x67677371
-_SESSION_VERSIONS, _SLOT_VERSIONS = (9, 10), (2, 3)
+_SESSION_VERSIONS, _SLOT_VERSIONS = (9, 10, 11), (2, 3, 4)
+_SAYS_ROTATION = {_SESSION: 11, _SLOT: 4}  # versions from which a cache says whether its rows are rotated
+_PACKED, _PACKED_VERSION = -1, 1  # what llama-server of 2026 puts before the ids of a slot
 _FLOATS = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}  # ggml's number of each type
 _MOST = 1 << 20  # layers, streams, cells or letters that a real file has fewer of
 # Architectures whose keys transformers holds in another order: their rotary embedding turns neighbouring pairs.
@@ -78,7 +82,7 @@ class _Reader:
     def __init__(self, raw: np.ndarray, name: str) -> None:
         self._raw = raw
         self._at = 0
-        self._name = name
+        self.name = name
 
     @property
     def left(self) -> int:
@@ -87,7 +91,7 @@ class _Reader:
     def take(self, n_bytes: int) -> np.ndarray:
         if n_bytes > self.left:
             raise InputError(
-                f"{self._name} is cut off at byte {self._at}; copy it again or have llama.cpp save it again"
+                f"{self.name} is cut off at byte {self._at}; copy it again or have llama.cpp save it again"
             )
         part = self._raw[self._at : self._at + n_bytes]
         self._at += n_bytes
@@ -99,7 +103,7 @@ class _Reader:
     def count(self, what: str) -> int:
         found = self.number("I")
         if found > _MOST:
-            raise InputError(f"{self._name} says it holds {found} {what}; it is not what llama.cpp saves")
+            raise InputError(f"{self.name} says it holds {found} {what}; it is not what llama.cpp saves")
         return found
 
     def mark(self) -> int:
@@ -112,23 +116,27 @@ class _Reader:
 def _blocks(path: Path, wanted: Wanted) -> Iterator[Callable[[], Dump]]:
     name = file_name(path)
     chosen_prompts(1, wanted, name)
+    refuse_unused(name, wanted, "layers")
     reader = _Reader(np.memmap(path, np.uint8, "c"), name)
     magic, version = reader.number("I"), reader.number("I")
     if version not in (_SESSION_VERSIONS if magic == _SESSION else _SLOT_VERSIONS):
         raise InputError(f"{name} has version {version} of llama.cpp's format, which sipit does not know; save it anew")
-    n_tokens = reader.count("tokens")
-    ids = tuple(int(i) for i in reader.take(4 * n_tokens).view("<i4"))
+    ids = _ids(tuple(int(i) for i in reader.take(4 * reader.count("tokens")).view("<i4")), name)
     architecture = None
     if magic == _SESSION:
         architecture = reader.take(reader.count("letters")).tobytes().decode("utf-8", "replace")
-    caches = _caches(reader, magic == _SESSION)
+    says_rotation = version >= _SAYS_ROTATION[magic]
+    caches = _caches(reader, may_have_outputs=magic == _SESSION, says_rotation=says_rotation)
     notes = (
-        f"the {n_tokens} token ids lie in this file in clear: whoever has it needs no inversion",
+        f"the {len(ids)} token ids lie in this file in clear: whoever has it needs no inversion",
         f"architecture {architecture or 'not named'}",
     )
     site = wanted.site or "kv"
     if site not in ("kv", "keys", "values"):
         raise OptionError(f"{name} holds keys and values alone; ask for --site kv, keys or values")
+    n_blocks = len(caches[0].keys) if len(caches) == 1 else None
+    if n_blocks is not None and wanted.layer is not None and wanted.layer >= n_blocks:
+        raise OptionError(f"{name} holds the cache of blocks 0 to {n_blocks - 1}, not {wanted.layer}; ask for another")
     blocks = [(number, layer) for number, cache in enumerate(caches) for layer in range(len(cache.keys))]
     for number, layer in blocks:
         at = None if len(caches) > 1 else layer
@@ -140,7 +148,25 @@ def _blocks(path: Path, wanted: Wanted) -> Iterator[Callable[[], Dump]]:
         yield partial(_dump, title, caches[number], layer, at, site, ids, architecture, notes, wanted)
 
 
-def _caches(reader: _Reader, may_have_outputs: bool) -> list[_Cache]:
+def _ids(held: tuple[int, ...], name: str) -> tuple[int, ...]:
+    """Return the token ids, unpacked where llama-server packed them.
+
+    Raises:
+        InputError: they are packed in a way that is not known, or images or sounds stand among them.
+    """
+    if held[:1] != (_PACKED,):
+        return held
+    n_ids = held[2] if len(held) > 2 else -1
+    if held[1:2] != (_PACKED_VERSION,) or not 0 <= n_ids < len(held) - 3:
+        raise InputError(f"{name} packs its tokens in a way that sipit does not know; save it with another llama.cpp")
+    if held[3 + n_ids]:
+        raise InputError(
+            f"{name} holds images or sounds among its tokens, which no token stands for; save a slot of text"
+        )
+    return held[3 : 3 + n_ids]
+
+
+def _caches(reader: _Reader, *, may_have_outputs: bool, says_rotation: bool) -> list[_Cache]:
     """Return the caches that fill the rest of a file; older sessions hold outputs before them."""
     start = reader.mark()
     for skips in (False, True) if may_have_outputs else (False,):
@@ -152,14 +178,14 @@ def _caches(reader: _Reader, may_have_outputs: bool) -> list[_Cache]:
                     reader.take(4 * reader.number("Q"))
             found = []
             while reader.left:
-                found += _streams(reader)
+                found += _streams(reader, says_rotation)
             return [cache for cache in found if cache.positions]
         except InputError as error:
             refused = error
     raise refused
 
 
-def _streams(reader: _Reader) -> list[_Cache]:
+def _streams(reader: _Reader, says_rotation: bool) -> list[_Cache]:
     found = []
     for _ in range(reader.count("streams")):
         n_cells = reader.count("cells")
@@ -168,12 +194,17 @@ def _streams(reader: _Reader) -> list[_Cache]:
             for _ in range(n_cells):
                 positions.append(reader.number("i"))
                 reader.take(4 * reader.count("sequences"))
-            found.append(_stream(reader, tuple(positions)))
+            found.append(_stream(reader, tuple(positions), says_rotation))
     return found
 
 
-def _stream(reader: _Reader, positions: tuple[int, ...]) -> _Cache:
+def _stream(reader: _Reader, positions: tuple[int, ...], says_rotation: bool) -> _Cache:
     is_transposed, n_layers = reader.count("kinds of values"), reader.count("layers")
+    if says_rotation and any([reader.count("rotated keys"), reader.count("rotated values")]):
+        raise InputError(
+            f"{reader.name} holds quantised rows, which llama.cpp rotated first; run it with --cache-type-k f16 "
+            "--cache-type-v f16"
+        )
     n_cells = len(positions)
     keys = [_rows(reader, n_cells) for _ in range(n_layers)]
     if not is_transposed:
@@ -181,19 +212,19 @@ def _stream(reader: _Reader, positions: tuple[int, ...]) -> _Cache:
     values = []
     for _ in range(n_layers):
         kind, size, width = reader.number("i"), reader.count("bytes"), reader.count("columns")
-        values.append(_floats(reader.take(size * width * n_cells), kind).view(width, n_cells).T)
+        values.append(_floats(reader.take(size * width * n_cells), kind, reader.name).view(width, n_cells).T)
     return _Cache(positions, keys, values)
 
 
 def _rows(reader: _Reader, n_cells: int) -> Tensor:
     kind, row_bytes = reader.number("i"), reader.number("Q")
-    return _floats(reader.take(row_bytes * n_cells), kind).view(n_cells, -1)
+    return _floats(reader.take(row_bytes * n_cells), kind, reader.name).view(n_cells, -1)
 
 
-def _floats(raw: np.ndarray, kind: int) -> Tensor:
+def _floats(raw: np.ndarray, kind: int, name: str) -> Tensor:
     if kind not in _FLOATS:
         raise InputError(
-            f"the cache is quantised (ggml type {kind}), and its rows may have been rotated, which no file says; run "
+            f"{name} is quantised (ggml type {kind}), and its rows may have been rotated, which no file says; run "
             "llama.cpp with --cache-type-k f16 --cache-type-v f16"
         )
     return torch.from_numpy(raw.copy()).view(_FLOATS[kind])

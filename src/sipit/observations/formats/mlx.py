@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sipit.errors import InputError, OptionError, ShapeError
 from sipit.observations.formats.dump import Dump, EachInTurn, Wanted, file_name
-from sipit.observations.formats.rows import chosen_prompts, floats_of, name_of, require_plain, settled
+from sipit.observations.formats.rows import chosen_prompts, floats_of, name_of, refuse_unused, require_plain, settled
 from sipit.observations.formats.tensor_file import safetensors_header
 
 _TENSOR = re.compile(r"(\d{1,4})\.([01])")
@@ -49,12 +49,16 @@ class MlxFormat:
 def _blocks(path: Path, wanted: Wanted) -> Iterator[Callable[[], Dump]]:
     name = file_name(path)
     chosen_prompts(1, wanted, name)
+    refuse_unused(name, wanted, "key", "layers")
     site = wanted.site or "kv"
     if site not in ("kv", "keys", "values"):
         raise OptionError(f"{name} holds keys and values alone; ask for --site kv, keys or values")
     with safe_open(path, framework="pt") as stream:
         metadata = dict(stream.metadata() or {})
         held = {found[1] for key in stream.keys() if (found := _TENSOR.fullmatch(key))}  # noqa: SIM118
+        if wanted.layer is not None and str(wanted.layer) not in held:
+            last = max(map(int, held))
+            raise OptionError(f"{name} holds the cache of blocks 0 to {last}, not {wanted.layer}; ask for another")
         for layer in sorted(map(int, held)):
             if wanted.layer in (None, layer):
                 yield partial(_block, stream, layer, metadata, site, name, wanted)

@@ -40,10 +40,8 @@ def observation_of(dump: Dump, shape: ModelShape) -> Observation:
     Raises:
         InputError, ShapeError, NonFiniteError: its values cannot be states.
     """
+    dump = in_halves(dump, shape)
     values, _, half_step = rounded(dump)
-    if dump.is_interleaved:
-        order = _halves_of_pairs(dump, values.shape[1], shape.d_head)
-        values, half_step = values[:, order], None if half_step is None else half_step[:, order]
     if dump.columns is not None:
         values, half_step = _spread(dump, values, half_step, shape.vocab_size)
     first = dump.positions_from or 0
@@ -55,6 +53,18 @@ def observation_of(dump: Dump, shape: ModelShape) -> Observation:
         )
     except SipitError as error:
         raise type(error)(f"{dump.name}: {error}") from error
+
+
+def in_halves(dump: Dump, shape: ModelShape) -> Dump:
+    """Return a dump whose keys lie as transformers lays them, if its producer keeps rotary pairs side by side.
+
+    Raises:
+        InputError: the keys do not divide into the model's heads.
+    """
+    if not dump.is_interleaved:
+        return dump
+    order = _halves_of_pairs(dump, dump.values.shape[1], shape.d_head)
+    return replace(dump, values=dump.values[:, order].contiguous(), is_interleaved=False)
 
 
 def unpadded(dump: Dump) -> Dump:

@@ -156,6 +156,20 @@ def chosen_prompts(n_prompts: int, wanted: Wanted, name: str) -> range:
     return range(wanted.prompt, wanted.prompt + 1)
 
 
+def refuse_unused(name: str, wanted: Wanted, *words: str) -> None:
+    """Refuse options that say nothing of a file: what was meant by them is something else than what would be read.
+
+    Args:
+        words: "key", where nothing in the file has a name; "layers", where nothing is joined in it.
+
+    Raises:
+        OptionError: one of them was given.
+    """
+    for word, reason in (("key", "what it holds has no names"), ("layers", "it tells its layers, or joins none")):
+        if word in words and getattr(wanted, word) is not None:
+            raise OptionError(f"{name} has no use for --{word}: {reason}; leave it out")
+
+
 def chosen_layers(n_columns: int, wanted: Wanted, name: str, *, are_sorted: bool = False) -> list[int | None]:
     """Return the layer of each of the columns a file holds, None where neither user nor file says.
 
@@ -174,9 +188,10 @@ def chosen_layers(n_columns: int, wanted: Wanted, name: str, *, are_sorted: bool
             )
         return [wanted.layer] * n_columns
     if len(wanted.layers) != n_columns or len(set(wanted.layers)) != n_columns:
+        joined = f"joins {n_columns} layer{'s' if n_columns > 1 else ''}"
         raise OptionError(
-            f"{name} joins {n_columns} layers, --layers names {len(wanted.layers)}; name each once, "
-            "in the order they were captured (a producer may have dropped the last)"
+            f"{name} {joined}, --layers names {len(wanted.layers)}; name each once, in the order they were captured "
+            "(a producer may have dropped the last)"
         )
     if wanted.layer is not None and wanted.layer not in wanted.layers:
         raise OptionError(f"{name}: --layer {wanted.layer} is not among --layers; ask for one of them")

@@ -17,7 +17,7 @@ import torch
 
 from sipit.errors import InputError, OptionError, ShapeError, StorageError
 from sipit.observations.formats.dump import Dump, EachInTurn, Wanted, brief, file_name, shortened
-from sipit.observations.formats.rows import ids_of, is_wanted, one_prompt, require_same_length
+from sipit.observations.formats.rows import ids_of, is_wanted, one_prompt, refuse_unused, require_same_length
 from sipit.observations.formats.tensors import place_of_hook
 from sipit.storage import read_json
 
@@ -44,6 +44,7 @@ class SaeLensFormat:
 
 def _contexts(path: Path, wanted: Wanted) -> Iterator[Callable[[], Dump]]:
     name = file_name(path)
+    refuse_unused(name, wanted, "layers")
     if not (path / "state.json").is_file():
         raise InputError(f"{name} is an unfinished run of SAELens ({_UNFINISHED}); let it end, it goes on where it was")
     try:

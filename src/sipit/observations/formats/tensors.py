@@ -25,6 +25,7 @@ from sipit.observations.formats.rows import (
     ids_of,
     is_wanted,
     one_prompt,
+    refuse_unused,
     require_plain,
     require_same_length,
     split_width,
@@ -108,6 +109,7 @@ def hidden_states_tuple(
     name: str, entries: Sequence[object], wanted: Wanted, beside: Mapping[Any, Any]
 ) -> Iterator[Maker]:
     """Yield the states of a tuple of hidden states: entry i is layer i, the last after the final norm."""
+    refuse_unused(name, wanted, "key", "layers")
     last = len(entries) - 1
     places: list[Place] = [(i, "block" if i < last else "final") for i in range(len(entries))]
     chosen = [i for i, place in enumerate(places) if is_wanted(place, wanted)]
@@ -146,6 +148,7 @@ def cache_layers(name: str, layers: Sequence[object], wanted: Wanted) -> Iterato
 
     A layer that holds fewer positions than the longest holds the last ones: its window has slid.
     """
+    refuse_unused(name, wanted, "key", "layers")
     pairs = [_pair(layer, f"{name}: layer {i}") for i, layer in enumerate(layers)]
     longest = max((pair[0].shape[2] for pair in pairs if not isinstance(pair, InputError)), default=0)
     chosen = [i for i in range(len(pairs)) if wanted.layer in (None, i)] if len(pairs) > 1 else [0]
@@ -247,6 +250,7 @@ def named(name: str, tensors: Mapping[Any, Any], wanted: Wanted) -> Iterator[Mak
 
 def _tops(name: str, values: Tensor, token_ids: Tensor, wanted: Wanted, beside: Mapping[Any, Any]) -> Iterator[Maker]:
     """Yield the k largest logits of each prompt's rows, (B, T, k) or (T, k)."""
+    refuse_unused(name, wanted, "layers")
     values, token_ids = (part if part.ndim == 3 else part[None] for part in (values, token_ids))
     for number in chosen_prompts(len(values), wanted, name):
         yield partial(_tops_of_batch, name, values, token_ids, number, wanted, beside)
@@ -282,7 +286,9 @@ def stacked(
     notes: tuple[str, ...] = (
         ("layer not in the file",) if place is None else (f"layer {place[0]} (by the hook's name)",)
     )
-    if wanted.layers is None or place is not None:
+    if place is not None:
+        refuse_unused(name, wanted, "layers")
+    if wanted.layers is None:
         if tensor.ndim == 3 and len(tensor) > 1:
             notes = (*notes, "slices of the first axis read as prompts; if they are layers, say --layers")
         yield from batch(name, tensor, wanted, place, beside, *notes)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sipit.errors import InputError
 from sipit.observations.formats.dump import Dump, EachInTurn, Wanted, file_name, shortened
-from sipit.observations.formats.rows import chosen_layers, chosen_prompts, settled
+from sipit.observations.formats.rows import chosen_layers, chosen_prompts, refuse_unused, settled
 from sipit.observations.formats.tensor_file import first_bytes, first_member
 from sipit.observations.formats.tensors import (
     Maker,
@@ -118,7 +118,8 @@ def _refusal(name: str, reason: str) -> str:
 
 def _of_object(name: str, saved: Any, wanted: Wanted) -> Iterator[Maker]:
     if isinstance(saved, Tensor):
-        yield from named(name, {"tensor": saved}, Wanted(**{**vars(wanted), "key": None}))
+        refuse_unused(name, wanted, "key")
+        yield from named(name, {"tensor": saved}, wanted)
     elif isinstance(saved, Mapping):
         yield from _of_dictionary(name, saved, wanted)
     elif isinstance(saved, list | tuple) and saved:
@@ -169,7 +170,7 @@ def _of_dictionary(name: str, saved: Mapping[Any, Any], wanted: Wanted) -> Itera
         if "input_ids" in saved and all(isinstance(s, Tensor) and s.ndim == 2 for s in states):
             yield from _old_speculators(name, saved, states, wanted)
         else:
-            yield from _of_sequence(name, states, wanted, saved)
+            yield from _of_sequence(name, states, replace(wanted, key=None), saved)
         return
     last = next((key for key in ("hidden_state", "hidden_states") if isinstance(saved.get(key), Tensor)), None)
     aux = next((key for key in ("aux_hidden_state", "aux_hidden_states") if saved.get(key) is not None), None)
@@ -181,7 +182,9 @@ def _of_dictionary(name: str, saved: Mapping[Any, Any], wanted: Wanted) -> Itera
     width = saved[last].shape[-1] if saved[last].ndim else 0
     unsure = last == "hidden_states"  # Model-Optimizer: its scripts differ; EAGLE and SpecForge write the normed ones
     both = aux is not None
-    if (not both or wanted.key != aux) and not (both and wanted.key is None and _is_aux(wanted)):
+    if not both:
+        refuse_unused(name, wanted, "layers")
+    if (not both or wanted.key != aux) and not (both and wanted.key is None and _is_aux(wanted, unsure)):
         place = None if unsure else (None, "final")
         note = (
             "layer the last, before or after the final norm by version"
@@ -189,7 +192,9 @@ def _of_dictionary(name: str, saved: Mapping[Any, Any], wanted: Wanted) -> Itera
             else "layer the last, after the final norm"
         )
         beside = {"input_ids": saved["input_ids"]}
-        alone = Wanted(**{**vars(wanted), "layers": None, "layer": wanted.layer if not both else None})
+        alone = Wanted(
+            **{**vars(wanted), "layers": None, "layer": wanted.layer if not both or wanted.key == last else None}
+        )
         for make in batch(
             f"{name}: {last}" if both else name,
             saved[last],
@@ -205,9 +210,14 @@ def _of_dictionary(name: str, saved: Mapping[Any, Any], wanted: Wanted) -> Itera
         yield from joined(f"{name}: {aux}", saved[aux], width, wanted, ids, hint)
 
 
-def _is_aux(wanted: Wanted) -> bool:
-    """Return whether the user's words name one of the joined layers, not the last states."""
-    return wanted.site == "block" and wanted.layers is not None and wanted.layer is not None
+def _is_aux(wanted: Wanted, unsure: bool) -> bool:
+    """Return whether the user's words name one of the joined layers, not the last states.
+
+    Those have a layer of their own where they lie before the final norm, which may be `unsure`.
+    """
+    if unsure:
+        return wanted.site == "block" and wanted.layers is not None and wanted.layer is not None
+    return wanted.site == "block" or (wanted.layer is not None and wanted.site != "final")
 
 
 def _with_choices(make: Any, wanted: Wanted) -> Dump:

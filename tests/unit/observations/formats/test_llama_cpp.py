@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sipit.errors import InputError, OptionError
-from tests.unit.observations.formats.llama_files import memory, session, slot
+from tests.unit.observations.formats.llama_files import memory, packed, session, slot
 from tests.unit.observations.formats.reading import all_of, dumps_of, error_of
 
 IDS = (5, 6, 7)
@@ -65,6 +65,38 @@ def test_window_that_dropped_the_first_rows_says_where_it_begins(tmp_path: Path)
 def test_two_caches_leave_the_block_open(tmp_path: Path) -> None:
     path = slot(tmp_path / "a", IDS, memory(KEYS, VALUES) + memory(KEYS, VALUES))
     assert [dump.layer for dump in dumps_of(path, site="values")] == [None] * 4
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_files_of_october_2026_say_that_nothing_is_rotated(tmp_path: Path, is_transposed: bool) -> None:
+    held = memory(KEYS, VALUES, rotation=(0, 0), is_transposed=is_transposed)
+    (dump,) = dumps_of(slot(tmp_path / "a", packed(IDS), held, version=4), layer=1, site="values")
+    assert torch.equal(dump.values, VALUES[1])
+    assert dump.input_ids == IDS
+    assert "the 3 token ids" in dump.notes[0]
+    found = dumps_of(session(tmp_path / "b", IDS, held, version=11))
+    assert torch.equal(found[1].values, torch.cat([KEYS[1], VALUES[1]], dim=1))
+
+
+@pytest.mark.parametrize("rotation", [(64, 0), (0, 64)])
+def test_rotated_rows_are_refused_with_the_way_out(tmp_path: Path, rotation: tuple[int, int]) -> None:
+    held = memory(KEYS, VALUES, rotation=rotation)
+    assert "f16" in str(error_of(slot(tmp_path / "a", IDS, held, version=4), site="values"))
+
+
+@pytest.mark.parametrize(
+    ("ids", "word"),
+    [
+        (packed(IDS, n_media=1), "images"),
+        (packed(IDS, version=2), "packs its tokens"),
+        (packed(IDS)[:-1], "packs its tokens"),
+        ([-1], "packs its tokens"),
+        ([-1, 1, -5, 0, 0], "packs its tokens"),
+    ],
+)
+def test_other_packings_are_refused(tmp_path: Path, ids: list[int], word: str) -> None:
+    path = slot(tmp_path / "a", ids, memory(KEYS, VALUES, rotation=(0, 0)), version=4)
+    assert word in str(error_of(path, site="values"))
 
 
 def test_quantised_cache_is_refused_with_the_way_out(tmp_path: Path) -> None:
