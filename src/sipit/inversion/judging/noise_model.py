@@ -200,7 +200,7 @@ def noise_model(record: dict[str, Any]) -> NoiseModel:
             drops=bool(record["drops"]),
             longest=None if record["longest"] is None else float(record["longest"]),
         )
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise OptionError(f"the noise model of the record cannot be read ({str(error)[:120]}); invert again") from error
 
 
