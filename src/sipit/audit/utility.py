@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sipit.float64 import as_float64
 from sipit.models import LanguageModel
 from sipit.observations import Observation
 
@@ -27,7 +28,7 @@ def utility_of(lm: LanguageModel, true: Observation, defended: Observation) -> U
     logs = []
     for seen in (true, defended):
         finals, _ = lm.final_states(seen.states, seen.layer, seen.site)
-        logs.append(lm.next_token_logits(finals).double().log_softmax(dim=1))
+        logs.append(as_float64(lm.next_token_logits(finals)).log_softmax(dim=1))
     before, after = logs  # (T, V)
     kl = (before.exp() * (before - after)).sum(dim=1).mean()
     same = (before.argmax(dim=1) == after.argmax(dim=1)).double().mean()

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from sipit.cli.collisions import (
     corpus_options,
     cuts_of,
-    head,
     layer_name,
     layer_option,
     prompts_of,
@@ -25,16 +24,12 @@ from sipit.cli.messages import say
 from sipit.errors import OptionError
 
 if TYPE_CHECKING:
-    from sipit.collisions import FamilyResult, StateFolder
+    from sipit.collisions import Climb
     from sipit.models import LanguageModel
-    from sipit.observations import Cut
-
-    _Start = tuple[str, Cut, list[int], list[int]]  # family, layer and site, the two prompts' ids
 
 Adder = Callable[..., Any]
 
 _ORDERED = 5  # most similar samples of a survey that are put in every order: 120 prompts
-_SAME = 1e-6  # of the float32 distance: what is left of it in float64 where only rounding was between two states
 
 
 def add_cases(inner: Any, command: Adder, model_options: Adder) -> None:
@@ -87,6 +82,16 @@ def run_families(options: argparse.Namespace) -> int:
     """Run `sipit collisions families`."""
     from sipit.cli.display import CountDisplay
     from sipit.collisions import StateFolder, family_prompts, sample_texts, similar_texts, survey_families
+    from sipit.collisions.families import run_lengths
+    from sipit.experiments.climbs import (
+        climbs_from,
+        exact_distances,
+        is_rounding,
+        starts_of_families,
+        starts_of_survey,
+    )
+    from sipit.experiments.cuts import few_cuts
+    from sipit.experiments.record import dated_head
     from sipit.storage import require_writable
 
     if options.json is not None:
@@ -98,7 +103,7 @@ def run_families(options: argparse.Namespace) -> int:
     if options.survey is not None:
         StateFolder(options.survey)
     lm = loaded(options.model, options)
-    cuts = cuts_of(lm, options, default=_few_layers(lm))
+    cuts = cuts_of(lm, options, default=few_cuts(lm))
     folder = None if options.survey is None else surveyed_folder(lm, options.survey)
     similar: list[str] = []
     if folder is not None:
@@ -108,12 +113,14 @@ def run_families(options: argparse.Namespace) -> int:
         texts = options.text or sample_texts(
             n_prose=-(-options.texts // 2), n_code=options.texts // 2, seed=options.seed
         )
-    families = family_prompts(lm, texts, similar=similar[:_ORDERED], counts=_counts(options.longest), seed=options.seed)
+    families = family_prompts(
+        lm, texts, similar=similar[:_ORDERED], counts=run_lengths(options.longest), seed=options.seed
+    )
     with CountDisplay(0) as display:
         results = survey_families(
             lm, families, cuts, threshold=options.threshold, seed=options.seed, on_step=display.phase("prompts run")
         )
-        exact = _exact_distances(lm, results)
+        exact = exact_distances(lm, results)
         print(
             f"{'family':>18} {'layer':>6} {'prompts':>8} {'closest':>10} {'/ norm':>8} {'/ median':>8} "
             f"{'float64':>9} {'equal':>6} {'collide':>8}"
@@ -127,14 +134,21 @@ def run_families(options: argparse.Namespace) -> int:
                     f"{distance:9.2g} {result.n_equal:>6} {result.n_collisions:>8}  "
                     f"{near.first_label} | {near.second_label}"
                 )
-        climbs = []
+        climbs: list[dict[str, Any]] = []
         if options.climb:
-            starts = _from_families(results, exact) if folder is None else _from_survey(lm, folder, cuts, options.pairs)
-            climbs = _climbed(lm, starts, options, display.phase("climbs done"))
-    same = sum(
-        d is not None and r.pairs[0].distance > 0 and d < _SAME * r.pairs[0].distance
-        for r, d in zip(results, exact, strict=True)
-    )
+            starts = (
+                starts_of_families(results, exact)
+                if folder is None
+                else starts_of_survey(lm, folder, cuts, n=options.pairs)
+            )
+            tell = display.phase("climbs done")
+            for start, found in climbs_from(
+                lm, starts, rounds=options.climb, threshold=options.threshold, seed=options.seed
+            ):
+                climbs.append({"family": start.family, **asdict(found)})
+                print(_climb_line(start.family, found, lm), flush=True)
+                tell(len(climbs), len(starts))
+    same = sum(d is not None and is_rounding(r.pairs[0].distance, d) for r, d in zip(results, exact, strict=True))
     if same:
         say(
             f"{same} of these closest pairs have the same state in exact arithmetic: run in float64, less than a "
@@ -142,7 +156,7 @@ def run_families(options: argparse.Namespace) -> int:
         )
     records = [{**asdict(r), "float64_distance": d} for r, d in zip(results, exact, strict=True)]
     source = {"survey": None if folder is None else folder.manifest["source"], "similar": similar}
-    write(options.json, {**head(lm), "texts": texts, **source, "families": records, "climbs": climbs})
+    write(options.json, {**dated_head(lm), "texts": texts, **source, "families": records, "climbs": climbs})
     return 0
 
 
@@ -150,6 +164,7 @@ def run_constructed(options: argparse.Namespace) -> int:
     """Run `sipit collisions constructed`."""
     from sipit.cli.display import CountDisplay
     from sipit.collisions import constructed_cases
+    from sipit.experiments.record import dated_head
     from sipit.storage import require_writable
 
     if options.json is not None:
@@ -171,7 +186,7 @@ def run_constructed(options: argparse.Namespace) -> int:
             + (f", {case.n_not_finite} states not finite" if case.n_not_finite else "")
         )
         print(f"    {case.what}")
-    write(options.json, {**({} if lm is None else head(lm)), "cases": [asdict(case) for case in cases]})
+    write(options.json, {**({} if lm is None else dated_head(lm)), "cases": [asdict(case) for case in cases]})
     return 1 if wrong else 0
 
 
@@ -179,6 +194,9 @@ def run_precision(options: argparse.Namespace) -> int:
     """Run `sipit collisions precision`."""
     from sipit.cli.display import CountDisplay
     from sipit.collisions import family_prompts, precision_survey
+    from sipit.collisions.families import run_lengths
+    from sipit.experiments.cuts import few_cuts
+    from sipit.experiments.record import dated_head
     from sipit.storage import require_writable
 
     if options.json is not None:
@@ -186,9 +204,9 @@ def run_precision(options: argparse.Namespace) -> int:
     if options.prompts < 2:
         raise OptionError(f"--prompts is {options.prompts}; a closest pair needs at least 2")
     lm = loaded(options.model, options)
-    cuts = cuts_of(lm, options, default=_few_layers(lm))
+    cuts = cuts_of(lm, options, default=few_cuts(lm))
     if options.families:
-        families = family_prompts(lm, counts=_counts(16), seed=options.seed)
+        families = family_prompts(lm, counts=run_lengths(16), seed=options.seed)
         families.pop("repeated_token", None)  # equal in exact arithmetic, whatever the weights
         different = {tuple(m.ids.tolist()): m.ids for members in families.values() for m in members}
         prompts, source = list(different.values())[: options.prompts], {"name": "families"}
@@ -211,97 +229,16 @@ def run_precision(options: argparse.Namespace) -> int:
             f"{result.n_equal:>6} {result.n_collisions:>8}"
         )
     write(
-        options.json, {**head(lm), "source": source, "n_prompts": len(prompts), "results": [asdict(r) for r in results]}
+        options.json,
+        {**dated_head(lm), "source": source, "n_prompts": len(prompts), "results": [asdict(r) for r in results]},
     )
     return 0
 
 
-def _few_layers(lm: LanguageModel) -> list[Cut]:
-    from sipit.observations import Cut
-
-    cuts: list[Cut] = [
-        Cut(1, "block"),
-        Cut(max(1, lm.n_layers // 2), "block"),
-        Cut(lm.n_layers, "block"),
-        lm.final_cut,
-    ]
-    return list(dict.fromkeys(cuts))
-
-
-def _counts(longest: int) -> list[int]:
-    """Return run lengths 1, 2, 3, 4, 6, 8, … and the two longest, which come closest to each other."""
-    counts = {1, longest - 1, longest}
-    step = 2
-    while step <= longest:
-        counts |= {step, min(3 * step // 2, longest)}
-        step *= 2
-    return sorted(counts)
-
-
-def _exact_distances(lm: LanguageModel, results: list[FamilyResult]) -> list[float | None]:
-    """Return the distance in float64 arithmetic of each result's closest pair; None where there is none."""
-    import torch
-
-    from sipit.collisions import float64_distances, in_float64
-    from sipit.observations import Cut
-
-    wide = in_float64(lm)
-    found: list[float | None] = []
-    for result in results:
-        pairs = [(torch.tensor(p.first_ids), torch.tensor(p.second_ids)) for p in result.pairs[:1]]
-        found += float64_distances(wide, pairs, Cut(result.layer, result.site)) or [None]
-    return found
-
-
-def _from_families(results: list[FamilyResult], exact: list[float | None]) -> list[_Start]:
-    """Return the closest pair of each family and layer that is not equal already."""
-    from sipit.observations import Cut
-
-    return [
-        (result.family, Cut(result.layer, result.site), result.pairs[0].first_ids, result.pairs[0].second_ids)
-        for result, distance in zip(results, exact, strict=True)
-        if result.pairs and distance is not None and distance > _SAME * result.pairs[0].distance
-    ]
-
-
-def _from_survey(lm: LanguageModel, folder: StateFolder, cuts: list[Cut], n: int) -> list[_Start]:
-    """Return the n closest pairs of a survey at each layer, those left out that are equal in exact arithmetic."""
-    from sipit.collisions import closest_pairs, float64_distances, in_float64, last_states
-
-    wide = in_float64(lm)
-    starts: list[_Start] = []
-    for cut in cuts:
-        for first, second in closest_pairs(folder, cut, n=n):
-            a, b = last_states(lm, [first, second], [cut])[0].double()
-            if float64_distances(wide, [(first, second)], cut)[0] > _SAME * float((a - b).norm()):
-                starts.append(("survey", cut, first.tolist(), second.tolist()))
-    return starts
-
-
-def _climbed(lm: LanguageModel, starts: list[_Start], options: argparse.Namespace, tell: Any) -> list[dict[str, Any]]:
-    """Climb from each pair; print and return the climbs."""
-    import torch
-
-    from sipit.collisions import climb
-
-    climbs = []
-    for number, (family, cut, first, second) in enumerate(starts, start=1):
-        found = climb(
-            lm,
-            torch.tensor(first),
-            torch.tensor(second),
-            cut,
-            rounds=options.climb,
-            threshold=options.threshold,
-            generator=torch.Generator().manual_seed(options.seed),
-        )
-        climbs.append({"family": family, **asdict(found)})
-        print(
-            f"climb from {family} at layer {layer_name(*cut)}: {found.steps[0].distance:.4g} → "
-            f"{found.distance:.4g} ({short(found.relative_to_norm).strip()} of the norm), "
-            f"{found.n_evaluated} pairs tried, {'a COLLISION' if found.is_within else 'no collision'}: "
-            f"{shown(lm, found.first_ids)} | {shown(lm, found.second_ids)}",
-            flush=True,
-        )
-        tell(number, len(starts))
-    return climbs
+def _climb_line(family: str, found: Climb, lm: LanguageModel) -> str:
+    return (
+        f"climb from {family} at layer {layer_name(found.layer, found.site)}: {found.steps[0].distance:.4g} → "
+        f"{found.distance:.4g} ({short(found.relative_to_norm).strip()} of the norm), "
+        f"{found.n_evaluated} pairs tried, {'a COLLISION' if found.is_within else 'no collision'}: "
+        f"{shown(lm, found.first_ids)} | {shown(lm, found.second_ids)}"
+    )

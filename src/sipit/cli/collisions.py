@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +107,10 @@ def _search_options(command: argparse.ArgumentParser) -> None:
 def run_survey(options: argparse.Namespace) -> int:
     """Run `sipit collisions survey`."""
     from sipit.cli.display import CountDisplay
-    from sipit.collisions import LayerSurvey, capture_states, in_float64, survey_layers
+    from sipit.collisions import capture_states
+    from sipit.experiments.cuts import every_cut
+    from sipit.experiments.layer_surveys import logged_surveys
+    from sipit.experiments.record import dated_head
     from sipit.report.collisions import draw_survey, require_drawable
     from sipit.storage import LineLog, require_writable
 
@@ -123,34 +125,24 @@ def run_survey(options: argparse.Namespace) -> int:
         raise OptionError(f"--k and --shard must be at least 1, got {options.k} and {options.shard}")
     memory = _memory_of(options)
     lm = loaded(options.model, options)
-    cuts = cuts_of(lm, options, default=every_layer(lm))
+    cuts = cuts_of(lm, options, default=every_cut(lm))
     prompts, source = prompts_of(lm, options)
     with CountDisplay(0) as display:
         folder = capture_states(
             lm, prompts, cuts, options.folder, source=source, shard_prompts=options.shard,
             on_step=display.phase("prompts captured"),
         )  # fmt: skip
-        settings = {"k": options.k, "threshold": options.threshold, "is_full": options.full}
         log = LineLog(options.folder / "survey.jsonl")
-        known = {field.name for field in fields(LayerSurvey)} | {"settings"}
-        layers = {_key(x): x for x in log.records() if x.get("settings") == settings and known <= set(x)}
-        waiting = [cut for cut in cuts if cut not in layers]
         print(_SURVEY_HEAD)
-        for cut in cuts:
-            if cut in layers:
-                print(_survey_line(layers[cut]))
-        found = survey_layers(
-            folder, cuts=waiting, k=options.k, threshold=options.threshold, memory=memory, is_full=options.full
-        )
-        tell, wide = display.phase("layers searched"), in_float64(lm) if waiting else lm
-        for number, layer in enumerate(found, start=1):
-            record = {"settings": settings, **_with_texts(asdict(layer), folder, wide)}
-            log.append(record)
-            layers[_key(record)] = record
+        layers = {}
+        for record in logged_surveys(
+            lm, folder, cuts, log=log, k=options.k, threshold=options.threshold,
+            memory=memory, is_full=options.full, on_step=display.phase("layers searched"),
+        ):  # fmt: skip
+            layers[record["layer"], record["site"]] = record
             print(_survey_line(record), flush=True)
-            tell(number, len(waiting))
     done = [layers[cut] for cut in cuts]
-    record = {**head(lm), "source": folder.manifest["source"], "n_prompts": len(folder), "layers": done}
+    record = {**dated_head(lm), "source": folder.manifest["source"], "n_prompts": len(folder), "layers": done}
     write(options.json, record)
     if options.figure is not None:
         draw_survey(record, options.figure)
@@ -166,6 +158,7 @@ def run_continuations(options: argparse.Namespace) -> int:
     """Run `sipit collisions continuations`."""
     from sipit.cli.display import CountDisplay
     from sipit.collisions import StateFolder, capture_continuations, closest_prompts, survey_continuations
+    from sipit.experiments.record import dated_head
     from sipit.observations import Cut
     from sipit.storage import require_writable
 
@@ -208,7 +201,7 @@ def run_continuations(options: argparse.Namespace) -> int:
                         flush=True,
                     )
     texts = [lm.decode(prefix) for prefix in prefixes]
-    write(options.json, {**head(lm), "prefixes": texts, "layers": records})
+    write(options.json, {**dated_head(lm), "prefixes": texts, "layers": records})
     return 0
 
 
@@ -216,6 +209,8 @@ def run_margins(options: argparse.Namespace) -> int:
     """Run `sipit collisions margins`."""
     from sipit.cli.display import CountDisplay
     from sipit.collisions import survey_margins
+    from sipit.experiments.cuts import every_cut
+    from sipit.experiments.record import dated_head
     from sipit.storage import require_writable
 
     if options.json is not None:
@@ -223,7 +218,7 @@ def run_margins(options: argparse.Namespace) -> int:
     if options.log is not None:
         require_writable(options.log)
     lm = loaded(options.model, options)
-    cuts = cuts_of(lm, options, default=every_layer(lm))
+    cuts = cuts_of(lm, options, default=every_cut(lm))
     prefixes, source = prompts_of(lm, options)
     with CountDisplay(0) as display:
         found = survey_margins(
@@ -244,11 +239,10 @@ def run_margins(options: argparse.Namespace) -> int:
             f"{layer.mean:10.4g} {layer.least_relative_to_norm:11.2g} {layer.median_relative_to_norm:11.2g} "
             f"{exact:>10} {ratio:>11}  {' | '.join(shown(lm, [token]) for token in layer.least_tokens)}"
         )
-    write(options.json, {**head(lm), "source": source, "layers": [asdict(layer) for layer in found]})
+    write(options.json, {**dated_head(lm), "source": source, "layers": [asdict(layer) for layer in found]})
     return 0
 
 
-_CONFIRMED = 3  # closest pairs of a layer run again in float64
 _SURVEY_HEAD = (
     f"{'layer':>8} {'pairs':>14} {'closest':>10} {'float64':>9} {'varied':>10} {'/ norm':>8} {'/ median':>8} "
     f"{'float64':>9} {'median':>8} {'equal':>6} {'collide':>8} {'seconds':>8}"
@@ -270,26 +264,6 @@ def short(value: float | None) -> str:
     return f"{'-' if value is None else format(value, '.2g'):>8}"
 
 
-def _with_texts(layer: dict[str, Any], folder: StateFolder, wide: LanguageModel) -> dict[str, Any]:
-    """Add to each closest pair its prompts, and to the first few their distance in float64 arithmetic."""
-    from sipit.collisions import float64_distances
-    from sipit.observations import Cut
-
-    for key in ("closest", "closest_varied"):
-        for number, pair in enumerate(layer[key]):
-            both = folder.prompt(pair["first"]), folder.prompt(pair["second"])
-            for end, ids in zip(("first", "second"), both, strict=True):
-                pair |= {f"{end}_ids": ids.tolist(), f"{end}_text": wide.decode(ids)}
-            cut = Cut(layer["layer"], layer["site"])
-            pair["float64_distance"] = float64_distances(wide, [both], cut)[0] if number < _CONFIRMED else None
-    layer["spread"]["median"] = dict(layer["spread"]["percentiles"])[50]
-    return layer
-
-
-def _key(record: dict[str, Any]) -> Any:
-    return record.get("layer"), record.get("site")
-
-
 def layer_name(layer: int, site: str) -> str:
     return "final" if site == "final" else str(layer)
 
@@ -298,12 +272,6 @@ def shown(lm: LanguageModel, ids: Iterable[int]) -> str:
     ids = list(ids)
     text = lm.decode(ids)
     return str(ids) if text is None else repr(text)
-
-
-def every_layer(lm: LanguageModel) -> list[Cut]:
-    from sipit.observations import Cut
-
-    return [*(Cut(layer, "block") for layer in range(1, lm.n_layers + 1)), lm.final_cut]
 
 
 def cuts_of(lm: LanguageModel, options: argparse.Namespace, *, default: list[Any]) -> list[Cut]:
@@ -354,14 +322,6 @@ def surveyed_folder(lm: LanguageModel, path: Path) -> StateFolder:
             "made with"
         )
     return folder
-
-
-def head(lm: LanguageModel) -> dict[str, Any]:
-    """Return what every record of a survey begins with."""
-    from sipit.experiments.record import record_head
-    from sipit.models.quantized import quantizer_of
-
-    return {**record_head(lm), "quantize": quantizer_of(lm.model), "made": time.strftime("%Y-%m-%d", time.gmtime())}
 
 
 def write(path: Path | None, record: dict[str, Any]) -> None:

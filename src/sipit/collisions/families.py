@@ -90,6 +90,16 @@ def sample_texts(*, n_prose: int = 3, n_code: int = 2, seed: int = 0) -> list[st
     return [*islice(kept_prose, n_prose), *islice(kept_code, n_code)]
 
 
+def run_lengths(longest: int) -> list[int]:
+    """Return run lengths 1, 2, 3, 4, 6, 8, … and the two longest, which come closest to each other."""
+    counts = {1, longest - 1, longest}
+    step = 2
+    while step <= longest:
+        counts |= {step, min(3 * step // 2, longest)}
+        step *= 2
+    return sorted(counts)
+
+
 def similar_texts(lm: LanguageModel, folder: StateFolder, cut: Cut, *, n: int) -> list[str]:
     """Return the texts of n different prompts out of a survey's closest pairs at a layer, the closest pair's first.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sipit.errors import NonFiniteError, ShapeError
+from sipit.float64 import float64_device
 
 Block = Tensor | np.ndarray[Any, np.dtype[Any]] | Sequence[Sequence[float]]
 
@@ -80,7 +81,7 @@ class Rows:
         """Return rows by number, in float64, which holds every stored value exactly. (N,) → (N, D)."""
         numbers = numbers.cpu()
         place = torch.searchsorted(self._starts, numbers, right=True) - 1  # (N,)
-        device = torch.device("cpu") if self.device.type == "mps" else self.device  # which lacks float64
+        device = float64_device(self.device)
         found = torch.empty(len(numbers), self.width, dtype=torch.float64, device=device)
         for i in place.unique().tolist():
             here = place == i

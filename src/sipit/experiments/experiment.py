@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from sipit.corpora import Corpus, exact_prompts, special_start
+from sipit.experiments.cuts import few_cuts
 from sipit.experiments.paper import PaperTable
 from sipit.models import LanguageModel
 from sipit.observations import Cut
@@ -47,8 +48,7 @@ class Setting:
 
     def cuts(self) -> list[Cut]:
         """Return layers 1, L/2 and L, as the paper's tables have them, and the states after the final norm."""
-        lm = self.lm
-        return [*(Cut(layer) for layer in sorted({1, max(1, lm.n_layers // 2), lm.n_layers})), lm.final_cut]
+        return few_cuts(self.lm)
 
 
 @dataclass(frozen=True, kw_only=True)

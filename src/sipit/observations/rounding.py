@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sipit.float64 import as_float64
+
 _MOST_LEVELS = 255  # of an 8-bit integer grid, on one side of zero
 _LEVELS_4_BIT = 15
 _GROUPS = (256, 128, 64, 32)  # values that share a scale, in rows or in blocks of a row
@@ -44,16 +46,17 @@ def recognised(values: Tensor) -> Rounding | None:
     Args:
         values: (T, W) floats. Rows of zeros say nothing.
     """
-    rows = values.double()[values.bool().any(dim=1)]
+    wide = as_float64(values)
+    rows = wide[wide.bool().any(dim=1)]
     if not len(rows):
         return None
     slack = torch.finfo(values.dtype).eps
     looked_at = rows[:_LOOKED_AT]
     for says, steps_of in _schemes(values.shape[1]):
         if steps_of(looked_at, slack) is not None:
-            steps = steps_of(values.double(), slack)
+            steps = steps_of(wide, slack)
             if steps is not None:
-                return Rounding(says=says, half_step=(steps / 2).float())
+                return Rounding(says=says, half_step=(steps / 2).to(values.device, torch.float32))
     return None
 
 

@@ -320,7 +320,7 @@ def _too_much_noise(lm: LanguageModel, seen: Observation, noise: float, is_neede
     How near other tokens come is measured with the noise floor, so the record has no part in it.
     """
     floor = noise_floor(lm, seen.cut, seen.n_positions)
-    norms = seen.states.double().norm(dim=1).cpu()
+    norms = seen.states.cpu().double().norm(dim=1)
     gaps = norms * floor.rest_gap  # (T,)
     if seen.positions[0] == 0:
         gaps[0] = norms[0] * floor.first_gap

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sipit.errors import StorageError
+from sipit.float64 import as_float64
 from sipit.inversion.fitting.memory import release_free_memory
 from sipit.inversion.fitting.states import CapturedStates, OnStep, StatesFolder, capture_windows, sample_windows
 from sipit.inversion.fitting.training import Recipe, train
@@ -141,14 +142,14 @@ def _first_position(lm: LanguageModel, keys: TokenKeys, cut: Cut, seed: int) -> 
     tokens = frequent_and_other_ids(lm.vocab_size, _FIRSTS, torch.Generator().manual_seed(seed + 2))
     model = lm.cut(cut)
     states = [
-        model.packed(model.new_cache(), part, torch.zeros_like(part)).double() for part in tokens.split(_FIRST_BATCH)
+        as_float64(model.packed(model.new_cache(), part, torch.zeros_like(part))) for part in tokens.split(_FIRST_BATCH)
     ]
     rows = torch.cat(states)  # (N, D)
     mean = rows.mean(dim=0)
     centred = rows - mean
     values, basis = torch.linalg.eigh(centred.T @ centred / len(rows))
     inverse = (basis / (values.clamp(min=0) + _FIRST_FLOOR * values.mean())) @ basis.T  # (D, D)
-    return rows, mean, inverse @ (centred.T @ keys.keys(tokens).double() / len(rows))
+    return rows, mean, inverse @ (centred.T @ as_float64(keys.keys(tokens)) / len(rows))
 
 
 @torch.no_grad()

@@ -304,7 +304,7 @@ def _solve(network: PromptNetwork, captured: _Captured, table: Tensor) -> None:
     device = table.device
     rows = states[:, 1:].reshape(-1, states.shape[2]).to(device).float()
     network.mean.copy_(rows.mean(dim=0))
-    centred = (rows - network.mean).double().cpu()
+    centred = (rows - network.mean).cpu().double()
     network.whitener.copy_(whitening(centred.T @ centred / len(centred), _WHITENING_FLOOR))
     for back in range(network.max_tokens):
         last = torch.arange(max(back, 1), windows.shape[1])  # the first state is another kind

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sipit.float64 import as_float64
 from sipit.inversion.inverses.network import KEY_LENGTH
 from sipit.inversion.inverses.ridge import amended_query
 from sipit.inversion.inverses.sinks import alternative_kind, is_sink_like, is_sink_like_at
@@ -55,8 +56,8 @@ class FittedInverse:
         return queries[0]
 
     def _first_queries(self, states: Tensor) -> Tensor:
-        first = (states.double() - self.fit.first_mean) @ self.fit.first_weight
-        return torch.nn.functional.normalize(first, dim=1).float() * self._first_gain
+        first = (as_float64(states) - self.fit.first_mean) @ self.fit.first_weight
+        return torch.nn.functional.normalize(first, dim=1).to(states.device, torch.float32) * self._first_gain
 
     @property
     def _first_gain(self) -> float:

@@ -33,7 +33,7 @@ class LinearHead:
 
     def rows(self, token_ids: Tensor) -> Tensor:
         """Return the map's rows for some tokens. (K,) → (K, D) float64."""
-        return self.scale * self.weight[token_ids.to(self.weight.device)].detach().double().cpu()
+        return self.scale * self.weight[token_ids.to(self.weight.device)].detach().cpu().double()
 
     def spread(self, n: int) -> Tensor:
         """Return n tokens, evenly spread over the vocabulary, or all. (K,)."""
@@ -43,7 +43,7 @@ class LinearHead:
 
     def uncapped(self, logits: Tensor) -> Tensor:
         """Return logits as they were before the cap, in float64 on the CPU."""
-        logits = logits.double().cpu()
+        logits = logits.cpu().double()
         return torch.atanh((logits / self.cap).clamp(-1 + 1e-6, 1 - 1e-6)) * self.cap if self.cap else logits
 
     def logits(self, state: Tensor) -> Tensor:
@@ -59,14 +59,14 @@ def linear_head(lm: LanguageModel, site: Site) -> LinearHead:
         head: Any = cast(Any, lm.model).get_output_embeddings()
         n_rows, width = head.weight.shape
         bias = getattr(head, "bias", None)
-        offset = torch.zeros(n_rows, dtype=torch.float64) if bias is None else bias.detach().double().cpu()
+        offset = torch.zeros(n_rows, dtype=torch.float64) if bias is None else bias.detach().cpu().double()
         cap = getattr(cast(Any, lm.model).config, "final_logit_softcapping", None)
         unscaled = LinearHead(weight=head.weight, scale=1.0, offset=offset, cap=cap)
         used = unscaled.spread(_SCALED_BY * width)
         weight = unscaled.rows(used)
         states = lm.capture(input_ids=torch.arange(16) * 7919 % lm.vocab_size, site="final").states
         known = unscaled.uncapped(lm.head(states[None].to(lm.device))[0][:, used.to(lm.device)]) - offset[used]
-        image = states.double().cpu() @ (weight - weight.mean(dim=0)).T  # (N, K)
+        image = states.cpu().double() @ (weight - weight.mean(dim=0)).T  # (N, K)
         scale = float((image * (known - known.mean(dim=1, keepdim=True))).sum() / image.square().sum())
         return LinearHead(weight=head.weight, scale=scale, offset=offset, cap=cap if cap and site == "logits" else None)
 
@@ -124,7 +124,7 @@ def _how_states_lie(lm: LanguageModel) -> tuple[Tensor, Tensor]:
         length = min(wanted, lm.max_positions or wanted)
         ids = spread_ids(lm.vocab_size, n_prompts * length, torch.Generator().manual_seed(3)).view(n_prompts, length)
         model = lm.cut(lm.final_cut)
-        states = torch.cat([model.ordinary_batch(row[None])[0, 1:] for row in ids]).double().cpu()
+        states = torch.cat([model.ordinary_batch(row[None])[0, 1:] for row in ids]).cpu().double()
         spread = torch.cov(states.T)
         return states.mean(dim=0), spread + 1e-6 * spread.diagonal().mean() * torch.eye(len(spread)).double()
 

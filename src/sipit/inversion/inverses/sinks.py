@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 _DOUBTFUL_COSINE = 0.1  # below the sink cosine by less, a state that is hard to read may be of the first kind
@@ -18,9 +19,9 @@ def sink_cosine(firsts: Tensor, rests: Tensor) -> float:
     inverse, not by the others'. Where the two kinds cannot be told apart, no cosine is high enough.
     """
     mean = firsts.mean(dim=0).float()
-    low = cosine_to(rests, mean).quantile(0.95)
-    high = cosine_to(firsts, mean).quantile(0.05)
-    return float(low + 0.8 * (high - low)) if high > low + 0.1 else 2.0
+    low = float(cosine_to(rests, mean).quantile(0.95))
+    high = float(cosine_to(firsts, mean).quantile(0.05))
+    return low + 0.8 * (high - low) if high > low + 0.1 else 2.0
 
 
 def is_sink_like(states: Tensor, mean: Tensor, least_cosine: float) -> Tensor:
@@ -50,4 +51,4 @@ def alternative_kind(
 
 def cosine_to(states: Tensor, mean: Tensor) -> Tensor:
     """Return the cosine of each state with one vector. (N, D), (D,) → (N,)."""
-    return nn.functional.cosine_similarity(states.float(), mean.float()[None], dim=1)
+    return nn.functional.cosine_similarity(states.float(), mean.to(states.device, torch.float32)[None], dim=1)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sipit.float64 import float64_device
 from sipit.inversion.inverses.network import InverseNetwork
 from sipit.models import LanguageModel
 from sipit.observations import Cut
@@ -27,7 +28,7 @@ class Fit:
     """A fitted inverse of one model at one layer and site."""
 
     network: InverseNetwork
-    first_mean: Tensor  # (D,) float64, of the states at position 0
+    first_mean: Tensor  # (D,) float64, of the states at position 0, where the model's device or the CPU holds such
     first_weight: Tensor  # (D, K) float64, from such a state to a query
     sink_cosine: float  # states nearer than this to first_mean are read as first ones
     temperature: float  # scores are divided by it, so that the softmax tells how often it is right
@@ -114,8 +115,8 @@ def _restored(lm: LanguageModel, tensors: dict[str, Tensor], metadata: dict[str,
         raise ValueError("the fit holds values that are not finite")
     return Fit(
         network=network.to(lm.device).eval().requires_grad_(False),
-        first_mean=tensors["first.mean"].double().to(lm.device),
-        first_weight=tensors["first.weight"].double().to(lm.device),
+        first_mean=tensors["first.mean"].double().to(float64_device(lm.device)),
+        first_weight=tensors["first.weight"].double().to(float64_device(lm.device)),
         sink_cosine=float(metadata["sink_cosine"]),
         temperature=temperature,
         likelihood_weight=share,

@@ -29,7 +29,7 @@ class TokenKeys:
         sample = self._rows.rows(torch.arange(n_sampled) * self.vocab_size // n_sampled).float()
         self._mean = sample.mean(dim=0)  # (D,)
         sample -= self._mean
-        values, vectors = torch.linalg.eigh((sample.T @ sample / n_sampled).double().cpu())
+        values, vectors = torch.linalg.eigh((sample.T @ sample / n_sampled).cpu().double())
         values = (values + _FLOOR * values[-1]).clamp(min=1e-30)
         self.whitening = ((vectors * values.rsqrt()) @ vectors.T).float().to(device)  # (D, D), symmetric
         self._nearest: dict[int, list[tuple[int, float]]] = {}  # token → its neighbours, as they were asked for

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sipit.float64 import has_float64
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.judging.noise import SAFETY, local_noise, noise_floor
 from sipit.inversion.judging.tolerance import Tolerance
@@ -69,13 +70,14 @@ class PackedCheck:
         self.cache = cache
         self._lane = lane
         device = self.cut.device
-        wide = torch.float64 if torch.float64 in (lm.dtype, seen.states.dtype) else torch.float32
+        widest = torch.float64 if has_float64(device) else torch.float32
+        wide = widest if torch.float64 in (lm.dtype, seen.states.dtype) else torch.float32
         self.observed = seen.states.to(device, wide)  # (T, D)
         self._seq_len = seen.n_positions
         self._tolerance = tolerance
         self._measured = noise_floor(lm, seen.cut, seen.n_positions)
-        self._floor = tolerance.noise.to(device, copy=True)  # (T,)
-        self._limit = tolerance.total.to(device, copy=True)  # (T,)
+        self._floor = tolerance.noise.to(device, widest, copy=True)  # (T,)
+        self._limit = tolerance.total.to(device, widest, copy=True)  # (T,)
         self.noise = noise
         self._meter = meter
 

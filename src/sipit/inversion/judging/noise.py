@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sipit.errors import ModelError
+from sipit.float64 import as_float64
 from sipit.inversion.judging.calibration import calibration_prompts
 from sipit.models import LanguageModel, PrefixCache, TruncatedModel
 from sipit.models.kept import kept
@@ -86,7 +87,7 @@ def _measure(lm: LanguageModel, cut: TruncatedModel) -> NoiseFloor:
     spent = 0
     shapes = itertools.cycle(_SHAPES)  # from one prompt to the next, so that each is measured whatever their lengths
     for ids in calibration_prompts(lm):
-        expected = cut.ordinary(ids).double()  # (T, D)
+        expected = as_float64(cut.ordinary(ids))  # (T, D)
         norms = expected.norm(dim=1).cpu()  # (T,)
         try:
             right, wrong, spread, n_packed = _packed_distances(cut, ids, expected, lm, shapes)
@@ -170,14 +171,14 @@ def _packed_distances(
         places = torch.cat([torch.arange(start, start + len(chain)), torch.full((len(decoys),), start)])
         attends = torch.eye(len(tokens), dtype=torch.bool)
         attends[: len(chain), : len(chain)] = torch.ones(len(chain), len(chain), dtype=torch.bool).tril()
-        states = cut.packed(cache, tokens, places, attends).double()  # (Q, D)
+        states = as_float64(cut.packed(cache, tokens, places, attends))  # (Q, D)
         distances = (states - expected[places.to(states.device)]).norm(dim=1).cpu()
         right.append(distances[: len(chain)])
         nearest = torch.full((len(chain),), torch.inf, dtype=torch.float64)
         ratios = nearest.clone()
         if len(decoys):
             nearest[0] = distances[len(chain) :].min()
-            rows = lm.embeddings.rows(torch.cat([chain[:1], decoys])).double().cpu()
+            rows = lm.embeddings.rows(torch.cat([chain[:1], decoys])).cpu().double()
             apart = (rows[1:] - rows[0]).norm(dim=1).clamp(min=1e-30)
             ratios[0] = (distances[len(chain) :] / apart).min()
         wrong.append(nearest)
@@ -212,12 +213,12 @@ def local_noise(
     token = torch.tensor([token_id])
     ids = torch.cat([prefix.cpu(), token.repeat(seq_len - len(prefix))])  # what follows changes no state before it
     state = cut.ordinary(ids)[len(prefix)]  # (D,)
-    expected = state.double()
+    expected = as_float64(state)
     largest = torch.finfo(state.dtype).eps * float(expected.norm())  # one rounding of it: less is luck
     most = noise_ceiling(state.dtype) * float(expected.norm())
     for width in _WIDTHS:
         tokens = token.repeat(width)
         states = cut.packed(cache, tokens, torch.full((width,), len(prefix)), lanes=torch.full((width,), lane))
-        largest = max(largest, float((states[0].double() - expected).norm()))
+        largest = max(largest, float((as_float64(states[0]) - expected).norm()))
         spent += width
     return min(largest, most), spent + seq_len

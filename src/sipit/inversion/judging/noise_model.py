@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sipit.errors import OptionError, ShapeError
+from sipit.float64 import as_float64
 
 Law = Literal["gaussian", "uniform"]
 
@@ -119,14 +120,14 @@ class NoiseModel:
             density = -0.5 * beyond - torch.log(mass * spread)
         else:
             density = -0.5 * z.square() - torch.log(spread) - 0.5 * math.log(2 * math.pi)
-        return density.double() if not self.drops and self.unseen is None else (density * kept).double()
+        return as_float64(density if not self.drops and self.unseen is None else density * kept)
 
     def refitted(self, observed: Tensor, states: Tensor) -> NoiseModel:
         """Return the model of this kind under which the rows are likeliest, given their states. (T, D), (T, D).
 
         Rows whose errors stand out from the others' do not count: their tokens are most likely wrong.
         """
-        observed, states = observed.double(), states.double()
+        observed, states = as_float64(observed), as_float64(states)
         kept = self.kept(observed)
         errors = (observed - self.expected(states)) * kept
         energy = errors.square().sum(dim=1) / kept.sum(dim=1).clamp(min=1)  # (T,)
@@ -199,7 +200,7 @@ def noise_model(record: dict[str, Any]) -> NoiseModel:
             drops=bool(record["drops"]),
             longest=None if record["longest"] is None else float(record["longest"]),
         )
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise OptionError(f"the noise model of the record cannot be read ({str(error)[:120]}); invert again") from error
 
 

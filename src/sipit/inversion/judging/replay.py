@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sipit.float64 import float64_device
 from sipit.inversion.judging.noise import SAFETY, local_noise
 from sipit.inversion.judging.tolerance import tolerance_for
 from sipit.models import LanguageModel
@@ -47,16 +48,16 @@ def replay(lm: LanguageModel, seen: Observation, input_ids: Tensor, *, noise: fl
     states = cut.ordinary(ids)
     states = states[torch.tensor(seen.positions, device=states.device)]  # (T, W)
     block_tokens = len(ids) * seen.layer
-    observed = seen.states.to(states.device)
-    wide = torch.promote_types(torch.promote_types(states.dtype, observed.dtype), torch.float32)
-    states, observed = states.to(wide), observed.to(wide)
+    wide = torch.promote_types(torch.promote_types(states.dtype, seen.states.dtype), torch.float32)
+    device = states.device if wide == torch.float32 else float64_device(states.device)
+    states, observed = states.to(device, wide), seen.states.to(device, wide)
     rows = torch.arange(len(states))
-    distances = limits.distances(states, observed, rows).double().cpu()  # (T,)
-    excess = limits.excess(states, observed, rows).double().cpu()  # (T,)
-    allowed = limits.total.cpu() + noise  # (T,)
+    distances = limits.distances(states, observed, rows).cpu().double()  # (T,)
+    excess = limits.excess(states, observed, rows).cpu().double()  # (T,)
+    allowed = limits.total + noise  # (T,)
     # What the rounding explains is at most the norm of the half steps, which `allowed` adds to the noise: a row whose
     # excess is within the noise is within its tolerance by plain distance too, which so needs no check of its own.
-    over = excess - limits.noise.cpu() - noise  # (T,)
+    over = excess - limits.noise - noise  # (T,)
     for row in over.argsort(descending=True)[:_REMEASURED].tolist():
         if over[row] > 0:  # a state may amplify rounding: measure its own
             position = seen.positions[row]
@@ -70,7 +71,7 @@ def replay(lm: LanguageModel, seen: Observation, input_ids: Tensor, *, noise: fl
         observed=observed,
         distances=distances,
         excess=excess,
-        needs_noise=excess > limits.noise.cpu(),
+        needs_noise=excess > limits.noise,
         allowed=allowed,
         over=over,
         block_tokens=block_tokens,

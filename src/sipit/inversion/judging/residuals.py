@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sipit.float64 import as_float64
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.judging.noise_model import NoiseModel
 from sipit.models import LanguageModel
@@ -60,7 +61,7 @@ def residuals_of(lm: LanguageModel, seen: Observation, input_ids: Tensor, noise:
         meter: charged for every token run.
     """
     states, others = _with_others(lm, seen, input_ids, meter)  # (T, D), (T, M, D)
-    observed = seen.states.to(states.device).double()
+    observed = as_float64(seen.states).to(states.device)
     kept = noise.kept(observed)  # (T, D)
     error = (observed - noise.expected(states)) * kept
     spread = noise.variances(observed.shape[1]).to(states.device).sqrt() * abs(noise.scale)
@@ -114,7 +115,7 @@ def _with_others(lm: LanguageModel, seen: Observation, input_ids: Tensor, meter:
     model = lm.cut(seen.cut, seq_len=len(input_ids))
     first = len(seen.known_prefix)
     n_rows = len(input_ids) - first
-    states = model.ordinary(input_ids)[first:].double()
+    states = as_float64(model.ordinary(input_ids)[first:])
     generator = torch.Generator().manual_seed(4)
     tokens = torch.randint(lm.vocab_size, (n_rows, _OTHERS), generator=generator)
     cache = model.cache_of(input_ids)
@@ -123,7 +124,7 @@ def _with_others(lm: LanguageModel, seen: Observation, input_ids: Tensor, meter:
     parts = torch.arange(len(places)).split(_CHUNK)
     rows = [model.packed(cache, tokens.flatten()[i], places[i], attends=attends[i]) for i in parts]
     meter.spend(2 * len(input_ids) + len(places), model.layer)
-    return states, torch.cat(rows).double().view(n_rows, _OTHERS, -1)
+    return states, as_float64(torch.cat(rows)).view(n_rows, _OTHERS, -1)
 
 
 def _directions(differences: Tensor) -> Tensor:

@@ -80,11 +80,13 @@ class Tolerance:
 
 
 def tolerance_for(lm: LanguageModel, seen: Observation) -> Tolerance:
-    """Return the tolerance at each position of an observation."""
+    """Return the tolerance at each position of an observation, on the CPU."""
     floor = noise_floor(lm, seen.cut, seen.n_positions)
-    held = seen.states.double()  # (T, D)
-    if seen.is_partial and seen.half_step is not None:
-        held = held.masked_fill(seen.half_step.isinf(), 0.0)
+    values = seen.states.cpu()  # (T, D)
+    half = None if seen.half_step is None else seen.half_step.cpu()  # (T, D)
+    held = values.double()
+    if seen.is_partial and half is not None:
+        held = held.masked_fill(half.isinf(), 0.0)
     norms = held.norm(dim=1)  # (T,)
     first, rest = _allowed(floor.first, floor.first_gap), _allowed(floor.rest, floor.rest_gap)
     ratios = torch.full_like(norms, rest)
@@ -94,9 +96,9 @@ def tolerance_for(lm: LanguageModel, seen: Observation) -> Tolerance:
     if seen.positions[0] == 0:
         is_coarse[0] = first > CLEAR * floor.first_gap
     noise = ratios * norms
-    stored, half = seen.states, seen.half_step  # (T, D), (T, D)
+    stored = values  # (T, D)
     if half is None and seen.layer:  # rows of an embedding are the model's own, however it holds them
-        stored, _, half = as_rounded(stored)
+        stored, _, half = as_rounded(values)
     if torch.finfo(stored.dtype).eps > torch.finfo(lm.dtype).eps:
         half = half_ulp(stored) if half is None else half + half_ulp(stored)
     if half is None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sipit.float64 import as_float64
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.judging.noise_model import NoiseModel
 from sipit.inversion.noise.posterior import Candidates, TokenPosteriors
@@ -86,7 +87,7 @@ class BeamSearch:
         self._far = Ranking(self._map, variances, knows_offset=False)
         self._near = Ranking(self._map, variances, knows_offset=True)
         self._seen = seen
-        self._unigram = anywhere_log_probabilities(lm, meter).double().cpu()  # (V,)
+        self._unigram = anywhere_log_probabilities(lm, meter).cpu().double()  # (V,)
         self._n_surprised = self._effort.n_surprised
         self._distances: list[dict[int, float]] = []
         self._local: list[Tensor] = []  # (V,) log-probabilities at each row by that row alone
@@ -133,16 +134,16 @@ class BeamSearch:
 
     def _candidates(self, row: int, scores: Tensor) -> Candidates:
         """Return the best continuations of all beams at one row, with their exact scores."""
-        prior = self._prior.log_probabilities.double().cpu() + scores[:, None]  # (B, V)
+        prior = self._prior.log_probabilities.cpu().double() + scores[:, None]  # (B, V)
         if self._prefixes.position == 0:
             return self._first_candidates(prior)
         expected = torch.logaddexp((prior - scores.logsumexp(dim=0)).logsumexp(dim=0), self._unigram)  # (V,)
         clean = self._clean[row][None]  # (1, S)
-        likelihoods = self._far.scores(clean).double().cpu()  # (1, V)
+        likelihoods = self._far.scores(clean).cpu().double()  # (1, V)
         ids, beams = _best_of_each(prior + _TEMPER * likelihoods, _OF_EACH, self._effort.n_shown)
         states = self._states(ids, beams)
         offsets = self._offsets(ids, beams, states, len(scores))
-        likelihoods = self._near.scores(clean, offsets).double().cpu()  # (B, V)
+        likelihoods = self._near.scores(clean, offsets).cpu().double()  # (B, V)
         self._local.append((likelihoods[0] + expected).log_softmax(dim=0))
         ranked = prior + likelihoods
         more = prior + with_unmapped(likelihoods)
@@ -181,7 +182,7 @@ class BeamSearch:
         """Whether even the best state leaves more of a row than the noise explains: the right token was not run."""
         kept = self._noise.kept(self._observed[row][None])[0]
         spread = self._noise.variances(len(state)).to(state).sqrt() * abs(self._noise.scale)
-        z = ((self._observed[row] - self._noise.expected(state[None])[0]) * kept / spread).double()
+        z = as_float64((self._observed[row] - self._noise.expected(state[None])[0]) * kept / spread)
         n = float(kept.sum())
         return float(z.square().sum()) > n + _SURPRISE * math.sqrt(2 * n)
 

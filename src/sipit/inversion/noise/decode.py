@@ -204,8 +204,8 @@ def inversion_of(
 def evidence_of(lm: LanguageModel, seen: Observation, found: Decoded) -> list[PositionEvidence]:
     """Return the evidence for every token of the most probable prompt, its posterior among it."""
     model = lm.cut(seen.cut, seq_len=seen.n_positions)
-    states = model.ordinary(_whole(seen, found.input_ids))[len(seen.known_prefix) :].double().cpu()
-    distances = (seen.states.double().cpu() - found.noise.expected(states)).norm(dim=1)
+    states = model.ordinary(_whole(seen, found.input_ids))[len(seen.known_prefix) :].cpu().double()
+    distances = (seen.states.cpu().double() - found.noise.expected(states)).norm(dim=1)
     tolerance = tolerance_for(lm, seen).total
     evidence = []
     for row, token_id in enumerate(found.input_ids.tolist()):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sipit.float64 import as_float64
 from sipit.inversion.judging.noise_model import NoiseModel
 from sipit.inversion.noise.token_map import TokenMap
 from sipit.observations import Observation
@@ -20,18 +21,18 @@ _LEAST = 0.03  # of the states' own deviation along quiet directions: less noise
 
 def first_guess(mapped: TokenMap, seen: Observation) -> NoiseModel:
     """Return normal noise of the size that the rows show along quiet directions, a shift where their mean shows one."""
-    observed = seen.states.double()
+    observed = seen.states.cpu().double()
     zeros = observed == 0
     drops = float(zeros.double().mean()) > _DROPPED
     if drops and mapped.projection is None:
-        observed = torch.where(zeros, mapped.centre.cpu().double(), observed.cpu())
-    rows = mapped.compared(observed.to(mapped.mean.device)).double()
+        observed = torch.where(zeros, mapped.centre.cpu().double(), observed)
+    rows = as_float64(mapped.compared(observed.to(mapped.mean)))
     lengths = rows.norm(dim=1)
     usual = rows[lengths <= 3 * lengths.median()]
     rows = usual if len(usual) > 1 else rows
-    values, vectors = torch.linalg.eigh(mapped.covariance.double())
+    values, vectors = torch.linalg.eigh(as_float64(mapped.covariance))
     quiet = slice(0, max(1, int(_QUIET * len(values))))
-    along = (rows - mapped.centre) @ vectors[:, quiet]  # (T, Q)
+    along = (rows - as_float64(mapped.centre)) @ vectors[:, quiet]  # (T, Q)
     own = values[quiet].clamp(min=0)
     mean = along.mean(dim=0)
     spread = (along - mean).square().sum(dim=0) / max(len(along) - 1, 1)
@@ -46,4 +47,4 @@ def first_guess(mapped: TokenMap, seen: Observation) -> NoiseModel:
 
 def _mean_shift(mapped: TokenMap, seen: Observation, lengths: Tensor) -> Tensor:
     usual = (lengths <= 3 * lengths.median()).cpu()
-    return seen.states.double().cpu()[usual].mean(dim=0) - mapped.centre.double().cpu()
+    return seen.states.cpu().double()[usual].mean(dim=0) - mapped.centre.cpu().double()

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sipit.float64 import as_float64
 from sipit.inversion.inverses.sampled_ids import spread_ids
 from sipit.inversion.judging.calibration import calibration_prompts
 from sipit.inversion.judging.meter import Meter
@@ -112,7 +113,7 @@ def _made(lm: LanguageModel, cut: Cut, meter: Meter) -> TokenMap:
         within=_covariance(left),
         projection=projection,
         centre=usual.mean(dim=0),
-        covariance=torch.cov(usual.T.double()).float().reshape(len(mean), -1),
+        covariance=torch.cov(as_float64(usual.T)).to(usual).reshape(len(mean), -1),
     )
 
 
@@ -124,17 +125,17 @@ def _ordinary(rows: Tensor) -> Tensor:
 
 
 def _ridge(x: Tensor, y: Tensor) -> Tensor:
-    gram = (x.T @ x).double()
+    gram = as_float64(x.T @ x)
     gram.diagonal().add_(_RIDGE * float(x.square().sum()) / len(x) + 1e-12)
-    weight: Tensor = torch.linalg.solve(gram, (x.T @ y).double()).float()
+    weight: Tensor = torch.linalg.solve(gram, as_float64(x.T @ y)).to(x)
     return weight
 
 
 def _covariance(errors: Tensor) -> Tensor:
     """Return the covariance of errors of mean zero, a tenth of its diagonal added: few rows show it. (N, S)."""
-    found = (errors.T @ errors / max(len(errors), 1)).double()
+    found = as_float64(errors.T @ errors / max(len(errors), 1))
     found.diagonal().mul_(1.1).add_(1e-12 + 1e-9 * float(found.diagonal().mean()))
-    return found.float()
+    return found.to(errors)
 
 
 class Ranking:
@@ -148,13 +149,14 @@ class Ranking:
 
     def __init__(self, mapped: TokenMap, variances: Tensor, *, knows_offset: bool) -> None:
         self._mean = mapped.mean
-        total = (mapped.within if knows_offset else mapped.error).double()
+        total = as_float64(mapped.within if knows_offset else mapped.error)
         if mapped.projection is not None:  # the projection mixes all coordinates
             variances = variances.mean().expand(len(total))
         total = total + variances.to(total).diag()
         # total⁻¹ = L⁻ᵀ L⁻¹ with total = L Lᵀ: rows times L⁻ᵀ are white
         lower = torch.linalg.cholesky(total)
-        self._whitening = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False).T.float()
+        inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
+        self._whitening = inverse.T.to(mapped.mean)
         self._image = mapped.table @ self._whitening  # (V, S)
         self._penalty = 0.5 * self._image.square().sum(dim=1)  # (V,)
         self._constant = -0.5 * len(lower) * math.log(2 * math.pi) - float(lower.diagonal().log().sum())

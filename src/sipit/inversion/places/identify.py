@@ -75,7 +75,7 @@ def identify(
         raise ShapeError(f"rows have shape {tuple(rows.shape)}, expected (rows, width); pass those of one prompt")
     fits: list[Fit] = []
     near: list[str] = []
-    for columns, values in _parts(lm, rows):
+    for columns, values in _parts(lm, rows.cpu()):
         found = _Search(lm, values, columns, input_ids, is_thorough)
         fits += found.fits
         near += found.near
@@ -167,7 +167,7 @@ class _Search:
         """Check the rows at a place that the first one looks like, the first by its token, the next by inversion."""
         lm = self._lm
         cut = self._unit_cut(like.cut)
-        own = lm.cut(cut, seq_len=len(self._rows) - start).ordinary(torch.tensor([like.token_id]))[0].double().cpu()
+        own = lm.cut(cut, seq_len=len(self._rows) - start).ordinary(torch.tensor([like.token_id]))[0].cpu().double()
         row = self._rows[start].double()
         scale = float(row @ own) / max(float(own.square().sum()), 1e-30)
         if scale <= 0:

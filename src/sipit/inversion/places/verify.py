@@ -97,7 +97,10 @@ def verify(
     ]
     bad_rows += [
         BadRow(
-            row=row, distance=float(seen.states[row].double().norm()), tolerance=0.0, instead="a row without a token"
+            row=row,
+            distance=float(seen.states[row].cpu().double().norm()),
+            tolerance=0.0,
+            instead="a row without a token",
         )
         for row in sorted(set(range(seen.seq_len)) - set(inside))
     ]

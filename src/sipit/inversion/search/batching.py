@@ -88,11 +88,11 @@ def gapless(seen: Observation) -> Observation:
     """Return an observation with a row of zeros at each position that none is held of; itself where there is none."""
     if seen.is_complete:
         return seen
-    states, rows = seen.states, torch.tensor(seen.positions)
+    states, rows = seen.states, torch.tensor(seen.positions, device=seen.states.device)
     whole = states.new_zeros(seen.n_positions, seen.d_model).index_copy(0, rows, states)
     half = seen.half_step
     if half is not None:
-        half = half.new_zeros(whole.shape).index_copy(0, rows, half)
+        half = half.new_zeros(whole.shape).index_copy(0, rows.to(half.device), half)
     return replace(seen, states=whole, half_step=half, positions=())
 
 
