@@ -46,6 +46,8 @@ def main() -> None:
     ids = None if options.random_ids else lm.encode(options.text_file.read_text("utf-8"))
     generator = torch.Generator().manual_seed(options.seed)
     if options.decoys is not None:
+        if ids is None:
+            parser.error("--decoys takes the prompts of a text: pass --text-file")
         _judge_decoys(lm, ids, cut, list(map(int, options.lengths.split(","))), options.decoys, generator)
         return
     warm = lm.capture(input_ids=torch.arange(2), **cut).states[-1]
