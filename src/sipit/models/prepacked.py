@@ -8,6 +8,7 @@ rounding, as those of any other kernel do; the noise floor is measured with thes
 from __future__ import annotations
 
 import copy
+import threading
 import weakref
 from functools import cache
 from typing import Any, cast
@@ -24,6 +25,7 @@ _ROWS = 64  # that the layout is chosen for; fewer and more do well with it
 
 _Layouts = dict[torch.dtype, tuple[int, Tensor]]  # dtype of the product → version of the weight, its layout
 _layouts: weakref.WeakKeyDictionary[nn.Module, _Layouts] = weakref.WeakKeyDictionary()
+_laying_out = threading.Lock()  # no thread counts what is held while another adds to it
 
 
 class _Linear(nn.Linear):
@@ -62,8 +64,9 @@ def _with_layout(module: nn.Module) -> nn.Module:
 
 def drop_prepacked(module: nn.Module) -> None:
     """Give the laid-out weights of a module back; they are made again when they are used."""
-    for part in module.modules():
-        _layouts.pop(part, None)
+    with _laying_out:
+        for part in module.modules():
+            _layouts.pop(part, None)
 
 
 class PrepackedMatrix:
@@ -98,12 +101,15 @@ def _layout(source: nn.Module, weight: Tensor, rows: Tensor) -> Tensor | None:
         return None
     version = weight._version
     known = _layouts.get(source, {}).get(dtype)
-    if known is None or known[0] != version:
-        n_bytes = dtype.itemsize * weight.numel()
+    if known is not None and known[0] == version:
+        return known[1]
+    n_bytes = dtype.itemsize * weight.numel()
+    with _laying_out:
         if known is None and (n_bytes > _LARGEST or _held_bytes() + n_bytes > _MOST_BYTES):
             return None
-        known = _layouts.setdefault(source, {})[dtype] = (version, _reordered(weight.to(dtype)))
-    return known[1]
+        made = _reordered(weight.to(dtype))
+        _layouts.setdefault(source, {})[dtype] = (version, made)
+    return made
 
 
 def _product_dtype(weight: Tensor, rows: Tensor) -> torch.dtype | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -233,6 +234,7 @@ class TruncatedModel:
         self._plain = clone(trunk, children)
         self._attentions: list[Any] = []  # of the packed clone, where its masks sit in buffers
         self._packed = self._plain
+        self._filling = threading.RLock() if family.masking == "buffer" else nullcontext()  # the buffers are one pass's
         if family.masking == "buffer":
             blocks = [self._with_open_buffer(block) for block in blocks]
             self._packed = clone(trunk, {**children, family.blocks: nn.ModuleList(blocks)})
@@ -350,14 +352,15 @@ class TruncatedModel:
         visible = torch.cat([kept, sees.cpu()], dim=1).to(self.device)  # (Q, P + Q)
         positions = positions.to(self.device)
         places = torch.cat([cache.positions.to(self.device), positions])  # (P + Q,)
-        return self._read(
-            model,
-            **tokens,
-            position_ids=positions[None],
-            attention_mask=self._masks(visible, positions, places),
-            past_key_values=cache,
-            use_cache=True,
-        )[0]  # (Q, W)
+        with self._filling:
+            return self._read(
+                model,
+                **tokens,
+                position_ids=positions[None],
+                attention_mask=self._masks(visible, positions, places),
+                past_key_values=cache,
+                use_cache=True,
+            )[0]  # (Q, W)
 
     def _check_scale(self, n_keys: int) -> None:
         """Refuse a row in which Llama-4 would scale queries by their place in the row, not in their prompt."""

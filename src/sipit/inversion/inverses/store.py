@@ -83,11 +83,12 @@ def load_fit(lm: LanguageModel, cut: Cut) -> Fit | None:
         return None
     state = path, found.st_ino, found.st_mtime_ns, found.st_size
     last: dict[tuple[Path, int, int, int], Fit | None] = lm.derived("last fit read", dict)
-    if state not in last:
-        read = _read(lm, path)
-        last.clear()
-        last[state] = read
-    return last.get(state)
+    if state in last:
+        return last[state]
+    read = _read(lm, path)
+    last.clear()
+    last[state] = read
+    return read
 
 
 def _read(lm: LanguageModel, path: Path) -> Fit | None:
