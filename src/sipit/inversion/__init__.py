@@ -13,6 +13,7 @@ from sipit.inversion.invert import invert, invert_many
 from sipit.inversion.judging.noise_model import NoiseModel
 from sipit.inversion.last.invert_last import LastOptions, LastProgress, holds_last_alone, invert_last
 from sipit.inversion.proposals import POLICIES, Policy
+from sipit.inversion.search.batching import search_events
 from sipit.inversion.search.belonging import require_belongs
 from sipit.inversion.search.options import OnProgress, Progress, SearchOptions
 from sipit.inversion.search.prefix_file import PrefixFile
@@ -42,5 +43,6 @@ __all__ = [
     "read_certificate",
     "redacted",
     "require_belongs",
+    "search_events",
     "write_certificate",
 ]

@@ -13,7 +13,7 @@ import torch
 import sipit
 from sipit import LanguageModel, Observation, SipitError
 from sipit.errors import MismatchError, NonFiniteError, OptionError, ShapeError, StorageError
-from sipit.inversion import POLICIES, Policy, Progress
+from sipit.inversion import POLICIES, Inversion, Policy, Progress, SearchOptions, search_events
 from sipit.inversion.proposals import vocabulary
 from sipit.observations import Cut
 from tests.tiny_models import VOCAB, embedding_rows, random_ids, text_model, tiny_model, twin_model
@@ -244,6 +244,17 @@ def test_progress_grows_to_the_whole_prompt(llama: LanguageModel) -> None:
         assert later.input_ids[: len(earlier.input_ids)] == earlier.input_ids
         assert (later.n_checked, later.seconds) >= (earlier.n_checked, earlier.seconds)
     assert all(step.seq_len == len(PLAIN) for step in steps)
+
+
+def test_events_of_a_search_are_its_progress_and_its_result(llama: LanguageModel) -> None:
+    seen = llama.capture(input_ids=PLAIN, layer=2)
+    told: list[Progress] = []
+    alone = sipit.invert(llama, seen, max_batch=8, on_progress=told.append)
+    *steps, found = search_events(llama, seen, SearchOptions(max_batch=8))
+    assert isinstance(found, Inversion)
+    assert (found.verdict, found.input_ids, found.positions) == (alone.verdict, alone.input_ids, alone.positions)
+    assert [step.input_ids for step in steps if isinstance(step, Progress)] == [step.input_ids for step in told]
+    assert len(steps) > 1
 
 
 def test_random_policy_follows_its_seed(llama: LanguageModel) -> None:

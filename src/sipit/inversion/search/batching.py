@@ -41,6 +41,23 @@ def search(lm: LanguageModel, seen: Observation, options: SearchOptions) -> Inve
     return next(search_together(lm, [seen], options, n_slots=1))
 
 
+def search_events(
+    lm: LanguageModel, seen: Observation, options: SearchOptions | None = None
+) -> Iterator[Progress | Inversion]:
+    """Yield where the search of one observation stands after each packed pass, and its inversion at last.
+
+    The search rests between two of them, and ends where nobody asks for the next one.
+
+    Raises:
+        ShapeError, MismatchError: the observation cannot be this model's.
+    """
+    scheduler = BatchScheduler(lm, options or SearchOptions(), n_slots=1)
+    scheduler.begin(0, seen)
+    while not (done := scheduler.step()):
+        yield from scheduler.progress()
+    yield done[0]
+
+
 def search_together(
     lm: LanguageModel, observations: Sequence[Observation], options: SearchOptions, *, n_slots: int
 ) -> Iterator[Inversion]:
@@ -249,21 +266,12 @@ class BatchScheduler:
         for slot in slots:
             with _timed(slot):
                 slot.run.settle()
-            self._tell(slot)
+            if self._options.on_progress is not None:
+                self._options.on_progress(_progress(slot))
 
-    def _tell(self, slot: _Slot) -> None:
-        if self._options.on_progress is not None:
-            meter = slot.run.view.meter
-            self._options.on_progress(
-                Progress(
-                    seq_len=slot.seen.n_sought,
-                    input_ids=tuple(slot.run.view.prefix[len(slot.seen.known_prefix) :]),
-                    n_checked=meter.n_checked,
-                    n_passes=meter.n_passes,
-                    block_tokens=meter.block_tokens,
-                    seconds=slot.seconds,
-                )
-            )
+    def progress(self) -> list[Progress]:
+        """Return where each search that is not at its end stands."""
+        return [_progress(slot) for slot in self._slots]
 
     def _inversion(self, slot: _Slot) -> Inversion:
         lm, seen, run = self._lm, slot.seen, slot.run
@@ -288,6 +296,18 @@ class BatchScheduler:
             positions=tuple(run.evidence),
             miss=run.miss,
         )
+
+
+def _progress(slot: _Slot) -> Progress:
+    meter = slot.run.view.meter
+    return Progress(
+        seq_len=slot.seen.n_sought,
+        input_ids=tuple(slot.run.view.prefix[len(slot.seen.known_prefix) :]),
+        n_checked=meter.n_checked,
+        n_passes=meter.n_passes,
+        block_tokens=meter.block_tokens,
+        seconds=slot.seconds,
+    )
 
 
 @contextmanager
