@@ -13,7 +13,7 @@ B beams, N tokens that are tried, L longest distance from the last token.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -30,9 +30,9 @@ _PROMPTS, _TOKENS = 1536, 12  # run to see what heads give
 _VALUES = 8192  # drawn to see how they spread
 _RIDGE = 1e-5  # of the mean diagonal
 _FLOOR = 1e-3  # of the mean eigenvalue of values, added to each
-_COARSEST = 1e-2  # of the state's norm: blur of the first step
+_COARSEST = (1e-1, 1e-2)  # of the state's norm: blur of the first step, and where that leads nowhere
 _SOLVED = 300.0  # squared standard deviations of blur left of a coordinate, on average
-_PLAUSIBLE, _HOPELESS = 4.0, 12.0  # squared standard deviations that a regression misses heads by, on average
+_PLAUSIBLE, _HOPELESS = 16.0, 60.0  # squared standard deviations that a regression misses heads by, on average
 _DAMPING, _MOST_DAMPING = 1e-6, 1e3  # of a step that leads away, at first, and where none leads on
 _LEAST_LEFT = 1e-7  # of a head's squared deviation: what float32 leaves
 _TEMPERED = 0.3  # share of the log-likelihood that counts: values are not normal, and their coordinates not independent
@@ -104,13 +104,11 @@ def _inputs(states: Tensor, rows: Tensor) -> Tensor:
     return torch.cat([states, rows, torch.ones_like(states[:, :1])], dim=1)  # (N, 2 D + 1)
 
 
-def heads_of(
-    lm: LanguageModel, mixture: Mixture, last: int, state: Tensor, blur: Tensor, starts: Sequence[Prompt] = ()
-) -> Tensor | None:
+def heads_of(lm: LanguageModel, mixture: Mixture, last: int, state: Tensor, blur: Tensor) -> Tensor | None:
     """Solve for what the heads gave: the likeliest that leads to the state, in float64.
 
     The state is taken for a blurred one at first, so that what is known of such heads holds the solution where heads
-    are; then the blur is taken away step by step.
+    are; then the blur is taken away step by step. Another last token than the prompt's leads away from there.
 
     Args:
         lm: the model.
@@ -118,17 +116,14 @@ def heads_of(
         last: token id that the prompt ends in.
         state: (D,)
         blur: (D,) by how much arithmetic and rounding may have moved each coordinate of it, one standard deviation.
-        starts: prompts that come near, from whose heads the solver starts where a regression leads nowhere.
 
     Returns:
-        (H, e) float32; None where no start leads to the state.
+        (H, e) float32; None where nothing like heads leads to the state.
     """
     spread, width = mixture.spread, mixture.white.shape[2]
     sought, blur = state.to(spread), blur.to(spread)
     row = lm.embeddings.rows(torch.tensor([last])).to(spread)
     guess = (_inputs(sought[None], row) @ mixture.to_heads)[0]  # (H e,)
-    coarsest = _COARSEST * float(sought.norm()) / len(sought) ** 0.5
-    levels = torch.tensor([coarsest * 10.0**-n for n in range(1 + max(0, _decades(coarsest, blur)))])
     identity = torch.eye(len(spread)).to(spread)
 
     def states(flat: Tensor) -> Tensor:
@@ -137,13 +132,10 @@ def heads_of(
     def missed(steps: Tensor) -> Tensor:
         return states((guess + spread @ steps)[None])[0].detach() - sought
 
-    for start in (None, *starts):
+    for coarsest in _COARSEST:
         steps = torch.zeros(len(spread)).to(spread)
-        if start is not None:
-            given = mixture.block.mixtures(torch.tensor([start]))[0][0, -1].flatten().to(spread)
-            steps = torch.linalg.solve(spread, given - guess)
         left = missed(steps)
-        for level in [*levels.tolist(), 0.0, 0.0]:
+        for level in _levels(coarsest * float(sought.norm()) / len(sought) ** 0.5, blur):
             scale = blur.clamp(min=level)
             before = float((left / scale).square().sum() + steps.square().sum())
             slopes = _slopes(states, guess + spread @ steps) @ spread / scale[:, None]  # (D, H e)
@@ -165,9 +157,10 @@ def heads_of(
     return None
 
 
-def _decades(coarsest: float, blur: Tensor) -> int:
-    """Return how many times a blur is made ten times less until it is as little as it is."""
-    return int(math.log10(coarsest / float(blur.min().clamp(min=1e-30))))
+def _levels(coarsest: float, blur: Tensor) -> list[float]:
+    """Return the blur of each step: ten times less each time until it is as little as it is, and that twice."""
+    n_decades = max(0, int(math.log10(coarsest / float(blur.min().clamp(min=1e-30)))))
+    return [*(coarsest * 10.0**-n for n in range(1 + n_decades)), 0.0, 0.0]
 
 
 def _slopes(states: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:

@@ -32,8 +32,7 @@ _TOGETHER = 384  # tokens tried in each place of a prompt, whose changes are the
 _SINGLES = 64  # prompts of one token whose states tell what such a state looks like
 _LIKE_A_FIRST = 0.8  # cosine with their mean, from which on every single token is tried
 _BEAMS_OF_MIXTURES = (48, 192)  # prompts kept after each token, at first and where that found none
-_LASTS = (4, 16)  # tokens that a prompt may end in, at first and where that found none
-_STARTS = 3  # prompts from whose heads the solver starts
+_LASTS = (16, 64)  # tokens that a prompt may end in, at first and where that found none
 MIXED = Cut(1)  # where the last state is a mixture of its tokens
 MOST_READ = 12  # tokens that linear maps and prompt networks read
 _BLUR = 6e-8  # of a state's norm: what arithmetic in float32 moves it by
@@ -125,8 +124,7 @@ def _unmix(
     for last in inverse.scores(inverse.rest(state[None]))[0].topk(min(n_lasts, lm.vocab_size)).indices.tolist():
         if judge.is_over:
             return
-        starts = [prompt for prompt in judge.nearest(16 * _STARTS) if prompt[-1] == last][:_STARTS]
-        heads = heads_of(lm, mixture, last, state, _blur(lm, judge.seen), starts)
+        heads = heads_of(lm, mixture, last, state, _blur(lm, judge.seen))
         if heads is None:
             continue
         for prompts in decoded(mixture, last, heads, lengths, n_beams=n_beams):
