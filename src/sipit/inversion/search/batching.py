@@ -211,7 +211,7 @@ class BatchScheduler:
         )
 
     def step(self) -> dict[int, Inversion]:
-        """PromptSearch one packed pass; return the searches that came to their end, by number."""
+        """Run one packed pass; return the searches that came to their end, by number."""
         found = {}
         for slot in list(self._slots):
             with _timed(slot):
