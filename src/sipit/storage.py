@@ -44,6 +44,8 @@ def whole_file(path: Path | str, *, is_private: bool = False) -> Iterator[Path]:
         StorageError: the folder is missing, read-only or full; nothing is left behind.
     """
     target = Path(path)
+    if "\0" in str(target):
+        raise StorageError(f"cannot write {shown(target)}: no file's name holds a NUL; name another one")
     temporary = target.parent / f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.partial"
     try:
         if target.exists() and not target.is_file():
@@ -56,7 +58,8 @@ def whole_file(path: Path | str, *, is_private: bool = False) -> Iterator[Path]:
         if isinstance(error, StorageError):
             raise
         raise StorageError(
-            f"cannot write {target}: {_reason(error)}; name a file in a folder that exists, is writable and has room"
+            f"cannot write {shown(target)}: {_reason(error)}; name a file in a folder that exists, is writable and has "
+            "room"
         ) from error
     finally:
         with contextlib.suppress(OSError):
@@ -91,7 +94,9 @@ def held_alone(path: Path | str, what: str) -> Iterator[None]:
     try:
         stream = target.open("ab")
     except OSError as error:
-        raise StorageError(f"cannot write {target}: {_reason(error)}; choose a folder that is writable") from error
+        raise StorageError(
+            f"cannot write {shown(target)}: {_reason(error)}; choose a folder that is writable"
+        ) from error
     with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -127,7 +132,7 @@ def read_json(path: Path | str) -> Any:
     try:
         raw = Path(path).read_bytes()
     except OSError as error:
-        raise StorageError(f"cannot read {path}: {_reason(error)}; check the file's name") from error
+        raise StorageError(f"cannot read {shown(path)}: {_reason(error)}; check the file's name") from error
     return _parsed(raw)
 
 
@@ -152,9 +157,9 @@ def require_file(path: Path | str) -> None:
     try:
         mode = Path(path).stat().st_mode
     except (OSError, ValueError) as error:
-        raise StorageError(f"cannot read {_shown(path)}: {_reason(error)}; check the file's name") from error
+        raise StorageError(f"cannot read {shown(path)}: {_reason(error)}; check the file's name") from error
     if not stat.S_ISREG(mode):
-        raise StorageError(f"cannot read {path}: it is a folder, a pipe or a device; name a regular file")
+        raise StorageError(f"cannot read {shown(path)}: it is a folder, a pipe or a device; name a regular file")
 
 
 def _parsed(raw: bytes) -> Any:
@@ -197,7 +202,7 @@ class LineLog:
         try:
             raw = _held(self._path)
         except (OSError, ValueError) as error:
-            raise StorageError(f"cannot write {_shown(path)}: {_reason(error)}; name a writable file") from error
+            raise StorageError(f"cannot write {shown(path)}: {_reason(error)}; name a writable file") from error
         whole, last = raw[: raw.rfind(b"\n") + 1], raw[raw.rfind(b"\n") + 1 :]
         self._cut_at: int | None = None  # where a cut-off last line starts, until it is dropped
         self._lacks_newline = False
@@ -211,9 +216,9 @@ class LineLog:
                     raise
                 self._cut_at = len(whole)
         except ValueError as error:
-            raise StorageError(f"{path} is there and is not a file of JSON lines; name another file") from error
+            raise StorageError(f"{shown(path)} is there and is not a file of JSON lines; name another file") from error
         if not all(isinstance(record, dict) for record in self._records):
-            raise StorageError(f"{path} is there and is not a file of JSON records; name another file")
+            raise StorageError(f"{shown(path)} is there and is not a file of JSON records; name another file")
 
     def records(self) -> list[dict[str, Any]]:
         """Return what the file held when it was opened."""
@@ -317,8 +322,8 @@ def _reason(error: OSError | ValueError) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
-def _shown(path: Path | str) -> str:
+def shown(path: Path | str) -> str:
     """Return a path as text for a message: what cannot be printed is escaped, the middle of a long one left out."""
     text = str(path)
     text = text if text.isprintable() else ascii(text)
-    return text if len(text) <= 200 else f"{text[:80]}…{text[-80:]}"
+    return text if len(text) <= 120 else f"{text[:40]}…{text[-40:]}"

@@ -154,6 +154,17 @@ def test_ambiguous_noise_exits_with_one(run: Run, tmp_path: Path, text_folder: P
     assert b"ambiguous" in err
 
 
+def test_sentence_about_rows_that_cannot_be_the_models_names_their_file(
+    run: Run, tmp_path: Path, text_folder: Path, text_lm: LanguageModel
+) -> None:
+    states = text_lm.capture("rows", layer=1).states
+    for bad in (states[:, :-1], states * 1e30):
+        sipit.write_observation(sipit.Observation(states=bad.contiguous(), layer=1), tmp_path / "bad")
+        code, out, err = run("invert", "bad", "--model", text_folder)
+        assert (code, out) == (2, b"")
+        assert err.startswith(b"sipit: bad: ")
+
+
 def test_any_model_drops_the_fingerprint(run: Run, text_folder: Path, tmp_path: Path) -> None:
     run("capture", "--text", "moved", "--layer", "1", "--out", "seen", "--model", text_folder)
     assert run("invert", "seen", "--dtype", "float64")[0] == 2

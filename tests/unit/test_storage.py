@@ -33,6 +33,15 @@ from sipit.storage import (
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.mark.parametrize("name", ["a\0b", "n" * 5000])
+def test_name_that_no_file_can_have_is_a_short_sentence(name: str, tmp_path: Path) -> None:
+    for path in (tmp_path / name, tmp_path / "missing" / name):
+        with pytest.raises(StorageError) as raised:
+            require_writable(path)
+        assert str(raised.value).startswith("cannot write ")
+        assert len(str(raised.value)) < 400
+
+
 def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SIPIT_CACHE", str(tmp_path / "named"))
     assert cache_dir() == tmp_path / "named"

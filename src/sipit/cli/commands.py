@@ -152,6 +152,12 @@ def invert(options: Namespace) -> int:
 
 def _invert_one(options: Namespace, lm: LanguageModel, seen: Observation, truth: tuple[int, ...] | None = None) -> int:
     """Invert one observation; `truth` is what lay beside it, which only the answer is compared with."""
+    from sipit.inversion import require_belongs
+
+    try:
+        require_belongs(lm, seen)
+    except SipitError as error:
+        raise type(error)(f"{options.file}: {error}") from error
     found = _inverted(lm, seen, options)
     _print_text(found)
     if truth is not None:

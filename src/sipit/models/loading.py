@@ -20,6 +20,7 @@ from sipit.models.quantized import (
 )
 from sipit.models.quiet import quiet_transformers
 from sipit.observations import dtype_named
+from sipit.storage import shown
 
 
 def load(
@@ -63,7 +64,7 @@ def load(
     else:
         looks_local = Path(name).is_absolute() or name.startswith(".")
         if looks_local and not Path(name).is_dir():
-            raise ModelError(f"cannot load {name}: no such folder; check its name")
+            raise ModelError(f"cannot load {shown(name)}: no such folder; check its name")
         model, tokenizer = _from_pretrained(name, kind, place, which)
     model = settled(model) if is_quantized(model) else model.to(place)
     return LanguageModel(model.eval(), tokenizer, name=name)
@@ -93,7 +94,7 @@ def _from_pretrained(
                 "pass a model of a family that transformers has"
             ) from error
         raise ModelError(
-            f"cannot load a causal language model from {named!r} ({_first_sentence(error)}); pass a pinned name "
+            f"cannot load a causal language model from {shown(named)!r} ({_first_sentence(error)}); pass a pinned name "
             f"({', '.join(PINNED)}), a folder with config.json, a .gguf file, or a hub id that is "
             "reachable or already downloaded"
         ) from error

@@ -306,6 +306,8 @@ def test_rounding_of_one_massive_coordinate_does_not_hide_a_swapped_token(tmp_pa
     assert check_certificate(path, seen, lm).holds
     _forge(path, input_ids=[4, 9, 17, 25])
     assert not check_certificate(path, seen, lm).holds
+    _forge(path, verdict="ambiguous", noise=1e3)
+    assert "declared noise" in check_certificate(path, seen, lm).reasons[0]
 
 
 @pytest.mark.parametrize(
@@ -443,4 +445,7 @@ def test_token_with_an_equal_row_cannot_be_left_out_of_a_certificate(tmp_path: P
     _forge(path, verdict="recovered")
     assert not check_certificate(path, seen, lm).holds
     _forge(path, positions=[{**p, "rivals": []} for p in _read(path)["positions"]])
+    assert "same embedding row" in check_certificate(path, seen, lm).reasons[0]
+    others = [{"token_id": i, "token": None, "distance": 0.0} for i in range(100, 116)]
+    _forge(path, verdict="ambiguous", positions=[{**p, "rivals": others} for p in _read(path)["positions"]])
     assert "same embedding row" in check_certificate(path, seen, lm).reasons[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -189,6 +190,20 @@ def test_parameters_make_the_same_model() -> None:
     assert again.parameters() == model.parameters()
     with pytest.raises(OptionError, match="cannot be read"):
         noise_model({"law": "gaussian"})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"shift": [float("nan")] * 8}, {"shift": [float("inf")] * 8}, {"shift": [[1.0] * 8]}, {"longest": 0.0}),
+        *({"longest": float("nan")}, {"longest": -1.0}, {"scale": 10**400}, {"law": 10**400}, {"spread": [0.0]}),
+    ],
+)
+def test_record_of_a_noise_model_with_no_number_is_refused_shortly(changes: dict[str, Any]) -> None:
+    """A comparison with what is no number is false, so no residual would look wrong."""
+    with pytest.raises(OptionError) as raised:
+        noise_model({**NoiseModel.gaussian(0.1).parameters(), **changes})
+    assert len(str(raised.value)) < 300
 
 
 def test_noise_of_another_width_is_refused(lm: LanguageModel) -> None:

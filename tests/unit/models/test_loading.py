@@ -77,6 +77,12 @@ def test_what_is_no_model_is_refused_by_name(tmp_path: Path, name: str, message:
     assert "\n" not in str(caught.value)
 
 
+def test_refusal_of_a_long_name_is_short() -> None:
+    with pytest.raises(ModelError) as raised:
+        sipit.load("x" * 10**6)
+    assert len(str(raised.value)) < 500
+
+
 def test_unknown_hub_id_is_refused_with_the_names_it_could_be(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelError, match="smollm2-135m"):
         sipit.load("no-such-owner/no-such-model")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sipit.errors import InputError, MismatchError, NonFiniteError, ShapeError
 from sipit.models import LanguageModel
 from sipit.observations import Observation
+from sipit.storage import shown
 
 
 def require_belongs(lm: LanguageModel, seen: Observation) -> None:
@@ -33,8 +34,8 @@ def require_belongs(lm: LanguageModel, seen: Observation) -> None:
         )
     if seen.fingerprint is not None and seen.fingerprint != lm.fingerprint:
         raise MismatchError(
-            f"the states come from the model {seen.model!r} with fingerprint {seen.fingerprint[:19]}…, but "
-            f"{lm.name!r} in {lm.dtype} has {lm.fingerprint[:19]}…; load that model in the dtype it was captured "
+            f"the states come from the model {shown(seen.model or '')!r} with fingerprint {seen.fingerprint[:19]}…, "
+            f"but {lm.name!r} in {lm.dtype} has {lm.fingerprint[:19]}…; load that model in the dtype it was captured "
             "in, or drop the fingerprint from the observation to try anyway"
         )
     if lm.max_positions is not None and seen.n_positions > lm.max_positions:
