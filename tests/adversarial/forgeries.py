@@ -202,6 +202,8 @@ def odd_values(record: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     holders: list[Callable[[dict[str, Any]], dict[str, Any]]] = [lambda r: r, lambda r: r["positions"][0]]
     if record["positions"][0]["rivals"]:
         holders.append(lambda r: r["positions"][0]["rivals"][0])
+    if record["noise_model"]:
+        holders.append(lambda r: r["noise_model"])
     found = []
     for holder in holders:
         for key in holder(record):
@@ -493,8 +495,7 @@ def _odd_noise_model(rng: random.Random, forged: Forgery) -> str:
     key = rng.choice(("law", "spread", "scale", "shift", "longest"))
     wide = [math.nan] * forged.seen.d_model
     model[key] = rng.choice(("x", [1.0, 2.0], -1.0, 0.0, {}, math.inf, math.nan, wide, 10**400, [], [[1.0]]))
-    forged.lie = f"a noise model whose {key} is {str(model[key])[:20]}"
-    return forged.lie
+    return f"{key} is {str(model[key])[:20]}"
 
 
 def _claim_others(rng: random.Random, forged: Forgery) -> Tensor:
@@ -681,9 +682,30 @@ def _false_noise(record: dict[str, Any], true: dict[str, Any]) -> str | None:
         return "probable without a noise model" if record["verdict"] == "probable" else None
     if record["verdict"] == "recovered":
         return "recovered under a noise model"
+    if (wrong := _false_noise_model(record["noise_model"])) is not None:
+        return f"a noise model whose {wrong}"
     if record["verdict"] == "probable" and (record["posterior"] is None or record["posterior"] < 0.95):
         return f"probable at {record['posterior']}"
     return "a claim under noise is another one" if record["input_ids"] != true["input_ids"] else None
+
+
+def _false_noise_model(model: dict[str, Any]) -> str | None:
+    """Return what is no number of a noise model."""
+    spread, shift, longest = model.get("spread"), model.get("shift"), model.get("longest")
+    if model.get("law") not in ("gaussian", "uniform"):
+        return f"law is {model.get('law')!r:.20}"
+    if not all(_is_finite(each) and each > 0 for each in (spread if isinstance(spread, list) else [spread])):
+        return f"spread is {spread!r:.20}"
+    if not (_is_finite(model.get("scale")) and model["scale"] != 0):
+        return f"scale is {model.get('scale')!r:.20}"
+    if shift is not None and not (isinstance(shift, list) and all(map(_is_finite, shift))):
+        return f"shift is {shift!r:.20}"
+    is_length = longest is None or (_is_finite(longest) and float(longest) > 0)
+    return None if is_length else f"length is {longest!r:.20}"
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300
 
 
 def _false_tokens(forged: Forgery) -> str | None:

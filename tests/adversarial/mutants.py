@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -36,8 +37,9 @@ def unnoticed_checks(n_each: int, *, reasons_only: bool = False) -> list[str]:
     """
     forgeries = [made(number, kind) for kind in KINDS for number in range(n_each)]
     if not reasons_only:
-        honest = made(0, "rivals that do not fit")
-        forgeries += [replace(honest, record=record, what=how) for how, record in odd_values(honest.record)]
+        for honest in (_first_with_rivals(), made(0, "a posterior")):
+            odd = odd_values(honest.true)
+            forgeries += [replace(honest, record=record, seen=honest.true_seen, what=how) for how, record in odd]
     unnoticed = []
     with patch.object(replay, "_REMEASURED", 1):  # the noise of single states turns no forgery down, and takes long
         said = [(forged, _said(forged)) for forged in forgeries]
@@ -45,9 +47,17 @@ def unnoticed_checks(n_each: int, *, reasons_only: bool = False) -> list[str]:
             for check, without in without_each_check(module, reasons_only=reasons_only):
                 words = _longest_words(check)
                 likely = sorted(said, key=lambda each: words not in each[1])  # first those that this check turned down
-                if _OF_FILES not in words and not _is_noticed(module, without, [forged for forged, _ in likely]):
+                if _OF_FILES not in ast.unparse(check) and not _is_noticed(
+                    module, without, [forged for forged, _ in likely]
+                ):
                     unnoticed.append(ast.unparse(check))
     return unnoticed
+
+
+def _first_with_rivals() -> Forgery:
+    """Return an honest record whose first position names a rival."""
+    honest = (made(number, "nothing") for number in itertools.count())
+    return next(one for one in honest if one.true["positions"][0]["rivals"])
 
 
 def without_each_check(module: ModuleType, *, reasons_only: bool = False) -> Iterator[tuple[ast.stmt, ModuleType]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 
-from tests.adversarial.forgeries import KINDS, forgery, judged, made
+from tests.adversarial.forgeries import KINDS, forgery, judged, made, odd_values
 from tests.adversarial.mutants import unnoticed_checks
 
 
@@ -24,6 +25,15 @@ def test_forgery_of_every_kind_holds_for_nothing_false(kind: str) -> None:
         case = judged(number, made(number, kind))
         assert case.fault is None, f"{case.fault}; {case.what}"
         assert kind != "nothing" or case.outcome == "holds"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["nothing", "a posterior"])
+def test_odd_value_at_any_key_holds_for_nothing_false(kind: str) -> None:
+    honest = made(0, kind)
+    for how, record in odd_values(honest.true)[::6]:
+        case = judged(0, replace(honest, record=record, seen=honest.true_seen))
+        assert case.fault is None, f"{how}: {case.fault}"
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -197,6 +197,7 @@ def test_parameters_make_the_same_model() -> None:
     [
         *({"shift": [float("nan")] * 8}, {"shift": [float("inf")] * 8}, {"shift": [[1.0] * 8]}, {"longest": 0.0}),
         *({"longest": float("nan")}, {"longest": -1.0}, {"scale": 10**400}, {"law": 10**400}, {"spread": [0.0]}),
+        *({"scale": True}, {"scale": "1.5"}, {"drops": "x"}),
     ],
 )
 def test_record_of_a_noise_model_with_no_number_is_refused_shortly(changes: dict[str, Any]) -> None:

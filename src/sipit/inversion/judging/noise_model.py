@@ -191,17 +191,26 @@ def noise_model(record: dict[str, Any]) -> NoiseModel:
         OptionError: the values are not a noise model's.
     """
     try:
-        spread, shift = record["spread"], record["shift"]
+        spread, shift, longest = record["spread"], record["shift"], record["longest"]
+        if type(record["drops"]) is not bool:
+            raise TypeError("drops is neither true nor false")
         return NoiseModel(
             law=record["law"],
-            spread=torch.tensor(spread if isinstance(spread, list) else [spread], dtype=torch.float64),
-            scale=float(record["scale"]),
-            shift=None if shift is None else torch.tensor(shift, dtype=torch.float64),
-            drops=bool(record["drops"]),
-            longest=None if record["longest"] is None else float(record["longest"]),
+            spread=_numbers(spread if isinstance(spread, list) else [spread]),
+            scale=float(_numbers([record["scale"]])),
+            shift=None if shift is None else _numbers(shift),
+            drops=record["drops"],
+            longest=None if longest is None else float(_numbers([longest])),
         )
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise OptionError(f"the noise model of the record cannot be read ({str(error)[:120]}); invert again") from error
+
+
+def _numbers(values: list[Any]) -> Tensor:
+    """Return a list of a record as float64; a text or a truth value that torch would take for a number is none."""
+    if not all(type(value) in (int, float) for value in values):
+        raise TypeError("a value is no number")
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _fair_energy(energy: Tensor, width: int) -> float:
