@@ -691,7 +691,8 @@ def _false_noise(record: dict[str, Any], true: dict[str, Any]) -> str | None:
 
 def _false_noise_model(model: dict[str, Any]) -> str | None:
     """Return what is no number of a noise model."""
-    spread, shift, longest = model.get("spread"), model.get("shift"), model.get("longest")
+    spread: Any = model.get("spread")
+    shift, longest = model.get("shift"), model.get("longest")
     if model.get("law") not in ("gaussian", "uniform"):
         return f"law is {model.get('law')!r:.20}"
     if not all(_is_finite(each) and each > 0 for each in (spread if isinstance(spread, list) else [spread])):
