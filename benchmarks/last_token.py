@@ -137,6 +137,8 @@ def _draw(path: Path, runs: list[dict[str, Any]]) -> None:
     series: dict[tuple[str, bool], dict[int, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         series[run["layer"], run["random_ids"]][run["length"]].append(run["exact"] and run["verdict"] == "recovered")
+    grey = "#7a7f87"  # that is read on white and in the dark
+    plt.rcParams.update({key: grey for key in ("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")})
     figure, axes = plt.subplots(figsize=(6.4, 3.6))
     styles = (("o", "#0072B2"), ("s", "#D55E00"), ("^", "#009E73"), ("D", "#CC79A7"), ("v", "#777777"))
     for ((layer, is_random), found), (marker, colour) in zip(sorted(series.items()), styles, strict=False):
@@ -144,14 +146,14 @@ def _draw(path: Path, runs: list[dict[str, Any]]) -> None:
         shares = [100 * sum(found[n]) / len(found[n]) for n in lengths]
         label = f"layer {layer}" + (", random ids" if is_random else "")
         axes.plot(lengths, shares, marker=marker, color=colour, label=label)
-        axes.annotate(label, (lengths[-1], shares[-1]), xytext=(6, 0), textcoords="offset points", color=colour)
+        axes.annotate(label, (lengths[-1], shares[-1]), xytext=(7, -12), textcoords="offset points", color=colour)
     axes.set_xlabel("tokens of the prompt")
     axes.set_ylabel("% recovered exactly")
     axes.set_ylim(-4, 104)
     axes.margins(x=0.18)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, transparent=True)
 
 
 if __name__ == "__main__":
