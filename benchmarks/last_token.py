@@ -138,7 +138,7 @@ def _draw(path: Path, runs: list[dict[str, Any]]) -> None:
     for run in runs:
         series[run["layer"], run["random_ids"]][run["length"]].append(run["exact"] and run["verdict"] == "recovered")
     grey = "#7a7f87"  # that is read on white and in the dark
-    plt.rcParams.update({key: grey for key in ("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")})
+    plt.rcParams.update(dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), grey))
     figure, axes = plt.subplots(figsize=(6.4, 3.6))
     styles = (("o", "#0072B2"), ("s", "#D55E00"), ("^", "#009E73"), ("D", "#CC79A7"), ("v", "#777777"))
     for ((layer, is_random), found), (marker, colour) in zip(sorted(series.items()), styles, strict=False):
@@ -146,7 +146,13 @@ def _draw(path: Path, runs: list[dict[str, Any]]) -> None:
         shares = [100 * sum(found[n]) / len(found[n]) for n in lengths]
         label = f"layer {layer}" + (", random ids" if is_random else "")
         axes.plot(lengths, shares, marker=marker, color=colour, label=label)
-        axes.annotate(label, (lengths[-1], shares[-1]), xytext=(7, -12), textcoords="offset points", color=colour)
+        axes.annotate(
+            label,
+            (lengths[-1], shares[-1]),
+            xytext=(7, 6 if shares[-1] < 50 else -12),
+            textcoords="offset points",
+            color=colour,
+        )
     axes.set_xlabel("tokens of the prompt")
     axes.set_ylabel("% recovered exactly")
     axes.set_ylim(-4, 104)
