@@ -123,6 +123,16 @@ def test_record_and_sentence_give_one_tolerance(is_missed: bool) -> None:
     assert f"tolerance {found.tolerance:.2g}" in found.summary()
 
 
+def test_sentence_says_that_more_tokens_fit_than_are_named() -> None:
+    model = tiny_model("llama")
+    rows = embedding_rows(model)
+    rows[41:61] = rows[40]
+    lm = LanguageModel(model, name="many equal rows")
+    found = sipit.invert(lm, lm.capture(input_ids=[40, 7], layer=2))
+    assert (found.verdict, len(found.positions[0].rivals)) == ("ambiguous", 16)
+    assert "or at least 12 more" in found.summary()
+
+
 def test_miss_names_the_nearest_token_of_the_vocabulary(llama: LanguageModel) -> None:
     seen = llama.capture(input_ids=PLAIN, layer=1)
     states = seen.states.clone()

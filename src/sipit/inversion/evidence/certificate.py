@@ -18,7 +18,7 @@ from torch import Tensor
 from sipit.errors import CertificateError, InputError, OptionError, ShapeError
 from sipit.inversion.evidence.digest import digest_of
 from sipit.inversion.evidence.redaction import redacted
-from sipit.inversion.evidence.result import POLICIES, Inversion, Verdict
+from sipit.inversion.evidence.result import MOST_RIVALS, POLICIES, Inversion, Verdict
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.judging.noise import noise_floor
 from sipit.inversion.judging.noise_model import noise_model
@@ -30,7 +30,6 @@ from sipit.storage import read_json, write_json
 
 _FORMAT = "sipit.certificate"
 _VERSION = 2
-_MOST_RIVALS = 16  # tokens that an inversion names beside the accepted one, at most
 _MOST_PROMPTS = 64  # other prompts of one claim that are run
 _VALUES_A_PARAMETER = 8  # observed values for each number of a noise model, below which it fits whatever is claimed
 _MOST_POSTERIOR = 1.01  # a sum of rounded probabilities may lie a little above 1
@@ -306,7 +305,7 @@ def _unnamed_equals(lm: LanguageModel, record: dict[str, Any]) -> list[str]:
         rows = lm.embeddings.rows(torch.tensor([evidence["token_id"], *twins]))  # (1 + N, D)
         equal = [twin for twin, row in zip(twins, rows[1:], strict=True) if torch.equal(row, rows[0])]
         left_out = [twin for twin in equal if twin not in named]
-        if left_out and len(named & set(equal)) < _MOST_RIVALS:
+        if left_out and len(named & set(equal)) < MOST_RIVALS:
             return [
                 f"position {place}: token {left_out[0]} has the same embedding row as {evidence['token_id']}, so its "
                 "state is the same, but the certificate does not name it"

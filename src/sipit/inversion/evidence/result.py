@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 
 Verdict = Literal["recovered", "probable", "ambiguous", "unmatched"]
 Policy = Literal["auto", "likely", "gradient", "random", "vocabulary"]
+MOST_RIVALS = 16  # tokens that fit as well, named in the evidence of one position
+_SAID = 4  # of them in a sentence
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 
@@ -31,7 +33,7 @@ class PositionEvidence:
     tolerance: float  # largest distance that arithmetic alone explains here
     runner_up: float | None  # distance of the best other token checked; None where only one was
     n_checked: int  # tokens checked at this position
-    rivals: tuple[Candidate, ...] = ()  # other tokens that fit as well; not empty means ambiguous, or noise
+    rivals: tuple[Candidate, ...] = ()  # other tokens that fit as well, the nearest 16; not empty: ambiguous, or noise
     is_held: bool = True  # whether a row was held here; else the next one speaks for the token, and its are the numbers
     posterior: float | None = None  # of the token under the noise model; None where there is none
 
@@ -134,7 +136,9 @@ class Inversion:
         shared = [i for i, p in enumerate(self.positions) if p.rivals]
         if shared:
             first = self.positions[shared[0]]
-            names = ", ".join(f"{r.token!r} ({r.token_id})" for r in first.rivals[:4])
+            names = ", ".join(f"{r.token!r} ({r.token_id})" for r in first.rivals[:_SAID])
+            if len(first.rivals) > _SAID:
+                names += f" or {'at least ' * (len(first.rivals) >= MOST_RIVALS)}{len(first.rivals) - _SAID} more"
             text += (
                 f"; {len(shared)} positions fit more than one token, first at {shared[0]}: "
                 f"{first.token!r} ({first.token_id}) or {names}"

@@ -13,7 +13,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from sipit.inversion.evidence.result import Candidate, Miss, PositionEvidence, Verdict
+from sipit.inversion.evidence.result import MOST_RIVALS, Candidate, Miss, PositionEvidence, Verdict
 from sipit.inversion.inverses.token_keys import token_keys
 from sipit.inversion.judging.check import Checked
 from sipit.inversion.proposals import Proposal, SearchView
@@ -34,7 +34,6 @@ _AMPLIFIED = 256.0  # at most this many tolerances away
 _NARROW = 2e-4  # tolerance, over the state's norm, at which none but twins can fit beside a token
 _ALIKE = 0.8  # cosine of keys from which a token may fit beside another where the tolerance is not coarse
 _RIVALS = 48  # tokens checked beside one that fits by a tolerance that is not narrow, at most
-_MAX_RIVALS = 16  # tokens that fit as well, named in the evidence of one position
 # Behind a token that may be another one, the observed state may have another prefix than the accepted one, and the
 # right token lies by some tolerances too far: up to this many, what was checked is named as well.
 _BEHIND_RIVALS = 4.0
@@ -219,7 +218,7 @@ class PromptSearch:
         )
 
     def _named(self, rivals: Sequence[tuple[int, float]]) -> tuple[Candidate, ...]:
-        return tuple(Candidate(token_id=i, token=self.view.lm.decode([i]), distance=d) for i, d in rivals[:_MAX_RIVALS])
+        return tuple(Candidate(token_id=i, token=self.view.lm.decode([i]), distance=d) for i, d in rivals[:MOST_RIVALS])
 
     def plan(self) -> Tree | None:
         """Return the next packed pass: candidates for the next position, and guesses behind the best of them.
