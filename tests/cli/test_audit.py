@@ -44,6 +44,22 @@ def test_bare_states_fail_the_gate_and_drowned_ones_pass(text_folder: Path, text
     assert _audit(text_folder, tmp_path / "out", *more, "--fail-above", "1") == 0
 
 
+@pytest.mark.parametrize(
+    ("more", "cuts"),
+    [
+        (("--layer", "final"), ["final 3"]),
+        (("--layer", "final", "--layer", "1", "--layer", "1"), ["block 1", "final 3"]),
+        (("--site", "logits", "--site", "values", "--layer", "2"), ["logits 3", "values 2"]),
+    ],
+)
+def test_layers_and_sites_name_the_cells(
+    more: tuple[str, ...], cuts: list[str], text_folder: Path, text: str, tmp_path: Path
+) -> None:
+    _audit(text_folder, tmp_path / "out", "--text", text, *more)
+    cells = json.loads((tmp_path / "out" / "audit.json").read_text())["cells"]
+    assert [f"{cell['site']} {cell['layer']}" for cell in cells] == cuts
+
+
 def test_an_audit_goes_on_where_it_was(text_folder: Path, text: str, tmp_path: Path) -> None:
     more = ("--layer", "2", "--text", text)
     _audit(text_folder, tmp_path / "out", *more)
@@ -79,6 +95,9 @@ def test_dumps_are_audited_and_a_broken_one_stops_nothing(text_folder: Path, tmp
     ("more", "reason"),
     [
         ((), "say --layer"),
+        (("--site", "kv", "--site", "final"), "say --layer"),
+        (("--layer", "final", "--site", "block"), "'block' needs the number"),
+        (("--layer", "2", "--site", "final"), "leave --layer 2 out"),
         (("--layer", "2", "--fail-above", "2"), "share"),
         (("--layer", "2", "--defence", "magic:1"), "unknown"),
         (("--layer", "2", "--defence", "gaussian"), "strength"),

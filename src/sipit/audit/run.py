@@ -29,9 +29,8 @@ def audit(
     lm: LanguageModel,
     prompts: Sequence[Tensor],
     *,
-    layers: Sequence[int],
+    cuts: Sequence[tuple[int | None, Site]],
     folder: Path,
-    sites: Sequence[Site] = ("block",),
     dtypes: Sequence[str] = ("float32",),
     defences: Sequence[str] = ("none",),
     on_trial: OnTrial | None = None,
@@ -41,9 +40,8 @@ def audit(
     Args:
         lm: the model.
         prompts: token ids, (T,) each.
-        layers: blocks run, for sites that have several.
+        cuts: what leaks: blocks run, None for a site of one layer, and the site.
         folder: where the log lies; it holds the prompts, so only its owner may read it.
-        sites: what leaks.
         dtypes: that rows are stored in.
         defences: each "NAME:STRENGTH", or "none".
         on_trial: told each trial as it is done.
@@ -55,8 +53,7 @@ def audit(
     named = {text: defence_named(text) for text in defences}
     plans = {
         Plan(layer=lm.checked_layer(layer, site), site=site, dtype=dtype, defence=one.name, strength=strength): text
-        for site in sites
-        for layer in layers
+        for layer, site in cuts
         for dtype in dtypes
         for text, (one, strength) in named.items()
     }

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from sipit.audit import Cell, Trial
     from sipit.models import LanguageModel
+    from sipit.observations import Cut
 
 _EXAMPLES_OF_A_CELL = 1
 _DEFAULT_PROMPTS = 10
@@ -92,12 +93,21 @@ def audit(options: Namespace) -> int:
 
 
 def _refuse_mixed(options: Namespace) -> None:
+    from sipit.observations import OF_ONE_LAYER
+
     if options.files:
         given = [name for name in ("site", "dtype", "defence", "prompts", "text") if getattr(options, name)]
         if given:
             raise OptionError(f"--{given[0]} is about prompts, and dumps were named; leave one of them out")
-    elif not options.layer and not (options.site and set(options.site) <= {"final", "logits"}):
+        return
+    needy = [site for site in options.site or ["block"] if site not in OF_ONE_LAYER]
+    numbers = [name for name in options.layer or [] if name != "final"]
+    if not options.layer and needy:
         raise OptionError("say --layer, once or several times, or name dumps to audit")
+    if options.site and needy and not numbers:
+        raise OptionError(f"site {needy[0]!r} needs the number of its layer; add one with --layer")
+    if numbers and not needy:
+        raise OptionError(f"site {options.site[0]!r} lies behind all blocks; leave --layer {numbers[0]} out")
     if options.text is not None and not options.text.is_file():
         raise InputError(f"{options.text} is no file; name one with a prompt on each line")
 
@@ -108,24 +118,34 @@ def _of_prompts(lm: LanguageModel, options: Namespace) -> tuple[list[Cell], list
 
     defences = ["none", *(text for text in options.defence or [] if text != "none")]
     prompts = _prompts(lm, options)
-    sites = options.site or ["block"]
-    layers = [lm.n_layers if name == "final" else int(name) for name in options.layer or ["final"]]
-    if "final" in (options.layer or []) and "final" not in sites:
-        raise OptionError("--layer final is the site behind the final norm; say --site final")
-    dtypes = options.dtype or ["float32"]
-    n_cells = len({(site, lm.checked_layer(layer, site)) for site in sites for layer in layers})
-    total = n_cells * len(dtypes) * len(defences) * len(prompts)
+    dtypes, cuts = options.dtype or ["float32"], _cuts(lm, options)
+    total = len(cuts) * len(dtypes) * len(defences) * len(prompts)
     with CountDisplay(total) as display:
         return run(
             lm,
             prompts,
-            layers=layers,
-            sites=sites,
+            cuts=cuts,
             dtypes=dtypes,
             defences=defences,
             folder=options.out,
             on_trial=lambda trial: display.step(trial.tokens),
         )
+
+
+def _cuts(lm: LanguageModel, options: Namespace) -> list[Cut]:
+    """Return each site at each layer; a site of one layer once, and `--layer final` as the site that it is."""
+    from sipit.observations import OF_ONE_LAYER, Cut
+
+    numbers = [int(name) for name in options.layer or [] if name != "final"]
+    sites = options.site or (["block"] if numbers else [])
+    cuts = {
+        Cut(lm.checked_layer(layer, site), site): None
+        for site in sites
+        for layer in ([None] if site in OF_ONE_LAYER else numbers)
+    }
+    if "final" in (options.layer or []):
+        cuts[lm.final_cut] = None
+    return list(cuts)
 
 
 def _prompts(lm: LanguageModel, options: Namespace) -> list[Tensor]:

@@ -34,7 +34,7 @@ def test_wilson_is_scipys(hits: int, n: int) -> None:
 
 
 def test_bare_states_give_prompts_away_and_noise_hides_them(lm: LanguageModel, tmp_path: Path) -> None:
-    cells, trials = audit(lm, PROMPTS, layers=[2], folder=tmp_path, defences=["none", "gaussian:20"])
+    cells, trials = audit(lm, PROMPTS, cuts=[(2, "block")], folder=tmp_path, defences=["none", "gaussian:20"])
     bare, hidden = cells
     assert set(bare.record()) >= CELL_KEYS
     assert (bare.prompts, bare.exact_prompts, bare.tokens, bare.exact_tokens) == (2, 2, 16, 16)
@@ -48,9 +48,9 @@ def test_bare_states_give_prompts_away_and_noise_hides_them(lm: LanguageModel, t
 
 def test_an_audit_goes_on_where_it_stopped(lm: LanguageModel, tmp_path: Path) -> None:
     first: list[Trial] = []
-    audit(lm, PROMPTS[:1], layers=[1], folder=tmp_path, on_trial=first.append)
+    audit(lm, PROMPTS[:1], cuts=[(1, "block")], folder=tmp_path, on_trial=first.append)
     more: list[Trial] = []
-    cells, _ = audit(lm, PROMPTS, layers=[1], folder=tmp_path, on_trial=more.append)
+    cells, _ = audit(lm, PROMPTS, cuts=[(1, "block")], folder=tmp_path, on_trial=more.append)
     assert [len(first), len(more)] == [1, 1]
     assert cells[0].prompts == 2
     lines = (tmp_path / "trials.jsonl").read_text("utf-8").splitlines()
@@ -69,7 +69,7 @@ def test_each_defence_changes_rows_and_keeps_their_shape(lm: LanguageModel, text
 
 
 def test_dropped_states_are_still_read(lm: LanguageModel, tmp_path: Path) -> None:
-    cells, _ = audit(lm, PROMPTS[:1], layers=[2], folder=tmp_path, defences=["dropping:0.2"])
+    cells, _ = audit(lm, PROMPTS[:1], cuts=[(2, "block")], folder=tmp_path, defences=["dropping:0.2"])
     assert cells[0].exact_tokens == 8
 
 
