@@ -5,15 +5,21 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-.PHONY: demo test setup check docs bench clean
+.PHONY: demo test test-all setup check docs bench clean
 
 demo: setup
 	@echo "== recovering a paragraph from hidden states of SmolLM2-135M"
 	@$(BIN)/sipit demo
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup -p no:benchmark
+
 test: setup
-	@echo "== running the tests"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup -p no:benchmark
+	@echo "== running two cases of each test; make test-all runs every case"
+	@$(PYTEST) --quick
+
+test-all: setup
+	@echo "== running every case of every test"
+	@$(PYTEST)
 
 setup: $(STAMP)
 	@echo "== preparing the pinned real model (fetched and converted once)"

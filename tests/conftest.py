@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import zlib
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub library is imported: no test asks the hub
 
@@ -21,6 +22,33 @@ from tests.tiny_models import FAMILIES, text_model, tiny_model
 torch.set_num_threads(1)  # tiny matrices gain nothing from threads and lose much when cores are shared
 settings.register_profile("suite", deadline=None, database=None, derandomize=True, max_examples=60)
 settings.load_profile("suite")
+
+
+_QUICK_CASES = 2  # of each test in a quick run
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help=f"{_QUICK_CASES} cases of each test, and none of those marked thorough",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In a quick run, keep a few cases of each test: which ones differs between tests, and never between runs."""
+    if not config.getoption("--quick"):
+        return
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        cases.setdefault(item.nodeid.split("[")[0], []).append(item)
+    kept = set()
+    for name, group in cases.items():
+        n_kept, offset = min(_QUICK_CASES, len(group)), zlib.crc32(name.encode())
+        kept |= {group[(offset + i * len(group) // n_kept) % len(group)] for i in range(n_kept)}
+    kept = {item for item in kept if item.get_closest_marker("thorough") is None}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 @pytest.fixture(scope="session", autouse=True)

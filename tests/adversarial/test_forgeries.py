@@ -36,6 +36,7 @@ def test_odd_value_at_any_key_holds_for_nothing_false(kind: str) -> None:
         assert case.fault is None, f"{how}: {case.fault}"
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore")
 def test_forgeries_notice_each_reason_that_is_left_out() -> None:
     assert unnoticed_checks(2, reasons_only=True) == []

@@ -37,6 +37,7 @@ def top_logits(tmp_path: Path, text_lm: LanguageModel) -> Path:
     return tmp_path / "top.pt"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("positions", ["1:4:2", "1,3"])
 def test_rows_come_back_at_the_positions_named(
     odd_rows: Path, tmp_path: Path, text_folder: Path, capfd: pytest.CaptureFixture[str], positions: str
@@ -140,6 +141,7 @@ def test_what_needs_whole_rows_refuses_the_largest_logits(
     assert sentence in err
 
 
+@pytest.mark.thorough
 def test_largest_logits_of_some_positions_come_back(
     top_logits: Path, text_lm: LanguageModel, text_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

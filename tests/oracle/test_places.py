@@ -39,6 +39,7 @@ def _says_the_same(lm: LanguageModel, one: Cut, other: Cut) -> bool:
     return torch.allclose(first, second, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("with_ids", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
 def test_every_layer_and_site_is_identified(family: str, with_ids: bool) -> None:

@@ -100,6 +100,7 @@ def wrong_answers(lm: LanguageModel) -> dict[str, Any]:
     return wrong
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not _CAN_STAND_IN, reason="this torch takes no device made in Python")
 def test_device_without_float64_answers_as_the_cpu_does() -> None:
     code = "from tests.without_float64 import main; main()"

@@ -23,6 +23,7 @@ def test_there_are_the_two_that_the_docs_name() -> None:
     assert all(f"examples/{path.name}" in named for path in _NOTEBOOKS)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("path", _NOTEBOOKS, ids=lambda path: path.stem)
 def test_each_cell_prints_what_is_stored(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {}

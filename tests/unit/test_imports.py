@@ -6,6 +6,7 @@ import ast
 import importlib
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,7 @@ HEAVY = (
 )
 
 
+@cache
 def _imported(module: str) -> set[str]:
     """Return the modules of this package that a module names in any import, wherever it stands."""
     found: set[str] = set()

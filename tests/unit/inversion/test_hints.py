@@ -97,18 +97,39 @@ def test_at_least_one_guess_is_always_worthwhile(chances: list[float]) -> None:
     assert 1 <= n_worth_checking(ordered, 1.0) <= len(chances)
 
 
-@given(n_batch=st.integers(1, 6), n_ahead=st.integers(0, 6), first=st.floats(0, 1), limit=st.integers(6, 20))
-def test_tree_shows_each_guess_its_chain_and_nothing_else(n_batch: int, n_ahead: int, first: float, limit: int) -> None:
-    ahead = iter([(torch.tensor([7, 8]), torch.tensor([0.9, 0.05]))] * n_ahead)
-    tree = build_tree(torch.arange(n_batch), 5, Draft(first=first, ahead=ahead), limit, 1.0)
-    assert len(tree.token_ids) <= limit
-    assert len(tree.levels) == len(tree.chain)
-    for depth, level in enumerate(tree.levels):
-        for column in level:
-            assert int(tree.positions[column]) == 5 + depth
-            if tree.attends is not None:
-                expected = {column, *tree.chain[:depth]}
-                assert set(tree.attends[column].nonzero()[:, 0].tolist()) == expected
+@given(
+    n_batch=st.integers(1, 6),
+    rows=st.lists(st.lists(st.floats(0, 1), min_size=1, max_size=3), max_size=6),
+    first=st.floats(0, 1),
+    limit=st.integers(6, 20),
+    price=st.floats(0.5, 64.0),
+)
+def test_tree_shows_each_guess_what_it_continues_and_nothing_else(
+    n_batch: int, rows: list[list[float]], first: float, limit: int, price: float
+) -> None:
+    ahead = [(torch.arange(len(row)), torch.tensor(sorted(row, reverse=True))) for row in rows]
+    draft = Draft(here=torch.tensor([first, 1 - first]), ahead=iter(ahead))
+    tree = build_tree(torch.arange(n_batch), 5, draft, limit, price)
+    assert len(tree.token_ids) == len(tree.parents) <= max(limit, n_batch)
+    assert tree.behind() == list(range(n_batch))
+    paths: list[tuple[int, ...]] = []
+    for column, parent in enumerate(tree.parents):
+        paths.append((column,) if parent < 0 else (*paths[parent], column))
+        assert int(tree.positions[column]) == 5 + len(paths[-1]) - 1
+        if tree.attends is not None:
+            assert set(tree.attends[column].nonzero()[:, 0].tolist()) == set(paths[-1])
+    seen_as = [tuple(tree.token_ids[list(path)].tolist()) for path in paths]
+    assert len(set(seen_as)) == len(seen_as)  # no sequence twice
+
+
+def test_a_doubtful_position_is_gone_on_behind_from_both_tokens() -> None:
+    doubtful, sure = torch.tensor([0.5, 0.45]), torch.tensor([0.98, 0.01])
+    ahead = iter([(torch.tensor([1, 2]), doubtful), (torch.tensor([3, 4]), sure), (torch.tensor([5, 6]), sure)])
+    tree = build_tree(torch.tensor([0]), 0, Draft(here=torch.tensor([1.0]), ahead=ahead), 32, 16.0)
+    paths = [(0,) if parent < 0 else () for parent in tree.parents]
+    for column, parent in enumerate(tree.parents[1:], start=1):
+        paths[column] = (*paths[parent], int(tree.token_ids[column]))
+    assert {(0, 1, 3, 5), (0, 2, 3, 5)} <= set(paths)
 
 
 @pytest.mark.parametrize(("price", "expected"), [(0.5, 1), (2.0, 2), (8.0, 3), (100.0, 4)])

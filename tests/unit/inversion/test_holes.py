@@ -41,6 +41,7 @@ def test_holes_at_every_site(site: Site, missing: str) -> None:
     assert (found.verdict, found.input_ids) == ("recovered", tuple(IDS.tolist()))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("seed", range(2))
 def test_hole_is_filled_by_passes_of_few_tokens(seed: int) -> None:
     lm, ids = LanguageModel(tiny_model("llama")), random_ids(8, seed=seed)
@@ -56,6 +57,7 @@ def test_every_pair_of_a_vocabulary_of_bytes_is_run_before_a_hole_is_given_up(te
     assert (found.verdict, found.input_ids) == ("recovered", tuple(ids[12:].tolist()))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("site", ["block", "logits"])
 def test_two_holes_together_are_filled_rightly_or_named_as_a_miss(site: Site) -> None:
     lm = LanguageModel(tiny_model("llama"))

@@ -36,6 +36,7 @@ def _ids(n: int) -> tuple[int, ...]:
     return tuple(random_ids(n, seed=n).tolist())
 
 
+@pytest.mark.thorough
 @given(
     n_slots=st.integers(1, 6), max_batch=st.sampled_from([1, 3, 16, 256]), policy=st.sampled_from(["auto", "likely"])
 )

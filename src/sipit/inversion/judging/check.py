@@ -31,7 +31,7 @@ class Checked:
     fits: Tensor  # (Q,) bool: within the tolerance there
     is_near: Tensor  # (Q,) bool: within the tolerance plus the declared noise
 
-    def subset(self, columns: slice) -> Checked:
+    def subset(self, columns: list[int]) -> Checked:
         """Return the outcome for some of the tokens."""
         return Checked(
             token_ids=self.token_ids[columns],

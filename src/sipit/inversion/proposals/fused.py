@@ -94,7 +94,7 @@ class FusedProposal:
         self._checked: list[Checked] = []
         self._overheard = OffPathEvidence(view.values)
         self._echoes = RepeatedStates(self._observed, inverse.echo_reach)
-        self._first = 0.0
+        self._here = torch.empty(0)  # (K,) chances of what was last offered
         self._rest: Tensor | None = None  # (V,) the order settled after many candidates in vain
 
     @property
@@ -127,12 +127,12 @@ class FusedProposal:
         if is_echo:
             logits[echo] = logits.logsumexp(dim=0) + _ECHO_NATS
         chances, order = logits.softmax(dim=0).topk(min(n, n_left))
-        self._first = float(chances[0] if heard or is_echo else self._believed(chances)[0])
-        n_worth = n_worth_checking(chances, self.view.price)
-        return order[: max(n_worth, int(_MIN_BATCH_SHARE * n_checked))].cpu()
+        n_worth = max(n_worth_checking(chances, self.view.price), int(_MIN_BATCH_SHARE * n_checked))
+        self._here = (chances if heard or is_echo else self._believed(chances))[:n_worth]
+        return order[:n_worth].cpu()
 
     def draft(self) -> Draft | None:
-        return Draft(first=self._first, ahead=self._ahead())
+        return Draft(here=self._here, ahead=self._ahead())
 
     def guesses(self, position: int, n: int) -> Tensor:
         return (

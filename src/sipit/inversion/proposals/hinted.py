@@ -45,7 +45,7 @@ class Hinted:
 
     def draft(self) -> Draft | None:
         if self._is_open:
-            return Draft(first=1.0, ahead=self._ahead())
+            return Draft(here=torch.ones(1), ahead=self._ahead())
         return self._inner.draft()
 
     def guesses(self, position: int, n: int) -> Tensor:

@@ -19,7 +19,7 @@ from sipit.observations import Observation
 class Draft:
     """Guesses that need no recovered prefix."""
 
-    first: float  # probability that the best candidate for the next position is right
+    here: Tensor  # (K,) probabilities of the candidates for the next position, in their order; fewer where unknown
     ahead: Iterator[tuple[Tensor, Tensor]]  # for each position after it: token ids (K,), probabilities (K,)
 
 

@@ -287,40 +287,51 @@ class PromptSearch:
         """
         checked = self.view.check.judge(tree.token_ids, tree.positions, states)
         accepted: list[int] = []
-        outcomes = [checked.subset(slice(level[0], level[-1] + 1)) for level in tree.levels]
-        start = self.view.position
         kept = self._first_states()
         if kept is not None:
             kept.note(tree.token_ids, states)
-        steps = zip(tree.levels, outcomes, tree.chain, strict=True)
-        for depth, (level, here, continued) in enumerate(steps, start=1):
+        columns = tree.behind()
+        while columns:
+            here = checked.subset(columns)
             self._tried.add(here)
             best = self._tried.best()
             if not best.is_near or (self._tries_all and not self._is_settling):
                 self.proposal.learn(here)
-                self._overhear(start + depth, outcomes[depth:])
                 self._doubted_best = best
                 break
             twins = [t for t in self._alike(best.token_id, self.view.position) if self._tried.untried[t]]
             if twins:  # the next pass checks them beside it, behind the same prefix
                 beside = [best.token_id, *twins] if self.max_batch > 1 else twins
                 self._queued = torch.tensor(beside[: self.max_batch])
-                break
+                return accepted
             if best.token_id not in here.token_ids.tolist():  # it was checked in an earlier pass
                 self._queued = torch.tensor([best.token_id])
-                break
-            column = level[here.token_ids.tolist().index(best.token_id)]
+                return accepted
+            column = columns[here.token_ids.tolist().index(best.token_id)]
             accepted.append(column)
             self._accept(best)
-            if column != continued:
-                self._overhear(start + depth, outcomes[depth:])
-                break
+            columns = tree.behind(column)
+        self._overhear(tree, checked, accepted, columns)
         return accepted
 
-    def _overhear(self, position: int, outcomes: Sequence[Checked]) -> None:
-        """Hand on what was checked from a position on, behind a wrong token."""
-        for ahead, checked in enumerate(outcomes, start=position):
-            self.proposal.overhear(ahead, checked)
+    def _overhear(self, tree: Tree, checked: Checked, accepted: list[int], tried: list[int]) -> None:
+        """Hand on what was checked from the position that the search stands at, behind a wrong token.
+
+        Of a token that was run behind several wrong prefixes, what it did behind the one that was right
+        longest is the last word.
+        """
+        right = {column: depth for depth, column in enumerate(accepted)}
+        agreed: list[int] = []  # for each column, the accepted tokens that it continues
+        for column, parent in enumerate(tree.parents):
+            agreed.append(right.get(column, agreed[parent] if parent >= 0 else -1))
+        start = self.view.position
+        places, skipped = tree.positions.tolist(), {*accepted, *tried}
+        heard: dict[int, list[int]] = {}
+        for column in sorted(range(len(places)), key=agreed.__getitem__):
+            if places[column] >= start and column not in skipped:
+                heard.setdefault(places[column], []).append(column)
+        for position, columns in heard.items():
+            self.proposal.overhear(position, checked.subset(columns))
 
     @property
     def _tries_all(self) -> bool:
