@@ -13,6 +13,8 @@ _SLICE = 8192  # rows at a time
 _NEAR = 1e-4  # rows closer than this fraction of their norm are worth telling apart by a check
 _MAX_TWINS = 64  # of one token
 _PROJECTIONS = 8
+_WIDE = 0.5  # radius, over the spread of rows along one direction, from which projections tell few of them apart
+_PRODUCT_ERROR = 64.0  # roundings of a product's factors that a product may be off by, at most
 
 
 class EmbeddingRows:
@@ -42,6 +44,16 @@ class EmbeddingRows:
             return nn.functional.linear(vectors.to(weight), weight).to(vectors) * self._scale
         return torch.cat([vectors @ rows.to(vectors).T for _, rows in self.slices()], dim=1)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the rows lie."""
+        return self._module.weight.device
+
+    @property
+    def product_error(self) -> float:
+        """How far `products` may be off, over the product of the lengths."""
+        return _PRODUCT_ERROR * torch.finfo(self._module.weight.dtype).eps
+
     def squared_distances(self, vector: Tensor) -> Tensor:
         """Return the squared L2 distance of every token's row to one vector. (D,) → (V,)."""
         return torch.cat([(rows - vector).square().sum(dim=1) for _, rows in self.slices()])
@@ -59,12 +71,23 @@ class EmbeddingRows:
             self._indexes[ignores_mean] = _Index(self, ignores_mean)
         return self._indexes[ignores_mean].within(token_id, radius)
 
+    def is_quick(self, radius: float) -> bool:
+        """Whether `within` looks at few rows for such a radius, and not at all of them."""
+        return radius < _WIDE * self._typical
+
     def twins(self, token_id: int) -> list[int]:
         """Return other tokens whose rows nearly equal this one's, the nearest first, at most 64.
 
         Equal rows give equal states whatever the model, so no observation can tell them apart.
         """
         return self._twins.get(token_id, [])
+
+    @cached_property
+    def _typical(self) -> float:
+        """The length of a row by one coordinate, about: how far apart two rows lie along one direction."""
+        step = max(1, self.vocab_size // _SLICE)
+        rows = self.rows(torch.arange(0, self.vocab_size, step)).float()
+        return float((rows - rows.mean(dim=0)).square().mean().sqrt())
 
     @cached_property
     def _scale(self) -> float | None:
@@ -132,14 +155,33 @@ class _Index:
         self._slack = 1e-5 * float(places.abs().max()) + 1e-12  # of the projections' own rounding
 
     def within(self, token_id: int, radius: float) -> list[int]:
+        if not self._rows.is_quick(radius):
+            return self._within_wide(token_id, radius)
         rank = int(self._ranks[token_id])
         reach = radius + self._slack
         first = int(torch.searchsorted(self._first, self._first[rank] - reach))
         last = int(torch.searchsorted(self._first, self._first[rank] + reach, right=True))
         in_reach = ((self._others[first:last] - self._others[rank]).abs() <= reach).all(dim=1)
         near_by = self._order[first:last][in_reach]
-        if len(near_by) < 2:
-            return []
+        return self._confirmed(token_id, near_by, radius) if len(near_by) > 1 else []
+
+    @cached_property
+    def _squares(self) -> Tensor:
+        """The squared length of every row. (V,)."""
+        parts = (part.float() for _, part in self._rows.slices())
+        if self._ignores_mean:
+            parts = (part - part.mean(dim=1, keepdim=True) for part in parts)
+        return torch.cat([part.square().sum(dim=1).cpu() for part in parts])
+
+    def _within_wide(self, token_id: int, radius: float) -> list[int]:
+        """The same where projections tell little: by products with all rows, and exactly for those near by them."""
+        here = self._row(torch.tensor([token_id])).float()  # (1, D); where means are removed, no other mean matters
+        both = self._squares + here.square().sum()  # (V,)
+        gaps = both - 2 * self._rows.products(here.to(self._rows.device))[0].cpu()
+        near_by = (gaps <= radius**2 + self._rows.product_error * both).nonzero()[:, 0]
+        return self._confirmed(token_id, near_by, radius)
+
+    def _confirmed(self, token_id: int, near_by: Tensor, radius: float) -> list[int]:
         here = self._row(torch.tensor([token_id]))[0]
         found: list[tuple[float, int]] = []
         for part in near_by.split(_SLICE):

@@ -109,9 +109,10 @@ def test_tree_shows_each_guess_what_it_continues_and_nothing_else(
 ) -> None:
     ahead = [(torch.arange(len(row)), torch.tensor(sorted(row, reverse=True))) for row in rows]
     draft = Draft(here=torch.tensor([first, 1 - first]), ahead=iter(ahead))
-    tree = build_tree(torch.arange(n_batch), 5, draft, limit, price)
+    tree = build_tree(torch.arange(n_batch), 5, draft, limit, price, lambda asked: [[i + 1, 99] for i, _ in asked])
     assert len(tree.token_ids) == len(tree.parents) <= max(limit, n_batch)
-    assert tree.behind() == list(range(n_batch))
+    assert tree.behind()[:n_batch] == list(range(n_batch))
+    assert (tree.attends is None) == (max(tree.parents) < 0)
     paths: list[tuple[int, ...]] = []
     for column, parent in enumerate(tree.parents):
         paths.append((column,) if parent < 0 else (*paths[parent], column))

@@ -7,6 +7,8 @@ machine is fast in bfloat16, a table of the keys in it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from sipit.inversion.inverses.arithmetic import is_fast_in_bfloat16
 from sipit.models import LanguageModel, PrepackedMatrix
 
 _NEIGHBOURS = 64  # of a token, remembered
+_FOUND_AT_ONCE = 64  # tokens whose neighbours are
 _REFINED = 8  # best tokens of a row whose scores are computed again in float32
 _SAMPLED = 16_384  # rows, evenly spread, that mean and covariance are taken of
 _FLOOR = 1e-3  # eigenvalues below this fraction of the largest are held there: they are noise
@@ -64,12 +67,18 @@ class TokenKeys:
 
     def nearest(self, token_id: int, n: int, least: float) -> list[int]:
         """Return up to n other tokens whose keys have at least this cosine with a token's, the nearest first."""
-        if token_id not in self._nearest:
-            scores = self.scores(self.keys(torch.tensor([token_id])))[0].cpu()  # (V,)
-            scores[token_id] = -torch.inf
-            best = scores.topk(min(_NEIGHBOURS, len(scores)))
-            self._nearest[token_id] = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        self.remember([token_id])
         return [i for i, score in self._nearest[token_id][:n] if score >= least]
+
+    def remember(self, token_ids: Sequence[int]) -> None:
+        """Find the neighbours of tokens in one go, which costs little more than those of one."""
+        new = torch.tensor([token_id for token_id in dict.fromkeys(token_ids) if token_id not in self._nearest])
+        for part in new.split(_FOUND_AT_ONCE) if len(new) else ():
+            scores = self.scores(self.keys(part)).cpu()  # (N, V)
+            scores[torch.arange(len(part)), part] = -torch.inf
+            best = scores.topk(min(_NEIGHBOURS, scores.shape[1]), dim=1)
+            for token_id, ids, values in zip(part.tolist(), best.indices.tolist(), best.values.tolist(), strict=True):
+                self._nearest[token_id] = list(zip(ids, values, strict=True))
 
     def scores(self, queries: Tensor) -> Tensor:
         """Return the inner product of each query with every key. (N, D) → (N, V).

@@ -33,6 +33,7 @@ _STANDS_OUT = 16.0  # a token this many times nearer than all others is worth a 
 _AMPLIFIED = 256.0  # at most this many tolerances away
 _NARROW = 2e-4  # tolerance, over the state's norm, at which none but twins can fit beside a token
 _ALIKE = 0.8  # cosine of keys from which a token may fit beside another where the tolerance is not coarse
+_REMEMBERED = 1 << 14  # answers to which tokens may fit beside one, at most
 _RIVALS = 48  # tokens checked beside one that fits by a tolerance that is not narrow, at most
 # Behind a token that may be another one, the observed state may have another prefix than the accepted one, and the
 # right token lies by some tolerances too far: up to this many, what was checked is named as well.
@@ -61,6 +62,7 @@ class PromptSearch:
     _size: int = field(init=False)
     _queued: Tensor = field(init=False)  # a token that fits, to be run with its twins in the next pass
     _is_settling: bool = field(init=False, default=False)  # whether the pass under way is such a one
+    _known_alike: dict[tuple[int, int, bool], tuple[float, list[int]]] = field(init=False, default_factory=dict)
     _continuations: Continuations | None = field(init=False, default=None)  # once a hole was met
 
     def __post_init__(self) -> None:
@@ -174,7 +176,7 @@ class PromptSearch:
             return
         n_tried = bridges.n_tried
         for place, token_id in enumerate(best.token_ids):  # what may fit in the hole beside it was not all tried
-            others = torch.tensor(self._alike(token_id, position + n_missing), dtype=torch.long)
+            others = torch.tensor(self._alike(token_id, position + n_missing, is_own=False), dtype=torch.long)
             sequences = torch.tensor([best.token_ids]).repeat(len(others), 1)
             sequences[:, place] = others
             run_pairs(view.check, position, sequences, [best.next_id], self.max_batch, bridges)
@@ -241,7 +243,7 @@ class PromptSearch:
                 continue
             speculates = not self._tries_all and not self._is_settling
             draft = self._draft() if speculates else None
-            return build_tree(batch, self.view.position, draft, self.max_batch, self.view.price)
+            return build_tree(batch, self.view.position, draft, self.max_batch, self.view.price, self._alike_ahead)
         return None
 
     def _draft(self) -> Draft | None:
@@ -344,25 +346,46 @@ class PromptSearch:
         position, check = self.view.position, self.view.check
         return self.exhaustive or check.is_open(position) or (position == 0 and check.is_coarse(position))
 
-    def _alike(self, token_id: int, seen_from: int) -> list[int]:
-        """Return tokens that may fit where this one does, by the row of some position, the likeliest first.
+    def _alike(self, token_id: int, row: int, *, is_own: bool = True) -> list[int]:
+        """Return tokens that may fit where this one does, by some row, the likeliest first.
 
         Those with nearly the same embedding row, and those whose rows are so near that the tolerance may
         not tell their states apart, by what the cut can see of them. Where the tolerance is wider than
         that (coarse arithmetic, states stored rounded), also the nearest rows by direction, so that the
         best of them is accepted and not the first; and so where a later row alone tells of the token.
+
+        Args:
+            token_id: the token.
+            row: position of the row.
+            is_own: whether it is the token's own, or a later one.
         """
-        check, position, lm = self.view.check, seen_from, self.view.lm
-        twins = lm.embeddings.twins(token_id)
-        radius = check.alike_within(position)
+        check, lm = self.view.check, self.view.lm
+        radius = check.alike_within(row)
+        known = self._known_alike.get((token_id, row, is_own))
+        if known is not None and known[0] == radius:
+            return known[1]
+        alike = lm.embeddings.twins(token_id)
         for ignores_mean in (False, True) if lm.ignores_mean(check.cut.spec) else (False,):
             near = lm.embeddings.within(token_id, radius, ignores_mean=ignores_mean)
-            twins = [*twins, *(i for i in near if i not in twins)]
-        if position == self.view.position and check.reach(position) <= _NARROW:
-            return twins
-        least = -1.0 if check.is_coarse(position) else _ALIKE
-        near = token_keys(self.view.lm).nearest(token_id, _RIVALS, least)
-        return [*twins, *(i for i in near if i not in twins)]
+            alike = [*alike, *(i for i in near if i not in alike)]
+        if not is_own or check.reach(row) > _NARROW:
+            least = -1.0 if check.is_coarse(row) else _ALIKE
+            near = token_keys(lm).nearest(token_id, _RIVALS, least)
+            alike = [*alike, *(i for i in near if i not in alike)]
+        if len(self._known_alike) >= _REMEMBERED:
+            self._known_alike.clear()
+        self._known_alike[token_id, row, is_own] = (radius, alike)
+        return alike
+
+    def _alike_ahead(self, guesses: list[tuple[int, int]]) -> list[list[int]]:
+        """Return what may fit where each guess (token, position) does, as far as that is found for less than a pass."""
+        check, lm = self.view.check, self.view.lm
+        found: list[list[int]] = [[] for _ in guesses]
+        cheap = [i for i, (_, row) in enumerate(guesses) if lm.embeddings.is_quick(check.alike_within(row))]
+        token_keys(lm).remember([guesses[i][0] for i in cheap if check.reach(guesses[i][1]) > _NARROW])
+        for i in cheap:
+            found[i] = self._alike(*guesses[i])
+        return found
 
     def settle(self) -> None:
         """Measure a doubtful state's own noise, with the prefix in the cache and nothing else of value behind it."""

@@ -6,7 +6,7 @@ A wrong guess costs the tokens behind it in this pass and nothing else; a right 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 from sipit.inversion.proposals.proposal import Draft
 
 _POSITIONS_A_PASS = 4.0  # that a pass settles, about: what one more level in it is worth is this part of a pass
+_LIKELY = 0.25  # chance of a guess from which what has to be checked beside it is worth asking for
+Beside = Callable[[list[tuple[int, int]]], list[list[int]]]  # (token, position) → tokens to be checked beside it there
 _ROOT = -1  # what the candidates for the next position continue: the accepted prefix
 
 
@@ -50,41 +52,82 @@ class _Ahead:
         return (token_ids[rank], chances[rank]) if rank < len(token_ids) else None
 
 
-def build_tree(batch: Tensor, position: int, draft: Draft | None, max_tokens: int, price: float) -> Tree:
+def build_tree(
+    batch: Tensor, position: int, draft: Draft | None, max_tokens: int, price: float, beside: Beside | None = None
+) -> Tree:
     """Return the tree of one pass: `batch` at `position`, then guesses while they are likely enough for its price.
 
     A token costs one, wherever it stands, and is of use where all that it continues proves right and it does too.
     Another guess beside one saves a pass then; the best guess saves the share of a pass that one position of many is.
+    What has to be checked beside a guess before that is accepted saves a pass if the guess is right.
     """
-    token_ids, parents, depths = batch.tolist(), [_ROOT] * len(batch), [0] * len(batch)
+    growth = _Growth(max_tokens, price)
+    for token_id in batch.tolist():
+        growth.add(token_id, _ROOT, 0, 0.0)
     if draft is not None:
-        ahead, here = _Ahead(draft.ahead), draft.here[: len(batch)].tolist()
-        # Guesses by what they are worth: (-worth, depth, column continued, rank, its chance, token, chance).
-        heap: list[tuple[float, int, int, int, float, int, float]] = []
+        growth.chances[: len(draft.here)] = draft.here[: len(batch)].tolist()
+        growth.grow(_Ahead(draft.ahead))
+        if beside is not None:
+            growth.widen(beside, position)
+    return Tree(
+        token_ids=torch.tensor(growth.token_ids),
+        positions=torch.tensor(growth.depths) + position,
+        attends=_attends(growth.parents) if max(growth.depths) else None,
+        parents=tuple(growth.parents),
+    )
 
-        def offer(depth: int, parent: int, reached: float, rank: int) -> None:
-            found = ahead.at(depth, rank)
+
+class _Growth:
+    """A tree as it grows, column by column."""
+
+    def __init__(self, max_tokens: int, price: float) -> None:
+        self.token_ids: list[int] = []
+        self.parents: list[int] = []
+        self.depths: list[int] = []
+        self.chances: list[float] = []  # that it and all that it continues are right
+        self._max_tokens = max_tokens
+        self._price = price
+        self._columns: dict[tuple[int, int], int] = {}  # (column continued, token) → its column
+
+    def add(self, token_id: int, parent: int, depth: int, chance: float) -> int:
+        """Return the column of a token behind another one, a new one where there is none yet."""
+        column = self._columns.setdefault((parent, token_id), len(self.token_ids))
+        if column == len(self.token_ids):
+            self.token_ids.append(token_id)
+            self.parents.append(parent)
+            self.depths.append(depth)
+            self.chances.append(chance)
+        return column
+
+    def grow(self, ahead: _Ahead) -> None:
+        """Add guesses that are worth their place, the worthiest first."""
+        # Each with what it is worth: (-worth, depth, column continued, rank, token, chance).
+        heap: list[tuple[float, int, int, int, int, float]] = []
+
+        def offer(depth: int, parent: int, rank: int) -> None:
+            found, reached = ahead.at(depth, rank), self.chances[parent]
             if found is not None:
                 chance = reached * found[1]
-                worth = price * (chance if rank else reached / _POSITIONS_A_PASS)
+                worth = self._price * (chance if rank else reached / _POSITIONS_A_PASS)
                 if worth >= 1:
-                    heapq.heappush(heap, (-worth, depth, parent, rank, reached, found[0], chance))
+                    heapq.heappush(heap, (-worth, depth, parent, rank, found[0], chance))
 
-        for column, chance in enumerate(here):
-            offer(1, column, chance, 0)
-        while heap and len(token_ids) < max_tokens:
-            _, depth, parent, rank, reached, token_id, chance = heapq.heappop(heap)
-            offer(depth, parent, reached, rank + 1)
-            offer(depth + 1, len(token_ids), chance, 0)
-            token_ids.append(token_id)
-            parents.append(parent)
-            depths.append(depth)
-    return Tree(
-        token_ids=torch.tensor(token_ids),
-        positions=torch.tensor(depths) + position,
-        attends=_attends(parents) if depths[-1] else None,
-        parents=tuple(parents),
-    )
+        for column in range(len(self.token_ids)):
+            offer(1, column, 0)
+        while heap and len(self.token_ids) < self._max_tokens:
+            _, depth, parent, rank, token_id, chance = heapq.heappop(heap)
+            column = self.add(token_id, parent, depth, chance)
+            offer(depth, parent, rank + 1)
+            offer(depth + 1, column, 0)
+
+    def widen(self, beside: Beside, position: int) -> None:
+        """Add what has to be checked before a likely guess is accepted, where that is worth the place it takes."""
+        likely = [column for column, chance in enumerate(self.chances) if chance >= _LIKELY]
+        asked = [(self.token_ids[column], position + self.depths[column]) for column in likely]
+        for column, others in zip(likely, beside(asked), strict=True):
+            if len(others) <= min(self.chances[column] * self._price, self._max_tokens - len(self.token_ids)):
+                for other in others:
+                    self.add(other, self.parents[column], self.depths[column], 0.0)
 
 
 def _attends(parents: list[int]) -> Tensor:
