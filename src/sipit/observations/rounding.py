@@ -53,8 +53,8 @@ def recognised(values: Tensor) -> Rounding | None:
     slack = torch.finfo(values.dtype).eps
     looked_at = rows[:_LOOKED_AT]
     for says, steps_of in _schemes(values.shape[1]):
-        if steps_of(looked_at, slack) is not None:
-            steps = steps_of(wide, slack)
+        if steps_of(rows[:1], slack, True) is not None and steps_of(looked_at, slack, False) is not None:
+            steps = steps_of(wide, slack, False)
             if steps is not None:
                 return Rounding(says=says, half_step=(steps / 2).to(values.device, torch.float32))
     return None
@@ -100,7 +100,9 @@ def of_decimals(values: Tensor, n: int) -> Rounding:
     return Rounding(says=f"{n} decimals", half_step=torch.full(values.shape, 0.5 * 10.0**-n))
 
 
-_Steps = Callable[[Tensor, float], Tensor | None]  # (T, W) float64, eps of the stored dtype → (T, W) steps, or None
+# (T, W) float64, eps of the stored dtype, whether only a no counts, for which one group is enough → (T, W) steps, or
+# None
+_Steps = Callable[[Tensor, float, bool], Tensor | None]
 
 
 def _schemes(width: int) -> Iterator[tuple[str, _Steps]]:
@@ -123,9 +125,10 @@ def _schemes(width: int) -> Iterator[tuple[str, _Steps]]:
 def _grouped(group: int | None, steps_of: _Steps) -> _Steps:
     """Return a search with a scale for each group of values, or one for all of them (None)."""
 
-    def steps(values: Tensor, slack: float) -> Tensor | None:
-        found = steps_of(values.reshape(1, -1) if group is None else values.reshape(-1, group), slack)
-        return None if found is None else found.reshape(values.shape)
+    def steps(values: Tensor, slack: float, is_glance: bool) -> Tensor | None:
+        groups = values.reshape(1, -1) if group is None else values.reshape(-1, group)
+        found = steps_of(groups[:1] if is_glance else groups, slack, is_glance)
+        return found if found is None or is_glance else found.reshape(values.shape)
 
     return steps
 
@@ -133,7 +136,7 @@ def _grouped(group: int | None, steps_of: _Steps) -> _Steps:
 def _integer_steps(most: int) -> _Steps:
     """Return a search for the widest step whose whole multiples, up to `most` of them, a row's values all are."""
 
-    def steps(values: Tensor, slack: float) -> Tensor | None:
+    def steps(values: Tensor, slack: float, is_glance: bool) -> Tensor | None:
         largest = values.abs().amax(dim=1)  # (N,)
         step = torch.zeros_like(largest)
         for part in (largest > 0).nonzero()[:, 0].split(_ROWS_AT_ONCE):
@@ -146,7 +149,9 @@ def _integer_steps(most: int) -> _Steps:
                 rows = part[chosen]
                 fits = _are_whole(values[rows], sizes[level, chosen], slack)
                 step[rows[fits]] = sizes[level, chosen][fits]
-        if bool(((largest > 0) & (step == 0)).any()) or _is_chance(values, step, slack, most):
+        if bool(((largest > 0) & (step == 0)).any()):
+            return None
+        if not is_glance and _is_chance(values, step, slack, most):
             return None
         return step[:, None].expand_as(values)
 
@@ -172,7 +177,7 @@ def _is_chance(values: Tensor, step: Tensor, slack: float, most: int) -> bool:
     return bool(len(bits)) and float(bits.mean()) < 40 + torch.tensor(float(most)).log2().item()
 
 
-def _nf4_steps(values: Tensor, slack: float) -> Tensor | None:
+def _nf4_steps(values: Tensor, slack: float, _: bool) -> Tensor | None:
     levels = torch.tensor(_NF4, dtype=torch.float64)
     largest = values.abs().amax(dim=1, keepdim=True)  # (N, 1)
     quotients = values / torch.where(largest > 0, largest, 1.0)
@@ -185,8 +190,8 @@ def _nf4_steps(values: Tensor, slack: float) -> Tensor | None:
 
 
 def _plain8(dtype: torch.dtype) -> _Steps:
-    def steps(values: Tensor, _: float) -> Tensor | None:
-        return _step8(values, dtype) if _is_float8(values, dtype, 0.0) else None
+    def steps(values: Tensor, _slack: float, _is_glance: bool) -> Tensor | None:
+        return _step8(values, dtype) if bool(_are_floats8(values, dtype, 0.0).all()) else None
 
     return steps
 
@@ -197,31 +202,36 @@ def _scaled8(dtype: torch.dtype) -> _Steps:
     mantissas = 1 << (2 if dtype == torch.float8_e5m2 else 3)
     power = 2.0 ** int(torch.tensor(most).log2())
     tops = [most, *(size * (1 + m / mantissas) for size in (power, power / 2) for m in range(mantissas))]
+    tops = [top for top in tops if top <= most]
 
-    def steps(values: Tensor, slack: float) -> Tensor | None:
+    def steps(values: Tensor, slack: float, _: bool) -> Tensor | None:
         largest = values.abs().amax(dim=1)  # (N,)
         found = torch.zeros_like(values)
         waiting = largest > 0
-        for top in tops:
-            rows = waiting.nonzero()[:, 0]
-            if top > most or not len(rows):
-                continue
-            scale = (largest[rows] / top)[:, None]
-            quotients = values[rows] / scale
-            fits = torch.tensor([_is_float8(q, dtype, 2 * slack) for q in quotients])
-            found[rows[fits]] = (_step8(quotients, dtype) * scale)[fits]
+        scales = largest / torch.tensor(tops, dtype=values.dtype)[:, None]  # (L, N)
+        quotients = values[:, :_FEW] / torch.where(waiting, scales, 1.0)[..., None]  # (L, N, G)
+        may_fit = _are_floats8(quotients.flatten(0, 1), dtype, 2 * slack).view(scales.shape)
+        for level in may_fit.any(dim=1).nonzero()[:, 0].tolist():
+            rows = (may_fit[level] & waiting).nonzero()[:, 0]
+            scale = scales[level, rows][:, None]
+            fits = _are_floats8(values[rows] / scale, dtype, 2 * slack)
+            found[rows[fits]] = (_step8(values[rows] / scale, dtype) * scale)[fits]
             waiting[rows[fits]] = False
         return None if bool(waiting.any()) else found
 
     return steps
 
 
-def _is_float8(values: Tensor, dtype: torch.dtype, slack: float) -> bool:
-    """Whether all values are such floats, but for a relative error; too short a mantissa tells nothing."""
-    if slack > 2.0**-6 or values.abs().max() > torch.finfo(dtype).max * (1 + slack):
-        return False
+def _are_floats8(values: Tensor, dtype: torch.dtype, slack: float) -> Tensor:
+    """Return in which rows all values are such floats, but for a relative error. (N, W) → (N,) bool.
+
+    Too short a mantissa tells nothing.
+    """
+    if slack > 2.0**-6:
+        return torch.zeros(len(values), dtype=torch.bool)
     nearest = _nearest8(values, dtype)
-    return bool(((values - nearest).abs() <= slack * nearest.abs()).all())
+    is_in_range = values.abs() <= torch.finfo(dtype).max * (1 + slack)
+    return (is_in_range & ((values - nearest).abs() <= slack * nearest.abs())).all(dim=1)
 
 
 def _nearest8(values: Tensor, dtype: torch.dtype) -> Tensor:
