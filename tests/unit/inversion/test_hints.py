@@ -16,7 +16,7 @@ from sipit.inversion import PrefixFile, Progress
 from sipit.inversion.proposals.price import n_worth_checking
 from sipit.inversion.proposals.proposal import Draft
 from sipit.inversion.search.tree import build_tree
-from tests.tiny_models import VOCAB, random_ids
+from tests.tiny_models import VOCAB, random_ids, tiny_model
 
 _IDS = random_ids(14, seed=21)
 
@@ -136,3 +136,16 @@ def test_a_doubtful_position_is_gone_on_behind_from_both_tokens() -> None:
 @pytest.mark.parametrize(("price", "expected"), [(0.5, 1), (2.0, 2), (8.0, 3), (100.0, 4)])
 def test_tokens_are_checked_along_as_far_as_the_price_of_a_pass_pays(price: float, expected: int) -> None:
     assert n_worth_checking(torch.tensor([0.5, 0.3, 0.1, 0.05]), price) == expected
+
+
+def test_what_may_fit_beside_a_guess_is_checked_in_the_pass_that_checks_the_guess() -> None:
+    model = tiny_model("llama", seed=4)
+    rows = model.get_input_embeddings().weight
+    with torch.no_grad():
+        rows[1::2] = rows[::2] * (1 + 5e-5)  # every token has a twin
+    lm = LanguageModel(model)
+    ids = random_ids(12, seed=1)
+    found = invert(lm, lm.capture(input_ids=ids, layer=2), hint=ids.tolist(), use_fit=False)
+    assert [one.token_id // 2 for one in found.positions] == [i // 2 for i in ids.tolist()]
+    assert all(one.n_checked >= 2 for one in found.positions)
+    assert found.n_passes <= 4

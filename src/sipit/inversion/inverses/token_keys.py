@@ -2,7 +2,7 @@
 
 score(q, v) = q · W(e_v - m) / ‖W(e_v - m)‖. The matrix W is applied to the query instead of the
 rows, so that only a mean and a norm per token are held beside the model's own weights; where the
-machine is fast in bfloat16, a table of the keys in it.
+machine is fast in bfloat16 or in 8-bit integers, a table of the keys in them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sipit.inversion.inverses.arithmetic import is_fast_in_bfloat16
+from sipit.inversion.inverses.arithmetic import Int8Matrix, in_int8, is_fast_in_bfloat16, is_fast_in_int8
 from sipit.models import LanguageModel, PrepackedMatrix
 
 _NEIGHBOURS = 64  # of a token, remembered
@@ -36,18 +36,24 @@ class TokenKeys:
         values = (values + _FLOOR * values[-1]).clamp(min=1e-30)
         self.whitening = ((vectors * values.rsqrt()) @ vectors.T).float().to(device)  # (D, D), symmetric
         self._nearest: dict[int, list[tuple[int, float]]] = {}  # token → its neighbours, as they were asked for
-        self._rounded: PrepackedMatrix | None = None  # all keys in bfloat16 where that is fast. (V, D)
-        is_fast = is_fast_in_bfloat16(device)
+        self._rounded: PrepackedMatrix | Int8Matrix | None = None  # all keys in arithmetic that is fast. (V, D)
+        is_fast, is_fast_int8 = is_fast_in_bfloat16(device), is_fast_in_int8(device)
         whitened = PrepackedMatrix(self.whitening.bfloat16() if is_fast else self.whitening)
-        norms, rounded = [], []
+        norms: list[Tensor] = []
+        in_bfloat16: list[Tensor] = []
+        parts: list[tuple[Tensor, Tensor]] = []
         for _, rows in self._rows.slices():
             directions = whitened.product(rows.float() - self._mean)
             norms.append(directions.float().norm(dim=1).clamp(min=1e-6))
             if is_fast:
-                rounded.append((directions / norms[-1][:, None]).bfloat16())
+                in_bfloat16.append((directions / norms[-1][:, None]).bfloat16())
+            elif is_fast_int8:
+                parts.append(in_int8(directions / norms[-1][:, None]))
         self._inverse_norms = 1 / torch.cat(norms)  # (V,)
-        if is_fast:
-            self._rounded = PrepackedMatrix(torch.cat(rounded))
+        if in_bfloat16:
+            self._rounded = PrepackedMatrix(torch.cat(in_bfloat16))
+        elif parts:
+            self._rounded = Int8Matrix(parts)
 
     @property
     def width(self) -> int:
@@ -83,7 +89,7 @@ class TokenKeys:
     def scores(self, queries: Tensor) -> Tensor:
         """Return the inner product of each query with every key. (N, D) → (N, V).
 
-        In bfloat16 where that is fast; then the best of each row are computed again in float32.
+        In bfloat16 or 8-bit integers where those are fast; then the best of each row are computed again in float32.
         """
         if self._rounded is not None:
             return self._fast_scores(queries, self._rounded)
@@ -91,7 +97,7 @@ class TokenKeys:
         shift = vectors @ self._mean  # (N,)
         return self._rows.products(vectors).sub_(shift[:, None]).mul_(self._inverse_norms)
 
-    def _fast_scores(self, queries: Tensor, rounded: PrepackedMatrix) -> Tensor:
+    def _fast_scores(self, queries: Tensor, rounded: PrepackedMatrix | Int8Matrix) -> Tensor:
         scores = rounded.product(queries).float()  # (N, V)
         best = scores.topk(min(_REFINED, self.vocab_size), dim=1).indices  # (N, K)
         keys = self.keys(best.flatten()).view(*best.shape, -1)  # (N, K, D)
