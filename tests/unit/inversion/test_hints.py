@@ -126,7 +126,7 @@ def test_tree_shows_each_guess_what_it_continues_and_nothing_else(
 def test_a_doubtful_position_is_gone_on_behind_from_both_tokens() -> None:
     doubtful, sure = torch.tensor([0.5, 0.45]), torch.tensor([0.98, 0.01])
     ahead = iter([(torch.tensor([1, 2]), doubtful), (torch.tensor([3, 4]), sure), (torch.tensor([5, 6]), sure)])
-    tree = build_tree(torch.tensor([0]), 0, Draft(here=torch.tensor([1.0]), ahead=ahead), 32, 16.0)
+    tree = build_tree(torch.tensor([0]), 0, Draft(here=torch.tensor([1.0]), ahead=ahead), 64, 32.0)
     paths = [(0,) if parent < 0 else () for parent in tree.parents]
     for column, parent in enumerate(tree.parents[1:], start=1):
         paths[column] = (*paths[parent], int(tree.token_ids[column]))

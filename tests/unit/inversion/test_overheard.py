@@ -83,7 +83,7 @@ def test_evidence_reorders_guesses_and_leaves_the_others_their_share() -> None:
 def test_readers_hear_what_was_checked_ahead_at_its_own_position(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = LanguageModel(tiny_model("llama", seed=3), name="ahead")
     ids = random_ids(24, seed=5)
-    monkeypatch.setattr("sipit.inversion.search.batching.pass_price", lambda *_: 8.0)  # few ahead in one pass
+    monkeypatch.setattr("sipit.inversion.search.batching.pass_price", lambda *_: 16.0)  # few ahead in one pass
     judged: set[tuple[int, int]] = set()
     heard: list[tuple[int, int, int]] = []  # positions accepted then, position, token
     learned: set[tuple[int, int]] = set()

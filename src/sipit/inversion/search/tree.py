@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sipit.inversion.proposals.proposal import Draft
 
-_POSITIONS_A_PASS = 4.0  # that a pass settles, about: what one more level in it is worth is this part of a pass
+_POSITIONS_A_PASS = 8.0  # that a pass settles, about: what one more level in it is worth is this part of a pass
 _LIKELY = 0.25  # chance of a guess from which what has to be checked beside it is worth asking for
 Beside = Callable[[list[tuple[int, int]]], list[list[int]]]  # (token, position) → tokens to be checked beside it there
 _ROOT = -1  # what the candidates for the next position continue: the accepted prefix
