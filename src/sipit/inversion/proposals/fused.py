@@ -109,6 +109,7 @@ class FusedProposal:
         n_checked = sum(len(c.token_ids) for c in self._checked)
         here = untried.to(self.view.check.observed.device)
         n_left = int(untried.sum())
+        self._here = self._here[:0]  # where the order is one of ranks that was settled long ago, no chance is known
         if n_left == 0:
             return untried.nonzero()[:, 0]
         if self._rest is not None:

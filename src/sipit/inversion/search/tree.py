@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,7 +32,14 @@ class Tree:
 
     def behind(self, column: int = _ROOT) -> list[int]:
         """Return the columns that continue a column, or the prefix."""
-        return [child for child, parent in enumerate(self.parents) if parent == column]
+        return self._behind.get(column, [])
+
+    @cached_property
+    def _behind(self) -> dict[int, list[int]]:
+        found: dict[int, list[int]] = {}
+        for child, parent in enumerate(self.parents):
+            found.setdefault(parent, []).append(child)
+        return found
 
 
 class _Ahead:
