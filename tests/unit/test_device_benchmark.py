@@ -12,7 +12,7 @@ from benchmarks import device
 import sipit
 from sipit import LanguageModel, Observation
 
-TINY = ["--device", "cpu", "--prompts", "2", "--tokens", "6"]
+TINY = ["--device", "cpu", "--prompts", "2", "--tokens", "4"]
 
 
 def _record(folder: Path, out: Path, *more: str) -> tuple[int, dict[str, Any]]:
@@ -34,7 +34,7 @@ def test_it_compares_answers_and_prices_every_layer_in_both_dtypes(text_folder: 
 
 
 def test_what_has_no_room_or_no_time_is_named(text_folder: Path, tmp_path: Path) -> None:
-    _, record = _record(text_folder, tmp_path / "record.json")
+    _, record = _record(text_folder, tmp_path / "record.json", "--prompts", "1")
     assert record["left_out"] == ["llama-8b: it takes 24 GB, and there is no memory of a GPU"]
     _, record = _record(text_folder, tmp_path / "record.json", "--seconds", "0")
     assert record["speed"] == []

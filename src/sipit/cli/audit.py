@@ -61,14 +61,20 @@ def _count(text: str) -> int:
 def audit(options: Namespace) -> int:
     """Run `sipit audit`."""
     from sipit.audit import given_away
+    from sipit.audit.defences import defence_named
     from sipit.experiments.record import record_head
     from sipit.models import load
+    from sipit.observations import dtype_named
     from sipit.report.audit import audit_page, sentence
     from sipit.storage import require_writable, whole_file, write_json
 
     if not 0 <= options.fail_above <= 1:
         raise OptionError(f"--fail-above {options.fail_above} is no share; give one from 0 to 1")
     _refuse_mixed(options)
+    for text in _defences(options):
+        defence_named(text)
+    for name in options.dtype or []:
+        dtype_named(name)
     options.out.mkdir(parents=True, exist_ok=True)
     require_writable(options.out / "audit.json")
     lm = load(options.model, device=options.device, dtype=options.weights_dtype)
@@ -116,9 +122,8 @@ def _of_prompts(lm: LanguageModel, options: Namespace) -> tuple[list[Cell], list
     from sipit.audit import audit as run
     from sipit.cli.display import CountDisplay
 
-    defences = ["none", *(text for text in options.defence or [] if text != "none")]
+    dtypes, defences, cuts = options.dtype or ["float32"], _defences(options), _cuts(lm, options)
     prompts = _prompts(lm, options)
-    dtypes, cuts = options.dtype or ["float32"], _cuts(lm, options)
     total = len(cuts) * len(dtypes) * len(defences) * len(prompts)
     with CountDisplay(total) as display:
         return run(
@@ -130,6 +135,10 @@ def _of_prompts(lm: LanguageModel, options: Namespace) -> tuple[list[Cell], list
             folder=options.out,
             on_trial=lambda trial: display.step(trial.tokens),
         )
+
+
+def _defences(options: Namespace) -> list[str]:
+    return ["none", *(text for text in options.defence or [] if text != "none")]
 
 
 def _cuts(lm: LanguageModel, options: Namespace) -> list[Cut]:
