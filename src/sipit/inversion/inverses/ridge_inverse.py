@@ -1,13 +1,15 @@
-"""A closed-form inverse from states to tokens, from a couple of thousand random tokens run once.
+"""A closed-form inverse from states to tokens, from a few thousand random tokens and some prose run once.
 
-No training: the states of random tokens (anchors) and their embeddings give a ridge regression from
-state to token key. It is weak beside a fitted inverse and costs a second instead of minutes. The
-first position, whose states have extreme norms and no context, has a regression of its own.
+No training: the states of these tokens (anchors) and their embeddings give a ridge regression from
+state to token key. Random tokens cover the vocabulary, prose shows tokens among their like. It is weak
+beside a fitted inverse and costs seconds instead of minutes. The first position, whose states have
+extreme norms and no context, has a regression of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sipit.corpora import library_prose
 from sipit.errors import StorageError
 from sipit.inversion.inverses.restored import restored
 from sipit.inversion.inverses.ridge import Ridge, amended_query, ridge
@@ -28,8 +31,10 @@ from sipit.observations import Cut
 from sipit.storage import cache_dir, whole_file
 
 _PROMPTS = ((16, 112), (64, 4))  # number and length of the anchor prompts; the short ones for early positions
+_PROSE = (16, 112)  # of prompts of prose, where there is a tokenizer
+_PACKAGES = ("argparse", "collections", "datetime", "logging", "statistics")  # whose docstrings are the prose
 _BATCH = 512  # tokens run at once
-_FORMAT, _VERSION = "sipit.anchors", "1"  # the version is raised with the keys and the recipe
+_FORMAT, _VERSION = "sipit.anchors", "2"  # the version is raised with the keys and the recipe
 _PARTS = ("mean", "scale", "weight", "bias")
 _FIRSTS = 256  # anchors of the first position
 
@@ -95,14 +100,13 @@ def _fit(lm: LanguageModel, cut: Cut) -> RidgeInverse:
     model = lm.cut(cut)
     read = restored(lm, cut).rows
     states, tokens, spent = [], [], 0
-    for n_prompts, wanted in _PROMPTS:
-        length = min(wanted, lm.max_positions or wanted)
-        ids = spread_ids(lm.vocab_size, n_prompts * length, generator).view(n_prompts, length)
+    for ids in _anchor_prompts(lm, generator):
+        length = ids.shape[1]
         for batch in ids.split(max(1, _BATCH // length)):
             values = model.ordinary_batch(batch)[:, 1:].flatten(0, 1).float()
             states.append(read(values, torch.arange(1, length).repeat(len(batch))))
             tokens.append(batch[:, 1:].flatten())
-        spent += n_prompts * length
+        spent += ids.numel()
     firsts = spread_ids(lm.vocab_size, _FIRSTS, generator)
     alone = model.packed(model.new_cache(), firsts, torch.zeros_like(firsts)).float()  # (N, D)
     alone = read(alone, torch.zeros_like(firsts))
@@ -113,6 +117,18 @@ def _fit(lm: LanguageModel, cut: Cut) -> RidgeInverse:
         sink_cosine=sink_cosine(alone, torch.cat(states)),
         block_tokens=(spent + len(firsts)) * cut.layer,
     )
+
+
+def _anchor_prompts(lm: LanguageModel, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield token ids of anchor prompts of one length each. (N, T)."""
+    for n_prompts, wanted in _PROMPTS:
+        length = min(wanted, lm.max_positions or wanted)
+        yield spread_ids(lm.vocab_size, n_prompts * length, generator).view(n_prompts, length)
+    if lm.tokenizer is not None:
+        n_prompts, wanted = _PROSE
+        length = min(wanted, lm.max_positions or wanted)
+        ids = lm.encode("\n\n".join(library_prose(only=_PACKAGES)))[: n_prompts * length]
+        yield ids[: len(ids) // length * length].view(-1, length)
 
 
 def _path(lm: LanguageModel, cut: Cut) -> Path:
