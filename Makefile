@@ -14,7 +14,7 @@ demo: setup
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup -p no:benchmark
 
 test: setup
-	@echo "== running two cases of each test; make test-all runs every case"
+	@echo "== running one case of each test; make test-all runs every case"
 	@$(PYTEST) --quick
 
 test-all: setup

@@ -24,29 +24,19 @@ settings.register_profile("suite", deadline=None, database=None, derandomize=Tru
 settings.load_profile("suite")
 
 
-_QUICK_CASES = 2  # of each test in a quick run
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--quick",
-        action="store_true",
-        help=f"{_QUICK_CASES} cases of each test, and none of those marked thorough",
-    )
+    parser.addoption("--quick", action="store_true", help="one case of each test, and none of those marked thorough")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In a quick run, keep a few cases of each test: which ones differs between tests, and never between runs."""
+    """In a quick run, keep one case of each test: which one differs between tests, and never between runs."""
     if not config.getoption("--quick"):
         return
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
-        cases.setdefault(item.nodeid.split("[")[0], []).append(item)
-    kept = set()
-    for name, group in cases.items():
-        n_kept, offset = min(_QUICK_CASES, len(group)), zlib.crc32(name.encode())
-        kept |= {group[(offset + i * len(group) // n_kept) % len(group)] for i in range(n_kept)}
-    kept = {item for item in kept if item.get_closest_marker("thorough") is None}
+        if item.get_closest_marker("thorough") is None:
+            cases.setdefault(item.nodeid.split("[")[0], []).append(item)
+    kept = {group[zlib.crc32(name.encode()) % len(group)] for name, group in cases.items()}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
 

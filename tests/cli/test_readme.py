@@ -14,6 +14,7 @@ _ROOT = Path(__file__).parents[2]
 _README = (_ROOT / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.thorough
 @pytest.mark.real
 def test_python_examples_recover_a_prompt_and_find_a_pair(capsys: pytest.CaptureFixture[str]) -> None:
     for example in re.findall(r"```python\n(.*?)```", _README, flags=re.DOTALL):

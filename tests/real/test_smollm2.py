@@ -60,6 +60,7 @@ def test_rounded_states_are_recovered(lm: LanguageModel, dtype: str) -> None:
     assert (found.verdict, found.text) == ("recovered", "Rounded to half")
 
 
+@pytest.mark.thorough
 def test_chat_prompt_is_recovered_with_its_template(lm: LanguageModel) -> None:
     found = sipit.invert(lm, lm.capture("Hi", layer=15, chat=True))
     assert found.verdict == "recovered"
@@ -68,6 +69,7 @@ def test_chat_prompt_is_recovered_with_its_template(lm: LanguageModel) -> None:
     )
 
 
+@pytest.mark.thorough
 def test_random_ids_are_recovered(lm: LanguageModel) -> None:
     ids = torch.randint(lm.vocab_size, (6,), generator=torch.Generator().manual_seed(0))
     found = sipit.invert(lm, lm.capture(input_ids=ids, layer=15))

@@ -20,6 +20,7 @@ def _record(folder: Path, out: Path, *more: str) -> tuple[int, dict[str, Any]]:
     return code, json.loads(out.read_text("utf-8"))
 
 
+@pytest.mark.thorough
 def test_it_compares_answers_and_prices_every_layer_in_both_dtypes(text_folder: Path, tmp_path: Path) -> None:
     code, record = _record(text_folder, tmp_path / "record.json", "--shape", "tiny")
     cuts = ["1", "2", "3", "final"]
@@ -41,6 +42,7 @@ def test_what_has_no_room_or_no_time_is_named(text_folder: Path, tmp_path: Path)
     assert len(record["left_out"]) == 4
 
 
+@pytest.mark.thorough
 def test_another_answer_fails_it(text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen_by: list[LanguageModel] = []
 
