@@ -63,11 +63,11 @@ def critical_strengths(lm: sipit.LanguageModel, cut: Cut, prompt: Tensor, positi
     model = lm.cut(cut)
     generator = torch.Generator().manual_seed(1000 * cut.layer + position)
     noise = torch.randn(n_draws, lm.width(cut), generator=generator)  # (N, D)
-    cache = model.cache_of(prompt[:position])
-    truth = model.packed(cache, prompt[position : position + 1], torch.tensor([position]))[0].float()  # (D,)
+    row = model.row(prompt[:position])
+    truth = row.run(prompt[position : position + 1], torch.tensor([position]))[0].float()  # (D,)
     least = torch.full((n_draws,), torch.inf)
     for ids in torch.arange(lm.vocab_size).split(_BATCH):
-        gaps = model.packed(cache, ids, torch.full_like(ids, position)).float() - truth  # (V', D)
+        gaps = row.run(ids, torch.full_like(ids, position)).float() - truth  # (V', D)
         along = noise @ gaps.T  # (N, V')
         needed = gaps.square().sum(dim=1) / (2 * along)
         needed[(along <= 0) | (ids == prompt[position])] = torch.inf

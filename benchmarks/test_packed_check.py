@@ -67,14 +67,11 @@ def sides(lm: LanguageModel) -> Sides:
     cut = lm.cut(Cut(LAYER))
     ids = lm.encode(next(library_code(only=("textwrap",))))[: N_PREFIX + N_CANDIDATES]
     prefix, prompt = ids[:N_PREFIX], ids[:N_CANDIDATES]
-    cache = cut.new_cache()
-    sees = torch.ones(N_PREFIX, N_PREFIX, dtype=torch.bool).tril()
-    cut.packed(cache, prefix, torch.arange(N_PREFIX), sees)
-    cache.keep(range(N_PREFIX))
+    row = cut.row(prefix)
     candidates = torch.randperm(lm.vocab_size, generator=torch.Generator().manual_seed(0))[:N_CANDIDATES]
     places = torch.full_like(candidates, N_PREFIX)
     return Sides(
-        packed=lambda: cut.packed(cache, candidates, places),
+        packed=lambda: row.run(candidates, places),
         prefill=lambda: cut.ordinary(prompt),
     )
 

@@ -56,13 +56,13 @@ def test_a_packed_pass_gives_the_same_values(family_lm: LanguageModel, site: Sit
     cut = Cut(family_lm.checked_layer(None if SITES[site].is_behind_all else 2, site), site)
     model = family_lm.cut(cut)
     expected = model.ordinary(ids)
-    cache = model.cache_of(ids[:6])
+    row = model.row(ids[:6])
     wrong = (ids[6] + 1) % family_lm.vocab_size
-    values = model.packed(cache, torch.stack([wrong, ids[6]]), torch.tensor([6, 6]))
+    values = row.run(torch.stack([wrong, ids[6]]), torch.tensor([6, 6]))
     torch.testing.assert_close(values[1], expected[6], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(values[0], expected[6], rtol=1e-2, atol=1e-3)
-    cache.keep([1])
-    values = model.packed(cache, ids[7:8], torch.tensor([7]))  # what was kept is the right token's
+    row.keep([1])
+    values = row.run(ids[7:8], torch.tensor([7]))  # what was kept is the right token's
     torch.testing.assert_close(values[0], expected[7], rtol=1e-4, atol=1e-5)
 
 

@@ -1,6 +1,6 @@
 """Every next token behind some prefixes: the closest states within a prefix and across prefixes, exactly.
 
-States come from packed passes behind the prefix's cache; the closest pairs are computed again by
+States come from packed passes behind the kept prefix; the closest pairs are computed again by
 ordinary forward passes, and both distances are reported.
 """
 
@@ -139,11 +139,11 @@ def continued_states(
         )
     layer = max(layer for layer, _ in cuts)
     model = lm.cut(Cut(layer, "final" if any(site == "final" for _, site in cuts) else "block"))
-    cache = model.cache_of(prefix)
+    row = model.row(prefix)
     flags = [(layer, site == "final") for layer, site in cuts]
     parts = []
     for part in token_ids.split(batch):
-        states = model.packed_at(cache, part, torch.full_like(part, len(prefix)), flags)
+        states = row.run_at(part, torch.full_like(part, len(prefix)), flags)
         parts.append([rows.cpu() for rows in states])
         if on_part is not None:
             on_part(len(part))

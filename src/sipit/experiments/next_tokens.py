@@ -79,8 +79,8 @@ def _half_margin(setting: Setting) -> Iterator[Task]:
 
 def _states(lm: LanguageModel, prefix: torch.Tensor, tokens: torch.Tensor, cut: Cut) -> torch.Tensor:
     model = lm.cut(cut)
-    kept = model.cache_of(prefix)
-    rows = [model.packed(kept, part, torch.full_like(part, len(prefix))).cpu() for part in tokens.split(256)]
+    row = model.row(prefix)
+    rows = [row.run(part, torch.full_like(part, len(prefix))).cpu() for part in tokens.split(256)]
     return torch.cat(rows).double()
 
 

@@ -2,7 +2,8 @@
 
 from sipit.models.language_model import LanguageModel
 from sipit.models.loading import load
+from sipit.models.packed_row import PackedRow
 from sipit.models.prepacked import PrepackedMatrix
-from sipit.models.truncated import PrefixCache, TappedModel, TruncatedModel
+from sipit.models.truncated import TappedModel, TruncatedModel
 
-__all__ = ["LanguageModel", "PrefixCache", "PrepackedMatrix", "TappedModel", "TruncatedModel", "load"]
+__all__ = ["LanguageModel", "PackedRow", "PrepackedMatrix", "TappedModel", "TruncatedModel", "load"]

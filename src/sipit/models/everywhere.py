@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sipit.models.prefix_cache import RecordingCache
 from sipit.models.sites import SITES
-from sipit.models.truncated import RecordingCache
 from sipit.observations import Cut, Site
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from sipit.models.families import family_of, module_at
 from sipit.models.fingerprint import fingerprint
 from sipit.models.generation import GenerationCache
 from sipit.models.head import LogitsHead
+from sipit.models.packed_row import in_turn
 from sipit.models.prepacked import drop_prepacked, prepacked
 from sipit.models.quantized import rounds_activations
 from sipit.models.rope import fresh, frozen, regime, switch_length
@@ -493,16 +494,16 @@ class LanguageModel:
 
     def _check_packing(self, cut: TruncatedModel) -> None:
         """Refuse a model whose packed pass, with wrong tokens between the right ones, gives other states."""
-        cache = cut.new_cache()
+        row = cut.row()
         got = []
         try:
             for places in torch.arange(_PROBE_TOKENS).chunk(2):  # the first half becomes the prefix of the second
                 right = self._probe_ids[places]
-                row = torch.stack([right, (right + 1) % self.vocab_size], dim=1).flatten()  # (2 Q,)
-                sees = torch.eye(len(row), dtype=torch.bool)
-                sees[:, ::2] |= torch.ones(len(row), len(row), dtype=torch.bool).tril(-1)[:, ::2]
-                got.append(cut.packed(cache, row, places.repeat_interleave(2), sees)[::2])
-                cache.keep(range(0, len(row), 2))
+                tokens = torch.stack([right, (right + 1) % self.vocab_size], dim=1).flatten()  # (2 Q,)
+                attends = torch.eye(len(tokens), dtype=torch.bool)
+                attends[:, ::2] |= in_turn(len(tokens)).tril(-1)[:, ::2]
+                got.append(row.run(tokens, places.repeat_interleave(2), attends)[::2])
+                row.keep(range(0, len(tokens), 2))
         except OptionError:
             return  # it refuses packed passes by itself, in its own words
         except (TypeError, RuntimeError, ValueError, AttributeError, LookupError, AssertionError) as error:

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sipit.errors import OptionError
 from sipit.models.families import family_of, module_at
-from sipit.models.truncated import PrefixCache
+from sipit.models.prefix_cache import PrefixCache
 
 Quantizer = Literal["int8", "int8-vectorwise", "nf4", "fp4"]
 QUANTIZERS: tuple[Quantizer, ...] = get_args(Quantizer)

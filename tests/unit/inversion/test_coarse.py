@@ -15,8 +15,8 @@ from sipit.errors import ModelError
 from sipit.inversion.judging import check as check_module
 from sipit.inversion.judging import noise as noise_module
 from sipit.inversion.judging import tolerance
+from sipit.inversion.search import beside as beside_module
 from sipit.inversion.search import first_states as first_states_module
-from sipit.inversion.search import prompt_search as run_module
 from sipit.models.embeddings import EmbeddingRows
 from sipit.observations import Cut
 from tests.tiny_models import VOCAB, random_ids, tiny_model
@@ -43,7 +43,7 @@ def test_nearest_of_the_tokens_alike_is_accepted(lm: LanguageModel, monkeypatch:
     found = sipit.invert(lm, seen, policy="vocabulary")
     assert found.input_ids == tuple(IDS.tolist())
     assert found.positions[5].n_checked > NEAR + 1
-    monkeypatch.setattr(run_module, "_RIVALS", 0)
+    monkeypatch.setattr(beside_module, "_RIVALS", 0)
     monkeypatch.setattr(EmbeddingRows, "within", lambda *_, **__: [])
     wrong = sipit.invert(lm, seen, policy="vocabulary", max_batch=16)
     assert wrong.input_ids[5] == NEAR  # else this test shows nothing

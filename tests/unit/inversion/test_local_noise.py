@@ -17,7 +17,7 @@ from sipit.inversion.judging.check import Checked
 from sipit.inversion.proposals import SearchView
 from sipit.inversion.proposals.proposal import Draft
 from sipit.inversion.search import batching as search_module
-from sipit.models import PrefixCache, TruncatedModel
+from sipit.models import PackedRow, TruncatedModel
 from sipit.observations import Cut
 from tests.tiny_models import VOCAB, random_ids, tiny_model
 
@@ -89,11 +89,8 @@ def test_token_that_its_own_noise_does_not_explain_is_looked_at_once(
 
 def test_local_noise_looks_at_every_shape_and_no_observation(lm: LanguageModel) -> None:
     cut = lm.cut(Cut(LAYER))
-    cache = cut.new_cache()
     prefix = IDS[:6]
-    cut.packed(cache, prefix, torch.arange(6), torch.ones(6, 6, dtype=torch.bool).tril())
-    cache.keep(range(6))
-    noise, spent = noise_module.local_noise(cut, prefix, 9, 20, cache)
+    noise, spent = noise_module.local_noise(cut, prefix, 9, 20, cut.row(prefix))
     scale = float(cut.ordinary(torch.cat([prefix, torch.tensor([9])]))[-1].norm())
     assert 0 <= noise < 1e-4 * scale
     assert spent == 20 + sum(noise_module._WIDTHS)
@@ -137,10 +134,10 @@ def test_noise_of_a_state_behind_tokens_accepted_in_the_same_pass_is_measured_be
     measure = noise_module.local_noise
 
     def watched(
-        cut: TruncatedModel, prefix: Tensor, token_id: int, seq_len: int, cache: PrefixCache, lane: int
+        cut: TruncatedModel, prefix: Tensor, token_id: int, seq_len: int, row: PackedRow, lane: int
     ) -> tuple[float, int]:
-        behind.append((cache.length, len(prefix)))
-        return measure(cut, prefix, token_id, seq_len, cache, lane)
+        behind.append((row.length, len(prefix)))
+        return measure(cut, prefix, token_id, seq_len, row, lane)
 
     monkeypatch.setattr(check_module, "local_noise", watched)
     monkeypatch.setattr(search_module, "pass_price", lambda *_: 2.0)  # as for a long prompt: wide levels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from sipit.errors import MismatchError, OptionError
 from sipit.inversion import SearchOptions, invert_many
 from sipit.inversion.search import batching as search_module
 from sipit.inversion.search.batching import search_together
-from sipit.models import TruncatedModel
+from sipit.models import PackedRow
 from tests.tiny_models import random_ids, tiny_model
 
 LAYER = 2
@@ -53,15 +54,16 @@ def test_however_they_share_every_prompt_is_recovered_in_order(
 def test_sharing_neither_exceeds_the_batch_nor_runs_prompts_apart(
     lm: LanguageModel, observations: list[Observation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    list(search_together(lm, observations[:1], SearchOptions(), n_slots=1))  # whatever is measured once, is here
     rows: list[tuple[int, int]] = []
-    packed = TruncatedModel.packed
+    real = PackedRow.run
 
-    def watched(cut: TruncatedModel, cache: object, token_ids: torch.Tensor, *rest: object) -> torch.Tensor:
-        if len(rest) == 3 and isinstance(rest[2], torch.Tensor):
-            rows.append((len(token_ids), len(rest[2].unique())))
-        return packed(cut, cache, token_ids, *rest)  # type: ignore[arg-type]
+    def watched(row: PackedRow, token_ids: torch.Tensor, *rest: Any, lanes: torch.Tensor | None = None) -> torch.Tensor:
+        if lanes is not None and len(rest) == 2:  # else it measures noise
+            rows.append((len(token_ids), len(lanes.unique())))
+        return real(row, token_ids, *rest, lanes=lanes)
 
-    monkeypatch.setattr(TruncatedModel, "packed", watched)
+    monkeypatch.setattr(PackedRow, "run", watched)
     list(search_together(lm, observations, SearchOptions(max_batch=32), n_slots=4))
     shared = len(rows)
     assert max(n_tokens for n_tokens, _ in rows) <= 32

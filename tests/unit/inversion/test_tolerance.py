@@ -15,6 +15,7 @@ from sipit.inversion import Policy
 from sipit.inversion.judging import noise as noise_module
 from sipit.inversion.judging.noise import SAFETY, NoiseFloor, noise_floor
 from sipit.inversion.judging.tolerance import half_ulp, tolerance_for
+from sipit.models import PackedRow
 from sipit.observations import Cut, Site
 from tests.tiny_models import N_LAYERS, VOCAB, random_ids, tiny_model, true_states
 
@@ -127,11 +128,11 @@ def test_tolerance_covers_the_true_noise_on_fresh_prompts(family_lm: LanguageMod
         ids = random_ids(40, seed=100 + seed)
         seen = Observation(states=true_states(family_lm.model, family_lm.name, ids)[(layer, "block")], layer=layer)
         total = tolerance_for(family_lm, seen).total
-        cache = cut.new_cache()
+        row = cut.row()
         for start in range(0, 40, 5):
             places = torch.arange(start, start + 5)
-            states = cut.packed(cache, ids[places], places, torch.ones(5, 5, dtype=torch.bool).tril())
-            cache.keep(range(5))
+            states = row.run(ids[places], places, torch.ones(5, 5, dtype=torch.bool).tril())
+            row.keep(range(5))
             distances = (states - seen.states[places]).double().norm(dim=1)
             assert bool((distances <= total[places]).all())
 
@@ -185,9 +186,8 @@ def test_float64_observation_of_a_float32_model_is_recovered(llama: LanguageMode
 def test_packed_pass_that_computes_another_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = LanguageModel(tiny_model("llama"), name="llama")
     seen = lm.capture(input_ids=IDS, layer=2)
-    cut = lm.cut(Cut(2))
-    real = cut.packed
-    monkeypatch.setattr(cut, "packed", lambda *a, **k: real(*a, **k).flip(-1))  # unseeded noise fell short at times
+    real = PackedRow.run
+    monkeypatch.setattr(PackedRow, "run", lambda *a, **k: real(*a, **k).flip(-1))  # unseeded noise fell short at times
     with pytest.raises(sipit.SipitError, match="packed check does not"):
         sipit.invert(lm, seen, policy="vocabulary")
 

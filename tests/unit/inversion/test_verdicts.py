@@ -15,7 +15,7 @@ from sipit import LanguageModel, Observation, SipitError
 from sipit.errors import MismatchError, NonFiniteError, OptionError, ShapeError, StorageError
 from sipit.inversion import POLICIES, Inversion, Policy, Progress, SearchOptions, search_events
 from sipit.inversion.proposals import vocabulary
-from sipit.observations import Cut
+from sipit.models import PackedRow
 from tests.tiny_models import VOCAB, embedding_rows, random_ids, text_model, tiny_model, twin_model
 
 FIRST, SECOND = 40, 97
@@ -231,15 +231,14 @@ def test_no_packed_pass_is_larger_than_max_batch(
 ) -> None:
     seen = llama.capture(input_ids=PLAIN[:4], layer=2)
     sipit.invert(llama, seen, policy=policy)  # whatever is measured once per model is measured here
-    cut = llama.cut(Cut(2))
     sizes: list[int] = []
-    real = cut.packed
+    real = PackedRow.run
 
-    def packed(cache: Any, token_ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def watched(row: PackedRow, token_ids: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
         sizes.append(len(token_ids))
-        return real(cache, token_ids, *rest)
+        return real(row, token_ids, *rest, **options)
 
-    monkeypatch.setattr(cut, "packed", packed)
+    monkeypatch.setattr(PackedRow, "run", watched)
     found = sipit.invert(llama, seen, policy=policy, max_batch=max_batch)
     assert found.input_ids == tuple(PLAIN[:4].tolist())
     assert 1 <= max(sizes) <= max_batch

@@ -76,7 +76,7 @@ def test_a_model_with_lean_attention_gives_its_states(family: str) -> None:
 def test_packed_passes_of_a_model_whose_heads_share_keys_copy_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     cut = LanguageModel(model, name="llama").cut(Cut(2))
-    cache = cut.cache_of(random_ids(4, seed=0))
+    row = cut.row(random_ids(4, seed=0))
     n_heads: list[int] = []  # of the keys of each call
     torchs = F.scaled_dot_product_attention
 
@@ -85,8 +85,8 @@ def test_packed_passes_of_a_model_whose_heads_share_keys_copy_no_keys(monkeypatc
         return torchs(query, key, *rest, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spied)
-    cut.packed(cache, random_ids(3, seed=1), torch.full((3,), 4))
+    row.run(random_ids(3, seed=1), torch.full((3,), 4))
     assert n_heads == [model.config.num_key_value_heads] * 2
     assert model.config.num_key_value_heads < model.config.num_attention_heads
-    cut.packed(cache, random_ids(1, seed=2), torch.full((1,), 4))
+    row.run(random_ids(1, seed=2), torch.full((1,), 4))
     assert len(n_heads) == 2  # one query goes by products

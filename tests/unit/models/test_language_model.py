@@ -14,7 +14,7 @@ from sipit.errors import InputError, ModelError, NonFiniteError, OptionError
 from sipit.inversion.inverses import arithmetic
 from sipit.models import families
 from sipit.models.families import Family
-from sipit.models.truncated import TruncatedModel
+from sipit.models.row_masks import RowMasks
 from tests.tiny_models import (
     FAMILIES,
     N_LAYERS,
@@ -222,10 +222,10 @@ def test_models_that_bias_attention_by_distance_are_refused_at_load(config: str)
 
 
 def test_packed_pass_that_gives_other_states_is_refused_at_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    def blind(_cut: TruncatedModel, visible: torch.Tensor, *_: Any) -> Any:
+    def blind(_: RowMasks, visible: torch.Tensor, *__: Any) -> Any:
         return torch.zeros(visible.shape)[None, None]  # every token sees every other
 
-    monkeypatch.setattr(TruncatedModel, "_masks", blind)
+    monkeypatch.setattr(RowMasks, "masks", blind)
     with pytest.raises(ModelError, match="other states in a packed pass"):
         LanguageModel(tiny_model("llama"), name="blind")
 

@@ -22,7 +22,7 @@ _PATIENCE = 0.5  # seconds that one thread gives the other, which must not use t
 def _packed(model: TruncatedModel, length: int) -> Tensor:
     """Return the states of four tokens behind a prefix, each alone. (4, D)."""
     ids = random_ids(length + 4, seed=length)
-    return model.packed(model.cache_of(ids[:length]), ids[length:], torch.full((4,), length))
+    return model.row(ids[:length]).run(ids[length:], torch.full((4,), length))
 
 
 @pytest.mark.parametrize("family", ["gpt_neo", "llama"])

@@ -9,7 +9,6 @@ import torch
 
 import sipit
 from sipit import LanguageModel
-from sipit.models import PrefixCache
 from sipit.observations import Cut
 from tests.tiny_models import N_LAYERS, blocks_of, random_ids, tiny_model, weights_digest
 
@@ -39,7 +38,7 @@ def test_cut_runs_its_blocks_once_and_none_above(family_lm: LanguageModel, layer
     expected = [1] * layer + [0] * (N_LAYERS - layer)
     assert _runs(family_lm.model, lambda: cut.ordinary(IDS)) == expected
     if family_lm.name != "gpt_neo":  # its packed blocks are clones, which hooks of the originals do not see
-        assert _runs(family_lm.model, lambda: cut.packed(cut.new_cache(), IDS, torch.zeros(8).long())) == expected
+        assert _runs(family_lm.model, lambda: cut.row().run(IDS, torch.zeros(8).long())) == expected
 
 
 def test_blocks_above_run_once_and_none_below(family_lm: LanguageModel) -> None:
@@ -104,9 +103,8 @@ def test_captured_states_carry_no_graph(llama: LanguageModel) -> None:
 
 def test_truncating_to_more_than_is_held_changes_nothing(llama: LanguageModel) -> None:
     cut = llama.cut(Cut(2))
-    cache: PrefixCache = cut.new_cache()
-    cut.packed(cache, IDS, torch.arange(8), torch.ones(8, 8, dtype=torch.bool).tril())
-    cache.keep(range(8))
-    cache.truncate(100)
-    assert cache.length == 8
-    assert cache.get_seq_length() == 8
+    row = cut.row()
+    row.extend(IDS)
+    row.truncate(100)
+    assert row.length == 8
+    assert row._cache.get_seq_length() == 8

@@ -141,9 +141,7 @@ def _first_position(lm: LanguageModel, keys: TokenKeys, cut: Cut, seed: int) -> 
     """
     tokens = frequent_and_other_ids(lm.vocab_size, _FIRSTS, torch.Generator().manual_seed(seed + 2))
     model = lm.cut(cut)
-    states = [
-        as_float64(model.packed(model.new_cache(), part, torch.zeros_like(part))) for part in tokens.split(_FIRST_BATCH)
-    ]
+    states = [as_float64(model.row().run(part, torch.zeros_like(part))) for part in tokens.split(_FIRST_BATCH)]
     rows = torch.cat(states)  # (N, D)
     mean = rows.mean(dim=0)
     centred = rows - mean

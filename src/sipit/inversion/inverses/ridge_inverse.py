@@ -108,7 +108,7 @@ def _fit(lm: LanguageModel, cut: Cut) -> RidgeInverse:
             tokens.append(batch[:, 1:].flatten())
         spent += ids.numel()
     firsts = spread_ids(lm.vocab_size, _FIRSTS, generator)
-    alone = model.packed(model.new_cache(), firsts, torch.zeros_like(firsts)).float()  # (N, D)
+    alone = model.row().run(firsts, torch.zeros_like(firsts)).float()  # (N, D)
     alone = read(alone, torch.zeros_like(firsts))
     return RidgeInverse(
         keys=keys,

@@ -15,7 +15,7 @@ from sipit.float64 import has_float64
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.judging.noise import SAFETY, local_noise, noise_floor
 from sipit.inversion.judging.tolerance import Tolerance
-from sipit.models import LanguageModel, PrefixCache
+from sipit.models import LanguageModel, PackedRow
 from sipit.observations import Observation
 
 _SPREAD_LESS = 4.0  # times less than nine in ten of the tokens seen in calibration
@@ -51,8 +51,8 @@ class PackedCheck:
         tolerance: what counts as equal to it.
         meter: charged for every token run.
         noise: L2 distance declared by the caller.
-        cache: where the prefix is kept; it may hold those of other prompts.
-        lane: this prompt's in the cache.
+        row: where the prefix is kept; it may hold those of other prompts.
+        lane: this prompt's in the row.
     """
 
     def __init__(
@@ -63,12 +63,12 @@ class PackedCheck:
         meter: Meter,
         *,
         noise: float,
-        cache: PrefixCache,
+        row: PackedRow,
         lane: int = 0,
     ) -> None:
         self.cut = lm.cut(seen.cut, seq_len=seen.n_positions)
-        self.cache = cache
-        self._lane = lane
+        self.row = row
+        self.lane = lane
         device = self.cut.device
         widest = torch.float64 if has_float64(device) else torch.float32
         wide = widest if torch.float64 in (lm.dtype, seen.states.dtype) else torch.float32
@@ -83,7 +83,7 @@ class PackedCheck:
 
     def lanes(self, n: int) -> Tensor:
         """Return the lane of n packed tokens of this prompt. (n,)."""
-        return torch.full((n,), self._lane)
+        return torch.full((n,), self.lane)
 
     def limit(self, position: int) -> float:
         """Largest distance that arithmetic alone explains at a position."""
@@ -115,6 +115,11 @@ class PackedCheck:
         """Return the tolerance at a position over the norm of the state observed there."""
         return self.limit(position) / max(float(self.observed[position].norm()), 1e-30)
 
+    def run(self, token_ids: Tensor, positions: Tensor, attends: Tensor | None = None) -> Checked:
+        """Run tokens behind the accepted prefix, and compare them. (Q,), (Q,), (Q, Q) bool: see `PackedRow.run`."""
+        states = self.row.run(token_ids, positions, attends, lanes=self.lanes(len(token_ids)))
+        return self.judge(token_ids, positions, states)
+
     def judge(self, token_ids: Tensor, positions: Tensor, states: Tensor) -> Checked:
         """Compare the states of packed tokens with the observed ones. (Q,), (Q,), (Q, D)."""
         self._meter.spend(len(token_ids), self.cut.layer)
@@ -140,11 +145,11 @@ class PackedCheck:
     def remeasure(self, prefix: Sequence[int], token_id: int) -> None:
         """Measure the noise of this very token's state, and raise the tolerance here to what it explains.
 
-        The cache must hold the whole prefix, and nothing that is still to be kept lies behind it.
+        The row must hold the whole prefix, and nothing that is still to be kept lies behind it.
         """
         place = len(prefix)
         ids = torch.tensor(prefix, dtype=torch.long)
-        noise, spent = local_noise(self.cut, ids, token_id, self._seq_len, self.cache, self._lane)
+        noise, spent = local_noise(self.cut, ids, token_id, self._seq_len, self.row, self.lane)
         self._meter.spend(spent, self.cut.layer)
         more = max(0.0, SAFETY * noise - float(self._floor[place]))
         self._floor[place] += more

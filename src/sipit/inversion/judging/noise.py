@@ -19,8 +19,9 @@ from torch import Tensor
 from sipit.errors import ModelError
 from sipit.float64 import as_float64
 from sipit.inversion.judging.calibration import calibration_prompts
-from sipit.models import LanguageModel, PrefixCache, TruncatedModel
+from sipit.models import LanguageModel, PackedRow, TruncatedModel
 from sipit.models.kept import kept
+from sipit.models.packed_row import in_turn
 from sipit.observations import Cut
 
 SAFETY = 8.0  # the tolerance is this many times the largest noise seen in calibration
@@ -159,7 +160,7 @@ def _packed_distances(
 
     The passes take every shape in turn that a search may use: kernels differ by the number of rows.
     """
-    cache = cut.new_cache()
+    row = cut.row()
     right, wrong, spread, n_packed, start = [], [], [], 0, 0
     while start < len(ids):
         n_chain, n_decoys = next(shapes)
@@ -170,8 +171,8 @@ def _packed_distances(
         tokens = torch.cat([chain, decoys])  # (Q,)
         places = torch.cat([torch.arange(start, start + len(chain)), torch.full((len(decoys),), start)])
         attends = torch.eye(len(tokens), dtype=torch.bool)
-        attends[: len(chain), : len(chain)] = torch.ones(len(chain), len(chain), dtype=torch.bool).tril()
-        states = as_float64(cut.packed(cache, tokens, places, attends))  # (Q, D)
+        attends[: len(chain), : len(chain)] = in_turn(len(chain))
+        states = as_float64(row.run(tokens, places, attends))  # (Q, D)
         distances = (states - expected[places.to(states.device)]).norm(dim=1).cpu()
         right.append(distances[: len(chain)])
         nearest = torch.full((len(chain),), torch.inf, dtype=torch.float64)
@@ -183,14 +184,14 @@ def _packed_distances(
             ratios[0] = (distances[len(chain) :] / apart).min()
         wrong.append(nearest)
         spread.append(ratios)
-        cache.keep(range(len(chain)))
+        row.keep(range(len(chain)))
         start += len(chain)
         n_packed += len(tokens)
     return torch.cat(right), torch.cat(wrong), torch.cat(spread), n_packed
 
 
 def local_noise(
-    cut: TruncatedModel, prefix: Tensor, token_id: int, seq_len: int, cache: PrefixCache | None = None, lane: int = 0
+    cut: TruncatedModel, prefix: Tensor, token_id: int, seq_len: int, row: PackedRow | None = None, lane: int = 0
 ) -> tuple[float, int]:
     """Return how far kernels of different shapes put one token's state apart, and the tokens that took.
 
@@ -204,12 +205,12 @@ def local_noise(
         prefix: token ids before the token in question. (P,)
         token_id: that token.
         seq_len: length of the observed prompt, more than P.
-        cache: of the prefix, with nothing behind it that is still to be kept; None: made here.
-        lane: of the prefix in the cache.
+        row: holds the prefix, and nothing behind it that is still to be kept; None: made here.
+        lane: of the prefix in the row.
     """
     spent = 0
-    if cache is None:
-        cache, spent = cut.cache_of(prefix), len(prefix)
+    if row is None:
+        row, spent = cut.row(prefix), len(prefix)
     token = torch.tensor([token_id])
     ids = torch.cat([prefix.cpu(), token.repeat(seq_len - len(prefix))])  # what follows changes no state before it
     state = cut.ordinary(ids)[len(prefix)]  # (D,)
@@ -218,7 +219,7 @@ def local_noise(
     most = noise_ceiling(state.dtype) * float(expected.norm())
     for width in _WIDTHS:
         tokens = token.repeat(width)
-        states = cut.packed(cache, tokens, torch.full((width,), len(prefix)), lanes=torch.full((width,), lane))
+        states = row.run(tokens, torch.full((width,), len(prefix)), lanes=torch.full((width,), lane))
         largest = max(largest, float((as_float64(states[0]) - expected).norm()))
         spent += width
     return min(largest, most), spent + seq_len

@@ -118,11 +118,11 @@ def _with_others(lm: LanguageModel, seen: Observation, input_ids: Tensor, meter:
     states = as_float64(model.ordinary(input_ids)[first:])
     generator = torch.Generator().manual_seed(4)
     tokens = torch.randint(lm.vocab_size, (n_rows, _OTHERS), generator=generator)
-    cache = model.cache_of(input_ids)
+    row = model.row(input_ids)
     places = torch.arange(first, len(input_ids)).repeat_interleave(_OTHERS)
-    attends = torch.arange(len(input_ids))[None] < places[:, None]  # (T · M, P + T)
+    continues = torch.arange(len(input_ids))[None] < places[:, None]  # (T · M, P + T)
     parts = torch.arange(len(places)).split(_CHUNK)
-    rows = [model.packed(cache, tokens.flatten()[i], places[i], attends=attends[i]) for i in parts]
+    rows = [row.run(tokens.flatten()[i], places[i], continues=continues[i]) for i in parts]
     meter.spend(2 * len(input_ids) + len(places), model.layer)
     return states, as_float64(torch.cat(rows)).view(n_rows, _OTHERS, -1)
 

@@ -18,9 +18,8 @@ class BeamPrefixes:
     """
 
     def __init__(self, model: TruncatedModel, known: Tensor, *, max_batch: int) -> None:
-        self._model = model
-        self._cache = model.cache_of(known)
-        self._attends = torch.ones(1, len(known), dtype=torch.bool)  # (B, kept tokens) those of each prefix
+        self._row = model.row(known)
+        self._continues = torch.ones(1, len(known), dtype=torch.bool)  # (B, kept tokens) those of each prefix
         self._max_batch = max_batch
         self.position = len(known)
 
@@ -29,19 +28,19 @@ class BeamPrefixes:
         parts = []
         for part in torch.arange(len(token_ids)).split(self._max_batch):
             places = torch.full((len(part),), self.position)
-            attends = self._attends[beams[part]]
-            parts.append(self._model.packed(self._cache, token_ids[part], places, attends=attends))
+            continues = self._continues[beams[part]]
+            parts.append(self._row.run(token_ids[part], places, continues=continues))
         return torch.cat(parts)
 
     def grow(self, token_ids: Tensor, beams: Tensor) -> Tensor:
         """Make new beams of tokens behind old ones, and return their values. (B',), (B',) → (B', W)."""
         n_new = len(token_ids)
         places = torch.full((n_new,), self.position)
-        states = self._model.packed(self._cache, token_ids, places, attends=self._attends[beams])
-        self._cache.keep(range(n_new))
-        attends = torch.cat([self._attends[beams], torch.eye(n_new, dtype=torch.bool)], dim=1)
-        alive = attends.any(dim=0).nonzero()[:, 0]
-        self._cache.select(alive)
-        self._attends = attends[:, alive]
+        states = self._row.run(token_ids, places, continues=self._continues[beams])
+        self._row.keep(range(n_new))
+        continues = torch.cat([self._continues[beams], torch.eye(n_new, dtype=torch.bool)], dim=1)
+        alive = continues.any(dim=0).nonzero()[:, 0]
+        self._row.select(alive)
+        self._continues = continues[:, alive]
         self.position += 1
         return states

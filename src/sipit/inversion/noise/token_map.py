@@ -69,11 +69,11 @@ def token_map(lm: LanguageModel, cut: Cut, meter: Meter) -> TokenMap:
 def _behind(lm: LanguageModel, cut: Cut, prefix: Tensor, meter: Meter, ids: Tensor | None = None) -> Tensor:
     """Return the rows of tokens behind one prefix, of the whole vocabulary by default. (P,), (N,) → (N, W)."""
     model = lm.cut(cut)
-    cache = model.cache_of(prefix)
+    row = model.row(prefix)
     ids = torch.arange(lm.vocab_size) if ids is None else ids
     meter.spend(len(ids) + len(prefix), cut.layer)
     parts = ids.split(_BATCH)
-    return torch.cat([model.packed(cache, part, torch.full_like(part, len(prefix))).float() for part in parts])
+    return torch.cat([row.run(part, torch.full_like(part, len(prefix))).float() for part in parts])
 
 
 def _made(lm: LanguageModel, cut: Cut, meter: Meter) -> TokenMap:

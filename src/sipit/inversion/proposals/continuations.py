@@ -12,6 +12,7 @@ from torch import Tensor
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.proposals.proposal import SearchView
 from sipit.models import LanguageModel
+from sipit.models.packed_row import in_turn
 
 _OPENERS = ("The end.\n\n", "It was the end of the story.", "    return x\n", "x = 1\n\n")
 _WIDTH = 64  # sequences gone on from, of those that are as yet one token short
@@ -23,20 +24,18 @@ class Continuations:
     def __init__(self, view: SearchView) -> None:
         self._view = view
         self._full = view.lm.cut(view.lm.final_cut, seq_len=view.seen.n_positions)
-        self._cache = self._full.new_cache()
+        self._row = self._full.row()
         self._logits: tuple[int, Tensor] | None = None  # position, and (V,) there
 
     def logits(self) -> Tensor:
         """Return log-probabilities at the position behind the accepted prefix, but for a constant. (V,)."""
-        view, cache = self._view, self._cache
+        view, row = self._view, self._row
         if view.position == 0:
             return opening_log_probabilities(view.lm, view.meter)
         if self._logits is None or self._logits[0] != view.position:
-            cache.truncate(min(cache.length, view.position - 1))
-            new = torch.tensor(view.prefix[cache.length :])
-            places = torch.arange(cache.length, view.position)
-            states = self._full.packed(cache, new, places, torch.ones(len(new), len(new), dtype=torch.bool).tril())
-            cache.keep(range(len(new)))
+            row.truncate(view.position - 1)
+            new = torch.tensor(view.prefix[row.length :])
+            states = row.extend(new)
             view.meter.spend(len(new), self._full.layer)
             self._logits = view.position, view.lm.next_token_logits(states[-1:])[0]
         return self._logits[1]
@@ -62,11 +61,10 @@ class Continuations:
         """Return log-probabilities of what follows each of some sequences behind the prefix. (N, L) → (N, V)."""
         view = self._view
         n, length = sequences.shape
-        chain = torch.ones(length, length, dtype=torch.bool).tril()
-        sees = torch.block_diag(*[chain] * n).bool()
+        attends = torch.block_diag(*[in_turn(length)] * n).bool()
         places = torch.arange(view.position, view.position + length).repeat(n)
-        self._cache.truncate(min(self._cache.length, view.position))
-        states = self._full.packed(self._cache, sequences.flatten(), places, sees)  # (N * L, D)
+        self._row.truncate(view.position)
+        states = self._row.run(sequences.flatten(), places, attends)  # (N * L, D)
         view.meter.spend(n * length, self._full.layer)
         return view.lm.next_token_logits(states[length - 1 :: length]).float().log_softmax(dim=1)
 

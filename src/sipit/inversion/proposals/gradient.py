@@ -68,7 +68,7 @@ class Gradient:
         with torch.enable_grad():
             proxy = self._proxy.detach().requires_grad_()
             place = torch.tensor([view.position])
-            state = check.cut.packed_embeddings(check.cache, proxy[None], place, check.lanes(1))[0]  # (D,)
+            state = check.row.run_embeddings(proxy[None], place, lanes=check.lanes(1))[0]  # (D,)
             loss = 0.5 * (state.to(view.target.dtype) - view.target).square().sum()
             (gradient,) = torch.autograd.grad(loss, proxy)
         view.meter.spend(1, check.cut.layer, passes=3)

@@ -21,7 +21,7 @@ from sipit.inversion.inverses.ridge_inverse import ridge_inverse
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.judging.tolerance import Tolerance, tolerance_for
 from sipit.inversion.proposals.continuations import opening_log_probabilities
-from sipit.models import LanguageModel, PrefixCache, TruncatedModel
+from sipit.models import LanguageModel, PackedRow
 from sipit.observations import Observation
 
 _DEPTHS = (1, 8, 64, 512)  # tokens tried of each row, in turn, before the whole vocabulary
@@ -82,8 +82,7 @@ class _Walk:
     left: list[int] = field(init=False)  # the others
     columns: Tensor = field(init=False)  # (W,)
     columns_are_doubtful: bool = field(init=False)
-    _model: TruncatedModel = field(init=False)
-    _cache: PrefixCache = field(init=False)
+    _row: PackedRow = field(init=False)
     _inverse: Inverse = field(init=False)
     _tolerance: Tolerance = field(init=False)
     _computed: list[Tensor] = field(init=False, default_factory=list)  # (W,) of each row followed
@@ -94,11 +93,10 @@ class _Walk:
         self.left = list(range(seen.seq_len))
         self.columns = torch.arange(seen.d_model)
         self.columns_are_doubtful = self.is_permuted
-        self._model = lm.cut(seen.cut, seq_len=seen.n_positions)
-        self._cache = self._model.cache_of(torch.tensor(self.prefix, dtype=torch.long))
+        self._row = lm.cut(seen.cut, seq_len=seen.n_positions).row(torch.tensor(self.prefix, dtype=torch.long))
         self.meter.spend(len(self.prefix), seen.layer)
         self._inverse = ridge_inverse(lm, restored(lm, seen.cut).cut, self.meter)
-        self._observed = seen.states.float().to(self._model.device)  # (T, W)
+        self._observed = seen.states.float().to(self.lm.device)  # (T, W)
         self._tolerance = tolerance_for(lm, seen)
 
     def step(self) -> bool:
@@ -128,7 +126,7 @@ class _Walk:
     def _try(self, tokens: Tensor, rows: list[int]) -> bool:
         """Check tokens against the rows; keep the nearest that fits. (N,)."""
         places = torch.full_like(tokens, len(self.prefix))
-        states = self._model.packed(self._cache, tokens, places).float()  # (N, W)
+        states = self._row.run(tokens, places).float()  # (N, W)
         self.meter.spend(len(tokens), self.seen.layer)
         self.meter.n_checked += len(tokens)
         limits = self._tolerance.total[rows].float().to(states.device)  # (R,)
@@ -141,7 +139,7 @@ class _Walk:
         token, row = divmod(best, len(rows))
         if float(ratios.flatten()[best]) > 1:
             return False
-        self._cache.keep([token])
+        self._row.keep([token])
         self.prefix.append(int(tokens[token]))
         self._computed.append(states[token])
         self.left.remove(rows[row])

@@ -29,7 +29,7 @@ from sipit.inversion.search.belonging import require_belongs
 from sipit.inversion.search.options import Progress, SearchOptions
 from sipit.inversion.search.prompt_search import PromptSearch
 from sipit.inversion.search.tree import Tree
-from sipit.models import LanguageModel, PrefixCache
+from sipit.models import LanguageModel, PackedRow
 from sipit.observations import Observation
 
 _PREFIX_TOKENS = 512  # of a known prefix that are run at once
@@ -113,6 +113,29 @@ def gapless(seen: Observation) -> Observation:
     return replace(seen, states=whole, half_step=half, positions=())
 
 
+def _with_prefix(seen: Observation, row: PackedRow, lane: int, meter: Meter) -> Observation:
+    """Return an observation as if the rows of its known prefix had been observed too.
+
+    One pass of the prefix computes them, and leaves its keys in the row.
+    """
+    if not seen.known_prefix:
+        return seen
+    ids = torch.tensor(seen.known_prefix)
+    parts = ids.split(_PREFIX_TOKENS)
+    rows = [row.extend(part, position=i * _PREFIX_TOKENS, lane=lane).cpu() for i, part in enumerate(parts)]  # (Q, W)
+    meter.spend(len(ids), seen.layer)
+    most = torch.finfo(seen.states.dtype).max
+    states = torch.cat(rows).clamp(-most, most).to(seen.states.dtype)
+    half = seen.half_step
+    return replace(
+        seen,
+        states=torch.cat([states, seen.states.cpu()]),
+        half_step=None if half is None else torch.cat([half.new_zeros(states.shape), half]).cpu(),
+        known_prefix=(),
+        positions=(*range(len(ids)), *seen.positions),
+    )
+
+
 class BatchScheduler:
     """Searches that share one row of packed passes."""
 
@@ -121,7 +144,7 @@ class BatchScheduler:
         self._options = options
         self._n_slots = n_slots
         self._slots: deque[_Slot] = deque()  # those that waited longest first
-        self._cache = PrefixCache(0)
+        self._row: PackedRow | None = None  # of the searches under way
 
     def has_room_for(self, seen: Observation) -> bool:
         """Whether a search may join those under way."""
@@ -146,15 +169,15 @@ class BatchScheduler:
         if any(not 0 <= token_id < lm.vocab_size for token_id in options.hint):
             raise OptionError(f"hint holds a token id outside the vocabulary (0 to {lm.vocab_size - 1})")
         started = time.perf_counter()
-        if not self._slots:
-            self._cache = lm.cut(seen.cut, seq_len=seen.n_positions).new_cache()
+        if self._row is None:
+            self._row = lm.cut(seen.cut, seq_len=seen.n_positions).row()
         lane = next(i for i in range(self._n_slots) if i not in {other.lane for other in self._slots})
         meter = Meter()
-        held = self._with_prefix(seen, lane, meter)
+        held = _with_prefix(seen, self._row, lane, meter)
         whole, tolerance = gapless(held), tolerance_for(lm, held).at(held.positions)
         is_held = torch.zeros(seen.n_positions, dtype=torch.bool)
         is_held[list(held.positions)] = True
-        check = PackedCheck(lm, whole, tolerance, meter, noise=options.noise, cache=self._cache, lane=lane)
+        check = PackedCheck(lm, whole, tolerance, meter, noise=options.noise, row=self._row, lane=lane)
         generator = torch.Generator().manual_seed(options.seed)
         price = pass_price(lm, self._n_slots)
         prefix = list(seen.known_prefix)
@@ -183,33 +206,6 @@ class BatchScheduler:
             )
         )
 
-    def _with_prefix(self, seen: Observation, lane: int, meter: Meter) -> Observation:
-        """Return an observation as if the rows of its known prefix had been observed too.
-
-        One pass of the prefix computes them, and leaves its keys in the cache.
-        """
-        if not seen.known_prefix:
-            return seen
-        model = self._lm.cut(seen.cut, seq_len=seen.n_positions)
-        ids = torch.tensor(seen.known_prefix)
-        rows = []
-        for part in torch.arange(len(ids)).split(_PREFIX_TOKENS):
-            sees = torch.ones(len(part), len(part), dtype=torch.bool).tril()
-            lanes = torch.full((len(part),), lane)
-            rows.append(model.packed(self._cache, ids[part], part, sees, lanes).cpu())  # (Q, W)
-            self._cache.keep(range(len(part)))
-        meter.spend(len(ids), seen.layer)
-        most = torch.finfo(seen.states.dtype).max
-        states = torch.cat(rows).clamp(-most, most).to(seen.states.dtype)
-        half = seen.half_step
-        return replace(
-            seen,
-            states=torch.cat([states, seen.states.cpu()]),
-            half_step=None if half is None else torch.cat([half.new_zeros(states.shape), half]).cpu(),
-            known_prefix=(),
-            positions=(*range(len(ids)), *seen.positions),
-        )
-
     def step(self) -> dict[int, Inversion]:
         """Run one packed pass; return the searches that came to their end, by number."""
         found = {}
@@ -221,9 +217,11 @@ class BatchScheduler:
                     slot.tree = slot.run.plan()
             if slot.tree is None:
                 self._slots.remove(slot)
-                self._cache.drop(slot.lane)
+                slot.run.view.check.row.drop(slot.lane)
                 found[slot.number] = self._inversion(slot)
-        if self._slots:
+        if not self._slots:
+            self._row = None  # the next may be of another cut
+        else:
             self._pass(self._fill_batch())
         return found
 
@@ -243,15 +241,15 @@ class BatchScheduler:
 
     def _pass(self, slots: list[_Slot]) -> None:
         started = time.perf_counter()
+        row = slots[0].run.view.check.row
         trees = [slot.tree for slot in slots if slot.tree is not None]
         sizes = [len(tree.token_ids) for tree in trees]
         lane_ids = torch.cat([slot.run.view.check.lanes(n) for slot, n in zip(slots, sizes, strict=True)])
-        states = slots[0].run.view.check.cut.packed(
-            self._cache,
+        states = row.run(
             torch.cat([tree.token_ids for tree in trees]),
             torch.cat([tree.positions for tree in trees]),
             _side_by_side(trees),
-            lane_ids,
+            lanes=lane_ids,
         )  # (Q, D)
         seconds = time.perf_counter() - started
         kept: list[int] = []
@@ -262,7 +260,7 @@ class BatchScheduler:
                 kept += [first + column for column in slot.run.walk(tree, part)]
             slot.tree = None
             first += len(part)
-        self._cache.keep(kept)
+        row.keep(kept)
         for slot in slots:
             with _timed(slot):
                 slot.run.settle()

@@ -39,7 +39,7 @@ class Followed:
 def followed(check: PackedCheck, fork: Fork, next_ids: Sequence[int], max_batch: int) -> list[Followed]:
     """Return each token of a fork with what comes nearest behind it: those behind which a token fits, then the rest.
 
-    The cache of the check must hold the prefix before the fork, and nothing behind it.
+    The row of the check must hold the prefix before the fork, and nothing behind it.
 
     Args:
         check: judges them.
@@ -67,9 +67,7 @@ def _pairs(check: PackedCheck, fork: Fork, next_ids: Sequence[int], max_batch: i
     for part in fork.token_ids.split(max(1, max_batch // branch)):
         tokens = torch.cat([torch.tensor([int(token_id), *next_ids]) for token_id in part])  # (B * (1 + K),)
         positions = torch.tensor([fork.position] + [fork.position + 1] * len(next_ids)).repeat(len(part))
-        sees = torch.block_diag(*[attends] * len(part)).bool()
-        states = check.cut.packed(check.cache, tokens, positions, sees, check.lanes(len(tokens)))
-        judged = check.judge(tokens, positions, states)
+        judged = check.run(tokens, positions, torch.block_diag(*[attends] * len(part)).bool())
         near, distances = (values.cpu().view(len(part), branch)[:, 1:] for values in (judged.is_near, judged.distances))
         for row, token_id in enumerate(part.tolist()):
             fitting = distances[row].masked_fill(~near[row], torch.inf) if bool(near[row].any()) else distances[row]

@@ -13,11 +13,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from sipit.inversion.evidence.result import Miss, PositionEvidence
 from sipit.inversion.inverses.ridge import ridge
 from sipit.inversion.inverses.token_keys import token_keys
 from sipit.inversion.judging.check import PackedCheck
 from sipit.inversion.proposals.continuations import Continuations
 from sipit.inversion.proposals.proposal import SearchView
+from sipit.inversion.search.trials import named
+from sipit.models.packed_row import in_turn
 
 _NEXT = 8  # tokens that each sequence is run with at the next row, by the inverse
 _MANY_NEXT = 64  # of which the row's token is one where it was not among the first
@@ -89,7 +92,7 @@ def bridged(
 ) -> Bridges:
     """Return what fits over the hole at the view's position; the passes end with the first that holds a fit.
 
-    The cache of the check must hold the prefix before the hole, and nothing behind it.
+    The row of the check must hold the prefix before the hole, and nothing behind it.
 
     Args:
         view: of a search that stands before a hole.
@@ -223,18 +226,16 @@ def _run_with(
     branch = n_missing + len(followers)
     attends = torch.eye(branch, dtype=torch.bool)
     attends[:, :n_missing] = True
-    attends[:n_missing, :n_missing] = torch.ones(n_missing, n_missing, dtype=torch.bool).tril()
+    attends[:n_missing, :n_missing] = in_turn(n_missing)
     places = [*range(position, position + n_missing), *[position + n_missing] * len(followers)]
     for part in sequences.split(max(1, max_batch // branch)) if len(sequences) else ():
         tokens = torch.cat([part, followers.expand(len(part), -1)], dim=1).flatten()  # (B * (G + K),)
         positions = torch.tensor(places).repeat(len(part))
-        sees = torch.block_diag(*[attends] * len(part)).bool()
-        states = check.cut.packed(check.cache, tokens, positions, sees, check.lanes(len(tokens)))
-        judged = check.judge(tokens, positions, states)
+        judged = check.run(tokens, positions, torch.block_diag(*[attends] * len(part)).bool())
         near = judged.is_near.cpu().view(len(part), branch)[:, n_missing:]  # (B, K)
         distances = judged.distances.cpu().view(len(part), branch)[:, n_missing:]
         bridges.tried.update(map(tuple, part.tolist()))
-        by_branch = states.view(len(part), branch, -1)
+        by_branch = judged.states.view(len(part), branch, -1)
         for column, next_id in enumerate(followers.tolist()):
             bridges.states.setdefault(next_id, []).append((part[:, place], by_branch[:, n_missing + column]))
         bridges.add(list(_noted(part, followers, near, distances)))
@@ -251,3 +252,46 @@ def _noted(part: Tensor, followers: Tensor, near: Tensor, distances: Tensor) -> 
             distance=float(distances[row, column]),
             is_near=bool(near[row, column]),
         )
+
+
+def evidence_over_hole(view: SearchView, found: Sequence[Bridge], place: int, n_tried: int) -> PositionEvidence:
+    """Return the evidence for a token of the hole at the view's position.
+
+    Args:
+        view: of the search.
+        found: what was run over the hole, the accepted sequence first.
+        place: of the token in the hole.
+        n_tried: sequences that were run to find it.
+    """
+    best = found[0]
+    others = [one for one in found if one.token_ids[place] != best.token_ids[place]]
+    rivals = {one.token_ids[place]: one.distance for one in reversed(others) if one.is_near}
+    return PositionEvidence(
+        token_id=best.token_ids[place],
+        token=view.lm.decode([best.token_ids[place]]),
+        distance=best.distance,
+        tolerance=view.check.limit(view.position + len(best.token_ids)),
+        runner_up=min((one.distance for one in others), default=None),
+        n_checked=n_tried,
+        rivals=named(view.lm, [(i, rivals[i]) for i in sorted(rivals, key=lambda i: rivals[i])]),
+        is_held=False,
+    )
+
+
+def missed_hole(view: SearchView, bridges: Bridges, n_missing: int) -> Miss:
+    """Return the miss where nothing that was run over the hole at the view's position gives the next row."""
+    best = bridges.found[0]
+    behind = view.position + n_missing
+    where = f"position {view.position}" if n_missing == 1 else f"positions {view.position} to {behind - 1}"
+    tried = f"none of the {bridges.n_tried} {'tokens' if n_missing == 1 else 'sequences'} tried"
+    way_out = "" if view.position else "; pass the tokens before the first row where you know them"
+    return Miss(
+        position=view.position,
+        token_id=best.token_ids[0],
+        token=view.lm.decode([best.token_ids[0]]),
+        distance=best.distance,
+        tolerance=view.check.limit(behind),
+        n_checked=bridges.n_tried,
+        runner_up=bridges.found[1].distance if len(bridges.found) > 1 else None,
+        diagnosis=f"no row is held at {where}, and {tried} there gives the row at position {behind}{way_out}",
+    )

@@ -13,28 +13,21 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from sipit.inversion.evidence.result import MOST_RIVALS, Candidate, Miss, PositionEvidence, Verdict
-from sipit.inversion.inverses.token_keys import token_keys
+from sipit.inversion.evidence.result import Miss, PositionEvidence, Verdict
 from sipit.inversion.judging.check import Checked
 from sipit.inversion.proposals import Proposal, SearchView
 from sipit.inversion.proposals.continuations import Continuations
 from sipit.inversion.proposals.proposal import Draft
-from sipit.inversion.search.diagnosis import diagnosed
+from sipit.inversion.search.accept_rule import AcceptRule, Retry
 from sipit.inversion.search.first_states import FirstStates, first_states
 from sipit.inversion.search.forks import Fork, followed
-from sipit.inversion.search.holes import Bridge, Bridges, bridged, n_next_ids, run_pairs
+from sipit.inversion.search.holes import bridged, evidence_over_hole, missed_hole, n_next_ids, run_pairs
 from sipit.inversion.search.tree import Tree, build_tree
-from sipit.inversion.search.trials import Best, Trials
+from sipit.inversion.search.trials import Best, Trials, named
 
 _FIRST_BATCH = 16
 _GROWTH = 4
 _RECALLED = 4096  # states kept of an earlier search that are compared at once
-_STANDS_OUT = 16.0  # a token this many times nearer than all others is worth a second look
-_AMPLIFIED = 256.0  # at most this many tolerances away
-_NARROW = 2e-4  # tolerance, over the state's norm, at which none but twins can fit beside a token
-_ALIKE = 0.8  # cosine of keys from which a token may fit beside another where the tolerance is not coarse
-_REMEMBERED = 1 << 14  # answers to which tokens may fit beside one, at most
-_RIVALS = 48  # tokens checked beside one that fits by a tolerance that is not narrow, at most
 # Behind a token that may be another one, the observed state may have another prefix than the accepted one, and the
 # right token lies by some tolerances too far: up to this many, what was checked is named as well.
 _BEHIND_RIVALS = 4.0
@@ -57,15 +50,15 @@ class PromptSearch:
     fork: Fork | None = None  # the last position where several tokens fit, until what follows has settled it
     next_ids: tuple[int, ...] = ()  # the nearest candidates at the position behind it
     _tried: Trials = field(init=False)
-    _measured: set[int] = field(init=False)  # tokens whose own noise was
-    _doubted_best: Best | None = field(init=False, default=None)  # of the pass just walked
+    _rule: AcceptRule = field(init=False)
+    _is_doubted: bool = field(init=False, default=False)  # whether the pass just walked ended at a token that fits not
     _size: int = field(init=False)
     _queued: Tensor = field(init=False)  # a token that fits, to be run with its twins in the next pass
     _is_settling: bool = field(init=False, default=False)  # whether the pass under way is such a one
-    _known_alike: dict[tuple[int, int, bool], tuple[float, list[int]]] = field(init=False, default_factory=dict)
     _continuations: Continuations | None = field(init=False, default=None)  # once a hole was met
 
     def __post_init__(self) -> None:
+        self._rule = AcceptRule(self.view, self.exhaustive, self.max_batch)
         self._begin()
 
     def verdict(self) -> Verdict:
@@ -121,7 +114,7 @@ class PromptSearch:
         view, check, fork = self.view, self.view.check, self.fork
         assert fork is not None
         n_known = len(view.prefix) - len(self.evidence)
-        check.cache.forget(int(check.lanes(1)), fork.position)
+        check.row.forget(check.lane, fork.position)
         ranked = followed(check, fork, self.next_ids, self.max_batch)
         alive = [one for one in ranked if one.is_near]
         distances = dict(zip(fork.token_ids.tolist(), fork.distances.tolist(), strict=True))
@@ -142,7 +135,7 @@ class PromptSearch:
                 token=view.lm.decode([chosen]),
                 distance=distances[chosen],
                 runner_up=min((d for i, d in distances.items() if i != chosen), default=here.runner_up),
-                rivals=self._named(rivals),
+                rivals=named(view.lm, rivals),
             )
         )
         self.fork = None if alive or fork.is_doubted else replace(fork, is_doubted=True)
@@ -153,12 +146,9 @@ class PromptSearch:
 
     def _keep(self, token_ids: Sequence[int], position: int) -> None:
         """Go on behind tokens that were accepted in passes of their own."""
-        view, check, n = self.view, self.view.check, len(token_ids)
-        sees = torch.ones(n, n, dtype=torch.bool).tril()
-        places = torch.arange(position, position + n)
-        check.cut.packed(check.cache, torch.tensor(list(token_ids)), places, sees, check.lanes(n))
-        check.cache.keep(range(n))
-        view.meter.spend(n, check.cut.layer)
+        view, check = self.view, self.view.check
+        check.row.extend(torch.tensor(list(token_ids)), position=position, lane=check.lane)
+        view.meter.spend(len(token_ids), check.cut.layer)
         view.prefix.extend(token_ids)
 
     def _bridge_hole(self) -> None:
@@ -172,55 +162,19 @@ class PromptSearch:
         bridges = bridged(view, self._continuations, next_ids, n_missing, self.max_batch)
         best = bridges.found[0]
         if not best.is_near:
-            self.miss = self._unbridged(bridges, n_missing)
+            self.miss = missed_hole(view, bridges, n_missing)
             return
         n_tried = bridges.n_tried
         for place, token_id in enumerate(best.token_ids):  # what may fit in the hole beside it was not all tried
-            others = torch.tensor(self._alike(token_id, position + n_missing, is_own=False), dtype=torch.long)
+            others = torch.tensor(self._rule.beside.of(token_id, position + n_missing, is_own=False), dtype=torch.long)
             sequences = torch.tensor([best.token_ids]).repeat(len(others), 1)
             sequences[:, place] = others
             run_pairs(view.check, position, sequences, [best.next_id], self.max_batch, bridges)
         best = bridges.found[0]
-        self.evidence += [self._over_hole(bridges.found, place, n_tried) for place in range(n_missing)]
+        self.evidence += [evidence_over_hole(view, bridges.found, place, n_tried) for place in range(n_missing)]
         self._keep(best.token_ids, position)
         self._begin()
         self._queued = torch.tensor([best.next_id])
-
-    def _over_hole(self, found: Sequence[Bridge], place: int, n_tried: int) -> PositionEvidence:
-        """Return the evidence for a token of a hole, from what was run over it, the accepted sequence first."""
-        best = found[0]
-        others = [one for one in found if one.token_ids[place] != best.token_ids[place]]
-        rivals = {one.token_ids[place]: one.distance for one in reversed(others) if one.is_near}
-        return PositionEvidence(
-            token_id=best.token_ids[place],
-            token=self.view.lm.decode([best.token_ids[place]]),
-            distance=best.distance,
-            tolerance=self.view.check.limit(self.view.position + len(best.token_ids)),
-            runner_up=min((one.distance for one in others), default=None),
-            n_checked=n_tried,
-            rivals=self._named([(i, rivals[i]) for i in sorted(rivals, key=lambda i: rivals[i])]),
-            is_held=False,
-        )
-
-    def _unbridged(self, bridges: Bridges, n_missing: int) -> Miss:
-        view, best = self.view, bridges.found[0]
-        behind = view.position + n_missing
-        where = f"position {view.position}" if n_missing == 1 else f"positions {view.position} to {behind - 1}"
-        tried = f"none of the {bridges.n_tried} {'tokens' if n_missing == 1 else 'sequences'} tried"
-        way_out = "" if view.position else "; pass the tokens before the first row where you know them"
-        return Miss(
-            position=view.position,
-            token_id=best.token_ids[0],
-            token=view.lm.decode([best.token_ids[0]]),
-            distance=best.distance,
-            tolerance=view.check.limit(behind),
-            n_checked=bridges.n_tried,
-            runner_up=bridges.found[1].distance if len(bridges.found) > 1 else None,
-            diagnosis=f"no row is held at {where}, and {tried} there gives the row at position {behind}{way_out}",
-        )
-
-    def _named(self, rivals: Sequence[tuple[int, float]]) -> tuple[Candidate, ...]:
-        return tuple(Candidate(token_id=i, token=self.view.lm.decode([i]), distance=d) for i, d in rivals[:MOST_RIVALS])
 
     def plan(self) -> Tree | None:
         """Return the next packed pass: candidates for the next position, and guesses behind the best of them.
@@ -241,9 +195,11 @@ class PromptSearch:
             if len(batch) == 0:
                 self._conclude()
                 continue
-            speculates = not self._tries_all and not self._is_settling
+            speculates = not self._rule.tries_all and not self._is_settling
             draft = self._draft() if speculates else None
-            return build_tree(batch, self.view.position, draft, self.max_batch, self.view.price, self._alike_ahead)
+            return build_tree(
+                batch, self.view.position, draft, self.max_batch, self.view.price, self._rule.beside.of_guesses
+            )
         return None
 
     def _draft(self) -> Draft | None:
@@ -257,7 +213,7 @@ class PromptSearch:
     def _proposed(self) -> Tensor:
         """Return candidates not tried yet; none once the whole vocabulary was. (N,)."""
         untried = self._tried.untried
-        if self._tries_all:  # all will be checked: no order is worth its price
+        if self._rule.tries_all:  # all will be checked: no order is worth its price
             self._recall()
             return untried.nonzero()[: self.max_batch, 0]
         limit = min(self._size, self.max_batch, self.proposal.batch_limit or self.max_batch)
@@ -278,7 +234,7 @@ class PromptSearch:
 
     def _first_states(self) -> FirstStates | None:
         """Return what is kept of first states where all are tried; None elsewhere, and where they are too many."""
-        if self.view.prefix or not self._tries_all:
+        if self.view.prefix or not self._rule.tries_all:
             return None
         return first_states(self.view.lm, self.view.seen.cut, self.view.seen.n_positions)
 
@@ -296,22 +252,18 @@ class PromptSearch:
         while columns:
             here = checked.subset(columns)
             self._tried.add(here)
-            best = self._tried.best()
-            if not best.is_near or (self._tries_all and not self._is_settling):
+            ran = here.token_ids.tolist()
+            decision = self._rule.after_pass(self._tried, ran, is_settling=self._is_settling)
+            if isinstance(decision, Retry):
+                self._queued = decision.token_ids
+                return accepted
+            if decision is None:
                 self.proposal.learn(here)
-                self._doubted_best = best
+                self._is_doubted = True
                 break
-            twins = [t for t in self._alike(best.token_id, self.view.position) if self._tried.untried[t]]
-            if twins:  # the next pass checks them beside it, behind the same prefix
-                beside = [best.token_id, *twins] if self.max_batch > 1 else twins
-                self._queued = torch.tensor(beside[: self.max_batch])
-                return accepted
-            if best.token_id not in here.token_ids.tolist():  # it was checked in an earlier pass
-                self._queued = torch.tensor([best.token_id])
-                return accepted
-            column = columns[here.token_ids.tolist().index(best.token_id)]
+            column = columns[ran.index(decision.best.token_id)]
             accepted.append(column)
-            self._accept(best)
+            self._accept(decision.best)
             columns = tree.behind(column)
         self._overhear(tree, checked, accepted, columns)
         return accepted
@@ -335,109 +287,19 @@ class PromptSearch:
         for position, columns in heard.items():
             self.proposal.overhear(position, checked.subset(columns))
 
-    @property
-    def _tries_all(self) -> bool:
-        """Whether the whole vocabulary is checked at this position before a token is accepted.
-
-        Where the first position's tolerance is coarse it must be: its state is long and nearly
-        constant, and the tokens nearest to it there have nothing in common. So it must where rounding
-        left so little of a state that any token may fit.
-        """
-        position, check = self.view.position, self.view.check
-        return self.exhaustive or check.is_open(position) or (position == 0 and check.is_coarse(position))
-
-    def _alike(self, token_id: int, row: int, *, is_own: bool = True) -> list[int]:
-        """Return tokens that may fit where this one does, by some row, the likeliest first.
-
-        Those with nearly the same embedding row, and those whose rows are so near that the tolerance may
-        not tell their states apart, by what the cut can see of them. Where the tolerance is wider than
-        that (coarse arithmetic, states stored rounded), also the nearest rows by direction, so that the
-        best of them is accepted and not the first; and so where a later row alone tells of the token.
-
-        Args:
-            token_id: the token.
-            row: position of the row.
-            is_own: whether it is the token's own, or a later one.
-        """
-        check, lm = self.view.check, self.view.lm
-        radius = check.alike_within(row)
-        known = self._known_alike.get((token_id, row, is_own))
-        if known is not None and known[0] == radius:
-            return known[1]
-        alike = lm.embeddings.twins(token_id)
-        for ignores_mean in (False, True) if lm.ignores_mean(check.cut.spec) else (False,):
-            near = lm.embeddings.within(token_id, radius, ignores_mean=ignores_mean)
-            alike = [*alike, *(i for i in near if i not in alike)]
-        if not is_own or check.reach(row) > _NARROW:
-            least = -1.0 if check.is_coarse(row) else _ALIKE
-            near = token_keys(lm).nearest(token_id, _RIVALS, least)
-            alike = [*alike, *(i for i in near if i not in alike)]
-        if len(self._known_alike) >= _REMEMBERED:
-            self._known_alike.clear()
-        self._known_alike[token_id, row, is_own] = (radius, alike)
-        return alike
-
-    def _alike_ahead(self, guesses: list[tuple[int, int]]) -> list[list[int]]:
-        """Return what may fit where each guess (token, position) does, as far as that is found for less than a pass."""
-        check, lm = self.view.check, self.view.lm
-        found: list[list[int]] = [[] for _ in guesses]
-        cheap = [i for i, (_, row) in enumerate(guesses) if lm.embeddings.is_quick(check.alike_within(row))]
-        token_keys(lm).remember([guesses[i][0] for i in cheap if check.reach(guesses[i][1]) > _NARROW])
-        for i in cheap:
-            found[i] = self._alike(*guesses[i])
-        return found
-
     def settle(self) -> None:
-        """Measure a doubtful state's own noise, with the prefix in the cache and nothing else of value behind it."""
-        best, self._doubted_best = self._doubted_best, None
-        if best is not None:
-            self._doubt(best)
-
-    def _doubt(self, best: Best) -> None:
-        """Where one token is far nearer than all others and yet too far, measure the noise of its own state."""
-        runner_up = self._tried.runner_up(best.token_id)
-        limit = self.view.check.limit(self.view.position)
-        stands_out = runner_up is not None and best.distance * _STANDS_OUT < runner_up
-        if (
-            best.is_near
-            or not stands_out
-            or self.view.check.is_coarse(self.view.position)
-            or best.distance > _AMPLIFIED * limit
-            or best.token_id in self._measured
-        ):
-            return
-        self._measured.add(best.token_id)
-        self.view.check.remeasure(self.view.prefix, best.token_id)
-        limit = self.view.check.limit(self.view.position)
-        if best.distance <= limit:  # its own noise explains the distance: check again all that lies so near
-            self._queued = self._tried.take_back(limit)[: self.max_batch]
+        """Look again at a doubtful position, with the prefix in the row and nothing else of value behind it."""
+        is_doubted, self._is_doubted = self._is_doubted, False
+        decision = self._rule.after_doubt(self._tried) if is_doubted else None
+        if decision is not None:
+            self._queued = decision.token_ids
 
     def _conclude(self) -> None:
-        """With the whole vocabulary tried: accept the nearest token in the next pass, or describe the miss."""
-        best = self._tried.best()
-        if best.is_near:
-            self._queued = torch.tensor([best.token_id])
-            return
-        check, runner_up = self.view.check, self._tried.runner_up(best.token_id)
-        self.miss = Miss(
-            position=self.view.position,
-            token_id=best.token_id,
-            token=self.view.lm.decode([best.token_id]),
-            distance=best.distance,
-            tolerance=self.view.check.limit(self.view.position),
-            n_checked=self._tried.n_checked,
-            runner_up=runner_up,
-            diagnosis=diagnosed(
-                self.view.lm,
-                check.observed,
-                self.view.seen.cut,
-                self.view.position,
-                stored=self.view.seen.states.dtype,
-                distance=best.distance,
-                runner_up=runner_up,
-                limit=check.limit(self.view.position),
-            ),
-        )
+        decision = self._rule.at_the_end(self._tried)
+        if isinstance(decision, Retry):
+            self._queued = decision.token_ids
+        else:
+            self.miss = decision
 
     def _accept(self, best: Best) -> None:
         """Write down the evidence for a token, and begin the next position."""
@@ -458,7 +320,7 @@ class PromptSearch:
                 tolerance=limit,
                 runner_up=tried.runner_up(best.token_id),
                 n_checked=tried.n_checked,
-                rivals=self._named(rivals),
+                rivals=named(view.lm, rivals),
             )
         )
         if self.fork is not None and view.position == self.fork.position + 1:
@@ -472,7 +334,7 @@ class PromptSearch:
 
     def _begin(self) -> None:
         self._tried = Trials(self.view.lm.vocab_size)
-        self._measured = set()
+        self._rule.begin()
         self._queued = torch.empty(0, dtype=torch.long)
         self._size = _FIRST_BATCH
         if not self.is_done and not self._is_at_hole:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sipit.inversion.evidence.result import MOST_RIVALS, Candidate
 from sipit.inversion.judging.check import Checked
+from sipit.models import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -76,3 +79,8 @@ class Trials:
         self.n_checked -= int((~self.untried[back.unique()]).sum())
         self.untried[back] = True
         return back
+
+
+def named(lm: LanguageModel, rivals: Sequence[tuple[int, float]]) -> tuple[Candidate, ...]:
+    """Return other tokens that fit, (token id, distance) each, as evidence names them: the first few."""
+    return tuple(Candidate(token_id=i, token=lm.decode([i]), distance=d) for i, d in rivals[:MOST_RIVALS])
