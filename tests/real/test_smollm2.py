@@ -13,7 +13,7 @@ from sipit import LanguageModel
 from sipit.inversion import check_certificate, write_certificate
 from sipit.observations import Site
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.xdist_group("real")]  # one worker prepares what they all need
 
 TEXTS = [
     "Call me when you land.\n\n",  # trailing newlines

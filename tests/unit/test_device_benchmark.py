@@ -34,6 +34,7 @@ def test_it_compares_answers_and_prices_every_layer_in_both_dtypes(text_folder: 
     assert (record["left_out"], record["peak_bytes"]) == ([], None)
 
 
+@pytest.mark.thorough
 def test_what_has_no_room_or_no_time_is_named(text_folder: Path, tmp_path: Path) -> None:
     _, record = _record(text_folder, tmp_path / "record.json", "--prompts", "1")
     assert record["left_out"] == ["llama-8b: it takes 24 GB, and there is no memory of a GPU"]

@@ -133,6 +133,34 @@ def test_a_doubtful_position_is_gone_on_behind_from_both_tokens() -> None:
     assert {(0, 1, 3, 5), (0, 2, 3, 5)} <= set(paths)
 
 
+def _doubtful_text(length: int) -> Draft:
+    """Guesses that are right at three positions of five, with two more that may be."""
+    chances = torch.tensor([0.6, 0.25, 0.1])
+    ahead = ((torch.tensor([3 * i, 3 * i + 1, 3 * i + 2]), chances) for i in range(1, length))
+    return Draft(here=torch.tensor([0.9]), ahead=ahead)
+
+
+def test_a_pass_looks_far_ahead_behind_doubtful_guesses_where_passes_are_dear() -> None:
+    dear = build_tree(torch.tensor([0]), 0, _doubtful_text(12), 256, 48.0)
+    trunk = [0]
+    while behind := dear.behind(trunk[-1]):
+        trunk.append(min(behind, key=lambda column: int(dear.token_ids[column])))
+    assert int(dear.positions.max()) == 11  # the chance that all of these are right is 1 in 280
+    assert dear.token_ids[trunk].tolist() == [0, *range(3, 36, 3)]
+    for column in trunk[:-1]:
+        assert {int(dear.token_ids[i]) % 3 for i in dear.behind(column)} == {0, 1, 2}
+    cheap = build_tree(torch.tensor([0]), 0, _doubtful_text(12), 256, 4.0)
+    assert len(cheap.token_ids) == 1
+
+
+def test_a_pass_looks_no_further_ahead_than_it_may_hold() -> None:
+    tree = build_tree(torch.tensor([0]), 0, _doubtful_text(200), 20, 48.0)
+    assert len(tree.token_ids) <= 20
+    sure = ((torch.tensor([i]), torch.tensor([0.7])) for i in range(200))
+    alone = build_tree(torch.tensor([0]), 0, Draft(here=torch.tensor([0.9]), ahead=sure), 256, 48.0)
+    assert int(alone.positions.max()) < 12  # nothing stands beside these guesses, so there is nothing to be told
+
+
 @pytest.mark.parametrize(("price", "expected"), [(0.5, 1), (2.0, 2), (8.0, 3), (100.0, 4)])
 def test_tokens_are_checked_along_as_far_as_the_price_of_a_pass_pays(price: float, expected: int) -> None:
     assert n_worth_checking(torch.tensor([0.5, 0.3, 0.1, 0.05]), price) == expected

@@ -53,6 +53,19 @@ def test_what_a_distance_means_is_learned_from_settled_positions(observed: Tenso
     assert max(map(abs, nats.values())) <= 7  # however sure the two kinds of distance are told apart
 
 
+def test_of_tokens_behind_one_path_the_nearest_is_believed_however_far_all_are(observed: Tensor) -> None:
+    heard = OffPathEvidence(observed)
+    scale = float((observed[3] - observed[1:].mean(dim=0)).norm())
+    heard.note(3, _outcome([7, 8], [0.6 * scale, 0.7 * scale]))  # another path, whose tokens are compared by themselves
+    heard.note(3, _outcome([4, 5, 6], [0.50 * scale, 0.55 * scale, 0.80 * scale]))
+    nats = heard.evidence(3)
+    assert nats[4] > nats[5] + 1 > nats[6] + 4
+    assert nats[7] > nats[8] + 2
+    alone = OffPathEvidence(observed)
+    alone.note(3, _outcome([5], [0.55 * scale]))
+    assert alone.evidence(3)[5] > nats[5] + 1  # the same distance, with nothing nearer beside it
+
+
 def test_settled_positions_are_forgotten_and_the_last_word_counts(observed: Tensor) -> None:
     heard = OffPathEvidence(observed)
     heard.note(3, _outcome([7], [6.0]))

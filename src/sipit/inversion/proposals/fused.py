@@ -29,7 +29,7 @@ from sipit.inversion.proposals.repeated import RepeatedStates
 
 _BLOCK = 64  # positions scored at a time
 _MAX_SCORES = 1 << 25  # scores held at once, over all positions ahead
-_WIDTH = 8  # guesses kept for each position ahead
+_WIDTH = 16  # guesses kept for each position ahead
 _CORRECT_AFTER = 8  # candidates checked in vain before a regression on them corrects the inverse
 _REFIT_AFTER = 64  # at which another regression on them does without the inverse
 _HOPELESS = 512  # at which the order of all that is left is settled once: what more regressions cost, they never save

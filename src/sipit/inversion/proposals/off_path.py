@@ -1,8 +1,9 @@
 """What tokens checked behind a wrong one still tell.
 
 Their states are off, so no check counts. But a right token behind a wrong prefix is off by much less
-than a wrong token, and how much less is learned from the positions already settled. It costs nothing:
-these tokens were run anyway.
+than a wrong token, and how much less is learned from the positions already settled. Tokens that were run
+behind one wrong path share what it puts them off by, so among them the nearest is right far more often
+than its distance alone says.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from sipit.inversion.judging.check import Checked
 
 _LEAST, _MOST = -7.0, 7.0  # nats that one distance may count
+_SLOPE = 16.0  # nats that a token is behind the nearest one beside it, by the log of their distances; 8 to 32 alike
 _FAR = 1e6  # of the scale: a state that overflowed counts as so far away
 
 
@@ -51,23 +53,27 @@ class OffPathEvidence:
     def __init__(self, observed: Tensor) -> None:
         middle = observed[1:].mean(dim=0) if len(observed) > 2 else torch.zeros_like(observed[0])
         self._scales = (observed - middle).norm(dim=1).clamp(min=1e-30).cpu()  # (T,)
-        self._heard: dict[int, dict[int, float]] = {}  # position → token → log of its distance over the scale
+        # position → token → logs of its distance and of the least beside it, over the scale
+        self._heard: dict[int, dict[int, tuple[float, float]]] = {}
         self._right = _Population(math.log(0.25), 1.0, 10)
         self._wrong = _Population(math.log(0.9), 0.35, 10)
 
     def note(self, position: int, checked: Checked) -> None:
-        """Take note of tokens checked at a position behind a wrong one; the last word on each counts."""
+        """Take note of tokens checked at a position behind one wrong path; the last word on each counts."""
         relative = (checked.distances.cpu().double() / self._scales[position]).nan_to_num(_FAR, posinf=_FAR)
         logs = relative.clamp(1 / _FAR, _FAR).log()
-        self._heard.setdefault(position, {}).update(zip(checked.token_ids.tolist(), logs.tolist(), strict=True))
+        least = float(logs.min())
+        told = {token_id: (x, least) for token_id, x in zip(checked.token_ids.tolist(), logs.tolist(), strict=True)}
+        self._heard.setdefault(position, {}).update(told)
 
     def evidence(self, position: int) -> dict[int, float]:
         """Return for each token overheard at a position the nats its distance speaks for it."""
-        return {token_id: self._nats(x) for token_id, x in self._heard.get(position, {}).items()}
+        heard = self._heard.get(position, {})
+        return {i: max(self._nats(least) - _SLOPE * (x - least), _LEAST) for i, (x, least) in heard.items()}
 
     def settle(self, position: int, token_id: int) -> None:
         """Learn from a position whose token is known now."""
-        for other, x in self._heard.pop(position, {}).items():
+        for other, (x, _) in self._heard.pop(position, {}).items():
             (self._right if other == token_id else self._wrong).add(x)
 
     def _nats(self, x: float) -> float:

@@ -280,11 +280,11 @@ class PromptSearch:
             agreed.append(right.get(column, agreed[parent] if parent >= 0 else -1))
         start = self.view.position
         places, skipped = tree.positions.tolist(), {*accepted, *tried}
-        heard: dict[int, list[int]] = {}
+        heard: dict[tuple[int, int], list[int]] = {}  # by what they continue
         for column in sorted(range(len(places)), key=agreed.__getitem__):
             if places[column] >= start and column not in skipped:
-                heard.setdefault(places[column], []).append(column)
-        for position, columns in heard.items():
+                heard.setdefault((places[column], tree.parents[column]), []).append(column)
+        for (position, _), columns in heard.items():
             self.proposal.overhear(position, checked.subset(columns))
 
     def settle(self) -> None:

@@ -16,6 +16,8 @@ from torch import Tensor
 from sipit.inversion.proposals.proposal import Draft
 
 _POSITIONS_A_PASS = 8.0  # that a pass settles, about: what one more level in it is worth is this part of a pass
+_FAR = 64  # positions ahead that are looked at for what their distances tell
+_TOLD = 0.8  # of a pass, what it is worth to have checked a right token behind a path that may be wrong
 _LIKELY = 0.25  # chance of a guess from which what has to be checked beside it is worth asking for
 Beside = Callable[[list[tuple[int, int]]], list[list[int]]]  # (token, position) → tokens to be checked beside it there
 _ROOT = -1  # what the candidates for the next position continue: the accepted prefix
@@ -74,7 +76,9 @@ def build_tree(
         growth.add(token_id, _ROOT, 0, 0.0)
     if draft is not None:
         growth.chances[: len(draft.here)] = draft.here[: len(batch)].tolist()
-        growth.grow(_Ahead(draft.ahead))
+        ahead = _Ahead(draft.ahead)
+        growth.grow(ahead)
+        growth.scout(ahead)
         if beside is not None:
             growth.widen(beside, position)
     return Tree(
@@ -127,6 +131,33 @@ class _Growth:
             column = self.add(token_id, parent, depth, chance)
             offer(depth, parent, rank + 1)
             offer(depth + 1, column, 0)
+
+    def scout(self, ahead: _Ahead) -> None:
+        """Go on behind the best guesses as far as what the tokens there tell is worth their place.
+
+        Behind a wrong token no check counts, but a right one is nearer than the others beside it; so what was run
+        along there puts the guesses of a later pass right, many positions at once.
+        """
+        root = max((i for i, parent in enumerate(self.parents) if parent == _ROOT), key=self.chances.__getitem__)
+        column: int | None = root
+        gain, best_gain, n_worth = 0.0, 0.0, 0
+        planned: list[list[tuple[int, float]]] = []  # by depth: tokens and their chances, the best one first
+        while len(planned) < _FAR and (first := ahead.at(len(planned) + 1, 0)) is not None:
+            tokens = [first]
+            column = None if column is None else self._columns.get((column, first[0]))
+            gain -= column is None
+            while (other := ahead.at(len(planned) + 1, len(tokens))) is not None and other[1] * _TOLD * self._price > 1:
+                tokens.append(other)
+                gain += other[1] * _TOLD * self._price - 1
+            planned.append(tokens)
+            if gain > best_gain:
+                best_gain, n_worth = gain, len(planned)
+        parent, reached = root, self.chances[root]
+        for depth, tokens in enumerate(planned[:n_worth], 1):
+            if len(self.token_ids) + len(tokens) > self._max_tokens:
+                return
+            columns = [self.add(token_id, parent, depth, reached * chance) for token_id, chance in tokens]
+            parent, reached = columns[0], self.chances[columns[0]]
 
     def widen(self, beside: Beside, position: int) -> None:
         """Add what has to be checked before a likely guess is accepted, where that is worth the place it takes."""
