@@ -20,6 +20,7 @@ import torch
 
 import sipit
 from sipit.inversion.last.judge import LastJudge
+from sipit.report.plots import draw_lines, panels, save
 
 
 def main() -> None:
@@ -132,34 +133,19 @@ def _run(
 
 def _draw(path: Path, runs: list[dict[str, Any]]) -> None:
     """Draw the share recovered against the length of the prompt, a line for each layer and kind of prompt."""
-    import matplotlib.pyplot as plt
-
     series: dict[tuple[str, bool], dict[int, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         series[run["layer"], run["random_ids"]][run["length"]].append(run["exact"] and run["verdict"] == "recovered")
-    grey = "#7a7f87"  # that is read on white and in the dark
-    plt.rcParams.update(dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), grey))
-    figure, axes = plt.subplots(figsize=(6.4, 3.6))
-    styles = (("o", "#0072B2"), ("s", "#D55E00"), ("^", "#009E73"), ("D", "#CC79A7"), ("v", "#777777"))
-    for ((layer, is_random), found), (marker, colour) in zip(sorted(series.items()), styles, strict=False):
-        lengths = sorted(found)
-        shares = [100 * sum(found[n]) / len(found[n]) for n in lengths]
-        label = f"layer {layer}" + (", random ids" if is_random else "")
-        axes.plot(lengths, shares, marker=marker, color=colour, label=label)
-        axes.annotate(
-            label,
-            (lengths[-1], shares[-1]),
-            xytext=(7, 6 if shares[-1] < 50 else -12),
-            textcoords="offset points",
-            color=colour,
-        )
-    axes.set_xlabel("tokens of the prompt")
-    axes.set_ylabel("% recovered exactly")
-    axes.set_ylim(-4, 104)
-    axes.margins(x=0.18)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, transparent=True)
+    lines = []
+    for (layer, is_random), found in sorted(series.items()):
+        shares = [100 * sum(found[n]) / len(found[n]) for n in sorted(found)]
+        lines.append((f"layer {layer}" + (", random ids" if is_random else ""), sorted(found), shares))
+    figure, (axis,) = panels(1, width=6.4)
+    axis.set_ylim(-4, 104)
+    axis.set_xlabel("tokens of the prompt")
+    axis.set_ylabel("% recovered exactly")
+    draw_lines(axis, lines)
+    save(figure, path)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sipit.collisions import StateFolder, sampled_spread, search_pairs
 from sipit.observations import Cut
+from sipit.report.plots import draw_lines, panels, save
 
 
 def rows_of(folder: StateFolder, layer: str, n_rows: int) -> tuple[Tensor, bool]:
@@ -122,19 +123,15 @@ def main() -> None:
 
 
 def _plot(runs: list[dict[str, Any]], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 3.6), layout="constrained")
-    axis = figure.subplots()
-    axis.plot([r["rows"] for r in runs], [r["ours"] for r in runs], marker="o", label="sipit, exact")
     theirs = [r for r in runs if "faiss" in r]
-    axis.plot([r["rows"] for r in theirs], [r["faiss"] for r in theirs], marker="s", label="faiss flat, k = 2")
+    figure, (axis,) = panels(1)
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlabel("rows")
     axis.set_ylabel("seconds")
-    axis.legend(fontsize=8)
-    figure.savefig(path)
+    lines = [("sipit, exact", runs, "ours"), ("faiss flat, k = 2", theirs, "faiss")]
+    draw_lines(axis, [(name, [r["rows"] for r in of], [r[key] for r in of]) for name, of, key in lines])
+    save(figure, path)
 
 
 if __name__ == "__main__":

@@ -216,6 +216,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--max-seconds", type=float, default=float("inf"), help="most seconds for one prompt")
     bench.add_argument("--seed", type=int, default=0, help="of the random draws")
     bench.add_argument("--json", type=Path, metavar="OUT", help="write the record")
+    bench.add_argument("--figure", type=Path, metavar="FILE", help="draw what each method costs (extra 'report')")
     _model_options(bench, default="smollm2-135m")
     places.add_places(add, _command, _dump_options, _model_options)
     tables = _command(

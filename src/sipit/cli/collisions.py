@@ -111,7 +111,8 @@ def run_survey(options: argparse.Namespace) -> int:
     from sipit.experiments.cuts import every_cut
     from sipit.experiments.layer_surveys import logged_surveys
     from sipit.experiments.record import dated_head
-    from sipit.report.collisions import draw_survey, require_drawable
+    from sipit.report.collisions import draw_survey
+    from sipit.report.plots import require_drawable
     from sipit.storage import LineLog, require_writable
 
     if options.json is not None:

@@ -379,10 +379,15 @@ def bench(options: Namespace) -> int:
     """Run `sipit bench`."""
     from sipit.cli.display import CountDisplay
     from sipit.experiments import bench as experiment
+    from sipit.report.cost import draw_cost
+    from sipit.report.plots import require_drawable
     from sipit.storage import require_writable, write_json
 
     if options.json is not None:
         require_writable(options.json)
+    if options.figure is not None:
+        require_drawable(options.figure)
+        require_writable(options.figure)
     if (options.text_file is None) != options.random_ids:
         raise OptionError("bench needs prompts: pass either --text-file or --random-ids")
     if options.tokens < 1 or options.prompts < 1:
@@ -405,8 +410,11 @@ def bench(options: Namespace) -> int:
             runs.append(run)
             display.step(run.seq_len)
     print(experiment.table(runs))
+    record = experiment.bench_record(lm, runs)
     if options.json is not None:
-        write_json(options.json, experiment.bench_record(lm, runs))
+        write_json(options.json, record)
+    if options.figure is not None:
+        draw_cost([record], options.figure)
     return 0 if all(run.exact for run in runs) else 1
 
 

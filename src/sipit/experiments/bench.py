@@ -200,5 +200,6 @@ def bench_record(lm: LanguageModel, runs: Sequence[BenchRun]) -> dict[str, Any]:
     """Return the JSON record of a benchmark."""
     return {
         **record_head(lm),
+        "vocab_size": lm.vocab_size,
         "runs": [asdict(run) for run in runs],
     }

@@ -6,29 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sipit.errors import OptionError
-from sipit.storage import whole_file
+from sipit.report.plots import COLOURS, INK, draw_lines, panels, require_drawable, save
 
 _SHOWN_LENGTH_LAYERS = 5
-
-
-FORMATS = (".svg", ".png", ".pdf")
-
-
-def require_drawable(path: Path | str) -> None:
-    """Find out before long work that a figure cannot be drawn.
-
-    Raises:
-        OptionError: matplotlib is not installed, or the file's suffix names no format.
-    """
-    if Path(path).suffix not in FORMATS:
-        raise OptionError(f"cannot draw {path}: name a file ending in {', '.join(FORMATS)}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise OptionError(
-            'figures need matplotlib, which is not installed; install "sipit[report]", or leave the figure out'
-        ) from error
 
 
 def draw_survey(record: dict[str, Any], path: Path | str) -> None:
@@ -43,17 +23,13 @@ def draw_survey(record: dict[str, Any], path: Path | str) -> None:
         StorageError: the path cannot be written.
     """
     require_drawable(path)
-    from matplotlib.figure import Figure
-
     layers = record["layers"]
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    boxes, scales, lengths = figure.subplots(1, 3)
+    figure, (boxes, scales, lengths) = panels(3, width=4.6, height=4.2)
     _draw_boxes(boxes, layers)
     _draw_scales(scales, layers)
     _draw_lengths(lengths, layers)
-    figure.suptitle(f"{record['model']}: last-token states of {record['n_prompts']:,} prompts")
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format=Path(path).suffix.removeprefix("."))
+    figure.suptitle(f"{record['model']}: last-token states of {record['n_prompts']:,} prompts", color=INK)
+    save(figure, path)
 
 
 def _names(layers: Sequence[dict[str, Any]]) -> list[str]:
@@ -67,42 +43,66 @@ def _draw_boxes(axis: Any, layers: Sequence[dict[str, Any]]) -> None:
         at = dict(map(tuple, layer["spread"]["percentiles"]))
         stats.append({"label": name, "whislo": at[1], "q1": at[25], "med": at[50], "q3": at[75], "whishi": at[99]})
     places = range(len(layers))
-    axis.bxp(stats, positions=places, showfliers=False, widths=0.6)
-    axis.plot(places, [layer["closest"][0]["distance"] for layer in layers], "o", markersize=3, label="closest pair")
+    ink = {"color": INK}
+    axis.bxp(
+        stats, positions=places, showfliers=False, widths=0.6,
+        boxprops=ink, whiskerprops=ink, capprops=ink, medianprops={"color": COLOURS[3]},
+    )  # fmt: skip
+    closest = [layer["closest"][0]["distance"] for layer in layers]
     varied = [(layer["closest_varied"] or layer["closest"])[0]["distance"] for layer in layers]
-    axis.plot(places, varied, "s", markersize=3, label="closest, one token repeated left out")
-    axis.axhline(layers[0]["threshold"], color="grey", linewidth=0.8, linestyle=":", label="threshold")
+    for values, colour, marker, label in (
+        (varied, COLOURS[1], "s", "closest, one token repeated left out"),
+        (closest, COLOURS[0], "o", "closest pair"),
+    ):
+        axis.plot(places, values, marker, color=colour, markersize=4, label=label)
+    axis.axhline(layers[0]["threshold"], color=INK, linewidth=0.8, linestyle=":", label="threshold")
     kind = "sampled pairs" if layers[0]["spread"]["is_sampled"] else "all pairs"
-    _finish(axis, places, _names(layers), f"layer (box: quartiles, whiskers 1 and 99 %, {kind})", "L2 distance")
-    axis.legend(fontsize=8)
+    _finish(axis, _names(layers), f"layer (box: quartiles, whiskers 1 and 99 %, {kind})", "L2 distance")
+    _legend_below(axis)
 
 
 def _draw_scales(axis: Any, layers: Sequence[dict[str, Any]]) -> None:
-    places = range(len(layers))
-    for key, label in (("relative_to_norm", "over the states' norm"), ("relative_to_median", "over the median")):
-        closest = [(layer["closest_varied"] or layer["closest"])[0] for layer in layers]
-        axis.plot(places, [pair[key] or float("nan") for pair in closest], marker="o", markersize=3, label=label)
-    _finish(axis, places, _names(layers), "layer", "closest pair, without scale")
-    axis.legend(fontsize=8)
+    closest = [(layer["closest_varied"] or layer["closest"])[0] for layer in layers]
+    _finish(axis, _names(layers), "layer", "closest pair, without scale")
+    for key, label, colour, marker in (
+        ("relative_to_norm", "over the states' norm", COLOURS[0], "o"),
+        ("relative_to_median", "over the median distance", COLOURS[1], "s"),
+    ):
+        values = [pair[key] or float("nan") for pair in closest]
+        axis.plot(range(len(layers)), values, color=colour, marker=marker, markersize=4, label=label)
+    _legend_below(axis)
 
 
 def _draw_lengths(axis: Any, layers: Sequence[dict[str, Any]]) -> None:
     """The closest pair among prompts of one length, at a few layers."""
     step = max(1, len(layers) // _SHOWN_LENGTH_LAYERS)
-    for name, layer in list(zip(_names(layers), layers, strict=True))[::-1][::step]:
-        by_length = layer["by_length"]
-        axis.plot(
-            [b["length"] for b in by_length], [b["least"] for b in by_length], marker="o", markersize=3, label=name
-        )
+    shown = list(zip(_names(layers), layers, strict=True))[::-1][::step]
     axis.set_yscale("log")
     axis.set_xlabel("prompt length (tokens)")
     axis.set_ylabel("closest pair of that length, L2")
-    axis.legend(fontsize=8, title="layer")
+    draw_lines(
+        axis,
+        [
+            (
+                name if name == "final" else f"layer {name}",
+                [b["length"] for b in layer["by_length"]],
+                [b["least"] for b in layer["by_length"]],
+            )
+            for name, layer in shown
+        ],
+    )
 
 
-def _finish(axis: Any, places: Sequence[int], names: Sequence[str], x: str, y: str) -> None:
-    step = max(1, len(names) // 12)
+def _legend_below(axis: Any) -> None:
+    axis.legend(
+        fontsize=8, frameon=False, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.5, -0.2), borderaxespad=0
+    )
+
+
+def _finish(axis: Any, names: Sequence[str], x: str, y: str) -> None:
+    step = max(1, len(names) // 8)
+    places = [*range(0, len(names) - step, step), len(names) - 1]  # the last one named, and none too near it
     axis.set_yscale("log")
-    axis.set_xticks(list(places)[::step], list(names)[::step])
+    axis.set_xticks(places, [names[place] for place in places])
     axis.set_xlabel(x)
     axis.set_ylabel(y)

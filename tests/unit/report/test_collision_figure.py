@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from sipit.errors import OptionError, StorageError
-from sipit.report import collisions
+from sipit.report import collisions, plots
 
 
 def _values(line: Any) -> list[float]:
@@ -43,7 +43,7 @@ def test_figure_shows_the_closest_pair_of_each_layer(tmp_path: Path, monkeypatch
     monkeypatch.setattr(Figure, "savefig", kept)
     collisions.draw_survey(_record(), tmp_path / "f.svg")
     boxes, scales, lengths = drawn[0].axes
-    shown = {line.get_label(): _values(line) for line in boxes.lines}
+    shown: dict[Any, list[float]] = {line.get_label(): _values(line) for line in boxes.lines}
     assert shown["closest pair"] == [0.5, 0.25, 0.125]
     assert shown["closest, one token repeated left out"] == [1.5, 0.75, 0.375]
     assert _values(scales.lines[0]) == [0.01, 0.005, 0.0025]
@@ -62,4 +62,4 @@ def test_unknown_format_and_missing_folder_are_told(tmp_path: Path) -> None:
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(OptionError, match=r"sipit\[report\]"):
-        collisions.require_drawable("f.svg")
+        plots.require_drawable("f.svg")
