@@ -162,6 +162,21 @@ def require_file(path: Path | str) -> None:
         raise StorageError(f"cannot read {shown(path)}: it is a folder, a pipe or a device; name a regular file")
 
 
+@contextlib.contextmanager
+def open_tensors(path: Path | str) -> Iterator[Any]:
+    """Open a safetensors file; its tensors are read as they are asked for. The one place that does.
+
+    Raises:
+        StorageError: the path names no regular file: a pipe would block whoever opens it.
+        SafetensorError: the file is no such file, or a damaged one.
+    """
+    from safetensors import safe_open
+
+    require_file(path)
+    with safe_open(path, framework="pt") as stream:
+        yield stream
+
+
 def _parsed(raw: bytes) -> Any:
     return parse_json(raw.decode("utf-8"))
 

@@ -17,12 +17,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sipit import storage
 from sipit.errors import FetchError, StorageError
 from sipit.storage import (
     LineLog,
     build_folder,
     cache_dir,
     held_alone,
+    open_tensors,
     read_json,
     require_writable,
     sha256_of,
@@ -110,6 +112,18 @@ def test_special_file_is_not_replaced_by_a_plain_one(tmp_path: Path) -> None:
         write_json(pipe, {})
     assert pipe.is_fifo()
     assert list(tmp_path.iterdir()) == [pipe]
+
+
+def test_a_pipe_is_refused_where_tensors_are_read_and_blocks_nobody(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(StorageError, match="a pipe"), open_tensors(tmp_path / "pipe"):
+        pass
+
+
+def test_tensors_are_opened_in_one_place_alone() -> None:
+    source = Path(storage.__file__).parent
+    opening = {path.name for path in source.rglob("*.py") if "safe_open(" in path.read_text("utf-8")}
+    assert opening == {"storage.py"}
 
 
 def test_two_threads_may_write_one_file(tmp_path: Path) -> None:

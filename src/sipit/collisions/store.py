@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sipit.errors import InputError, MismatchError, OptionError, StorageError
 from sipit.models import LanguageModel
 from sipit.observations import SITES, Cut
-from sipit.storage import read_json, whole_file, write_json
+from sipit.storage import open_tensors, read_json, whole_file, write_json
 
 _SHARD = re.compile(r"states-[0-9]{5,}\.safetensors")
 
@@ -139,7 +139,7 @@ class StateFolder:
     def _tensor(self, shard: Shard, name: str) -> Tensor:
         path = self.path / shard.file
         try:
-            with safe_open(path, framework="pt") as stream:
+            with open_tensors(path) as stream:
                 if name not in stream.keys():  # noqa: SIM118
                     raise InputError(f"{path} holds no {name}; remove the file and run the same capture again")
                 found: Tensor = stream.get_tensor(name)

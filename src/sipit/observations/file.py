@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sipit.errors import InputError, SipitError, StorageError
 from sipit.observations.cut import SITES
 from sipit.observations.observation import Observation
-from sipit.storage import parse_json, require_file, whole_file
+from sipit.storage import open_tensors, parse_json, require_file, whole_file
 
 _FORMAT = "sipit.observation"
 _VERSION = "1"
@@ -60,7 +60,7 @@ def read_observation(path: Path | str) -> Observation:
     """
     require_file(path)
     try:
-        with safe_open(path, framework="pt") as stream:
+        with open_tensors(path) as stream:
             metadata = dict(stream.metadata() or {})
             keys = list(stream.keys())
             if sorted(keys) not in (["states"], ["half_step", "states"]) or metadata.get("format") != _FORMAT:

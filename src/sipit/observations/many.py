@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from sipit.errors import InputError, SipitError, StorageError
 from sipit.observations.file import positions_in, read_observation
 from sipit.observations.observation import Observation
-from sipit.storage import parse_json, require_file, whole_file
+from sipit.storage import open_tensors, parse_json, require_file, whole_file
 
 _FORMAT = "sipit.observations"
 _VERSION = "1"
@@ -54,8 +54,7 @@ def holds_many(path: Path | str) -> bool:
     if os.path.isdir(path):  # noqa: PTH112 - no error on names that no file can have
         return True
     try:
-        require_file(path)
-        with safe_open(path, framework="pt") as stream:
+        with open_tensors(path) as stream:
             return bool((stream.metadata() or {}).get("format") == _FORMAT)
     except (SafetensorError, OSError):
         return False
@@ -108,7 +107,7 @@ def _read_several(path: Path | str) -> Iterator[tuple[str, Observation]]:
     """Yield (name, observation) from a file of several."""
     require_file(path)
     try:
-        with safe_open(path, framework="pt") as stream:
+        with open_tensors(path) as stream:
             described: Any = parse_json((stream.metadata() or {}).get("observations", "[]"))
             names = set(stream.keys())
             keys = sorted(name for name in names if not name.startswith("half_step."))

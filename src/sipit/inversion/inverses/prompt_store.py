@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from sipit.inversion.inverses.prompt_network import PromptNetwork
 from sipit.inversion.inverses.store import fit_folder
 from sipit.models import LanguageModel
 from sipit.observations import Cut
-from sipit.storage import whole_file
+from sipit.storage import open_tensors, whole_file
 
 _FORMAT = "sipit.prompt_network"
 _VERSION = "1"
@@ -58,7 +58,7 @@ def load_prompt_fit(lm: LanguageModel, cut: Cut) -> PromptFit | None:
     """
     path = prompt_fit_path(lm, cut)
     try:
-        with safe_open(path, framework="pt") as stream:
+        with open_tensors(path) as stream:
             metadata = stream.metadata() or {}
             known = (metadata.get("format"), metadata.get("version"), metadata.get("fingerprint"))
             if known != (_FORMAT, _VERSION, lm.fingerprint):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,7 +28,7 @@ from sipit.inversion.inverses.token_keys import TokenKeys, token_keys
 from sipit.inversion.judging.meter import Meter
 from sipit.models import LanguageModel
 from sipit.observations import Cut
-from sipit.storage import cache_dir, whole_file
+from sipit.storage import cache_dir, open_tensors, whole_file
 
 _PROMPTS = ((16, 112), (64, 4))  # number and length of the anchor prompts; the short ones for early positions
 _PROSE = (16, 112)  # of prompts of prose, where there is a tokenizer
@@ -154,7 +154,7 @@ def _keep(lm: LanguageModel, cut: Cut, inverse: RidgeInverse) -> None:
 def _kept(lm: LanguageModel, cut: Cut) -> RidgeInverse | None:
     """Return the inverse that an earlier process made; a file that cannot be used is passed over: it only orders."""
     try:
-        with safe_open(_path(lm, cut), framework="pt") as stream:
+        with open_tensors(_path(lm, cut)) as stream:
             metadata = stream.metadata() or {}
             known = (metadata.get("format"), metadata.get("version"), metadata.get("fingerprint"))
             if known != (_FORMAT, _VERSION, lm.fingerprint):

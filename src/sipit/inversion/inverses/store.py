@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from sipit.float64 import float64_device
 from sipit.inversion.inverses.network import InverseNetwork
 from sipit.models import LanguageModel
 from sipit.observations import Cut
-from sipit.storage import cache_dir, whole_file
+from sipit.storage import cache_dir, open_tensors, whole_file
 
 _FORMAT = "sipit.fit"
 _VERSION = "4"  # raised with the keys, which a fit is made for
@@ -93,7 +93,7 @@ def load_fit(lm: LanguageModel, cut: Cut) -> Fit | None:
 
 def _read(lm: LanguageModel, path: Path) -> Fit | None:
     try:
-        with safe_open(path, framework="pt") as stream:
+        with open_tensors(path) as stream:
             metadata = stream.metadata() or {}
             known = (metadata.get("format"), metadata.get("version"), metadata.get("fingerprint"))
             if known != (_FORMAT, _VERSION, lm.fingerprint):

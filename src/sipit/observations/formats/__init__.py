@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from sipit.errors import InputError, OptionError, SipitError, StorageError
 from sipit.observations.formats.arrays import NumpyArchiveFormat, NumpyFormat, SafetensorsFormat
@@ -23,7 +23,7 @@ from sipit.observations.formats.observed import in_halves, observation_of, obser
 from sipit.observations.formats.sae_lens import SaeLensFormat
 from sipit.observations.formats.torch_files import TorchFormat
 from sipit.observations.formats.vllm import VllmFormat
-from sipit.storage import require_file
+from sipit.storage import open_tensors, require_file
 
 __all__ = [
     "FORMATS",
@@ -102,8 +102,7 @@ def is_foreign(path: Path) -> bool:
 
 def _is_own(path: Path) -> bool:
     try:
-        require_file(path)
-        with safe_open(path, framework="pt") as stream:
+        with open_tensors(path) as stream:
             return str((stream.metadata() or {}).get("format")).startswith("sipit.")
     except (SafetensorError, OSError):
         return False

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.lib import format as npy
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sipit.errors import InputError
@@ -21,6 +21,7 @@ from sipit.observations.formats.dump import Dump, EachInTurn, Wanted, brief, fil
 from sipit.observations.formats.rows import refuse_unused
 from sipit.observations.formats.tensor_file import first_bytes, first_member, looks_like_safetensors
 from sipit.observations.formats.tensors import Maker, named
+from sipit.storage import open_tensors
 
 _LARGEST_RATIO = 64  # of unpacked to packed bytes: states are noise and shrink by little
 _RAW = {1: np.uint8, 2: np.uint16}  # bytes an item → what holds them
@@ -125,7 +126,7 @@ def _of_archive(path: Path, wanted: Wanted) -> Iterator[Maker]:
 def _of_safetensors(path: Path, wanted: Wanted) -> Iterator[Maker]:
     name = file_name(path)
     try:
-        with safe_open(path, framework="pt") as stream:
+        with open_tensors(path) as stream:
             yield from named(name, OnDemand(list(stream.keys()), stream.get_tensor), wanted)
     except SafetensorError as error:
         raise InputError(f"{name} is not a whole safetensors file ({brief(error)}); copy it again") from error

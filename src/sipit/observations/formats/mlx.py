@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from sipit.errors import InputError, OptionError, ShapeError
 from sipit.observations.formats.dump import Dump, EachInTurn, Wanted, file_name
 from sipit.observations.formats.rows import chosen_prompts, floats_of, name_of, refuse_unused, require_plain, settled
 from sipit.observations.formats.tensor_file import safetensors_header
+from sipit.storage import open_tensors
 
 _TENSOR = re.compile(r"(\d{1,4})\.([01])")
 _PLAIN = ("KVCache", "ConcatenateKVCache")
@@ -53,7 +53,7 @@ def _blocks(path: Path, wanted: Wanted) -> Iterator[Callable[[], Dump]]:
     site = wanted.site or "kv"
     if site not in ("kv", "keys", "values"):
         raise OptionError(f"{name} holds keys and values alone; ask for --site kv, keys or values")
-    with safe_open(path, framework="pt") as stream:
+    with open_tensors(path) as stream:
         metadata = dict(stream.metadata() or {})
         held = {found[1] for key in stream.keys() if (found := _TENSOR.fullmatch(key))}  # noqa: SIM118
         if wanted.layer is not None and str(wanted.layer) not in held:

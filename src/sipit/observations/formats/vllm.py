@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from sipit.errors import InputError, OptionError, ShapeError, StorageError
@@ -31,6 +30,7 @@ from sipit.observations.formats.rows import (
     settled,
 )
 from sipit.observations.formats.tensor_file import safetensors_keys
+from sipit.storage import open_tensors
 
 _STATES, _IDS, _SCALES = "hidden_states", "token_ids", "hidden_states_scales"
 
@@ -55,7 +55,7 @@ def _columns(path: Path, wanted: Wanted) -> Iterator[Callable[[], Dump]]:
     if wanted.key not in (None, _STATES):
         raise OptionError(f"{name} holds states under {_STATES!r} alone, not under {wanted.key!r}; leave --key out")
     chosen_prompts(1, wanted, name)
-    with _not_being_written(path), safe_open(path, framework="pt") as stream:
+    with _not_being_written(path), open_tensors(path) as stream:
         shape = tuple(stream.get_slice(_STATES).get_shape())
         if len(shape) not in (2, 3):
             raise ShapeError(
