@@ -40,7 +40,7 @@ def wrong_layer(lm: LanguageModel, text: str, layer: int) -> bool:
     said = found.miss.diagnosis if found.miss is not None else found.verdict
     ratios = [cost["auto"][i] / cost["vocabulary"][i] for i in (0, 1)]
     print(
-        f"layer {true} given as {layer}: vocabulary {cost['vocabulary'][0]:.1f} s, auto {cost['auto'][0]:.1f} s, "
+        f"{true} given as layer {layer}: vocabulary {cost['vocabulary'][0]:.1f} s, auto {cost['auto'][0]:.1f} s, "
         f"{ratios[0]:.2f} times the seconds, {ratios[1]:.2f} times the tokens run; {said}",
         flush=True,
     )

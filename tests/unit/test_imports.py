@@ -228,3 +228,14 @@ def test_closest_pairs_reach_no_language_model() -> None:
     for start in ("sipit.collisions.nearest", "sipit.collisions.farthest", "sipit.collisions.spread"):
         reached = {_package(name) for name in _reached(start)}
         assert reached <= {"", "errors", "float64", "collisions"}, start
+
+
+def test_no_function_takes_more_than_five_arguments_by_place() -> None:
+    wide = []
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                names = [each.arg for each in (*node.args.posonlyargs, *node.args.args)]
+                if len([name for name in names if name not in ("self", "cls")]) > 5:
+                    wide.append(f"{path.name}: {node.name}")
+    assert wide == []

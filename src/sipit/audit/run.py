@@ -91,11 +91,11 @@ def _tried(lm: LanguageModel, plan: Plan, text: str, number: int, prompt: Tensor
         sent = defended.seen.states.to(dtype_named(plan.dtype)).float()
         defended = replace(defended, seen=replace(defended.seen, states=sent))
     utility = utility_of(lm, seen, defended.received or defended.seen)
-    return _attacked(lm, plan, number, prompt, defended, utility)
+    return _attacked(lm, plan, number=number, truth=prompt, defended=defended, utility=utility)
 
 
 def _attacked(
-    lm: LanguageModel, plan: Plan, number: int, truth: Tensor, defended: Defended, utility: Utility | None
+    lm: LanguageModel, plan: Plan, *, number: int, truth: Tensor, defended: Defended, utility: Utility | None
 ) -> Trial:
     seen = defended.seen
     began = time.perf_counter()

@@ -106,7 +106,7 @@ def climb(
         OptionError: the prompts are the same, or an option is out of range.
         NonFiniteError: a state of the pair holds NaN or infinity.
     """
-    _check_options(first, second, rounds, n_candidates, edits, sources)
+    _check_options(first, second, rounds=rounds, n_candidates=n_candidates, edits=edits, sources=sources)
     search = _Search(lm, cut, edits, sources, generator or torch.Generator().manual_seed(0))
     search.max_length = max(len(first), len(second)) + max_growth
     if lm.max_positions is not None:
@@ -278,7 +278,7 @@ def _step(edit: str, pair: Pair, distance: float, relative: float, n_evaluated: 
 
 
 def _check_options(
-    first: Tensor, second: Tensor, rounds: int, n_candidates: int, edits: Sequence[Edit], sources: Sequence[Source]
+    first: Tensor, second: Tensor, *, rounds: int, n_candidates: int, edits: Sequence[Edit], sources: Sequence[Source]
 ) -> None:
     if torch.equal(first, second):
         raise OptionError("both prompts have the same token ids, so they collide by definition; pass two prompts")

@@ -208,8 +208,8 @@ def survey_continuations(
             n_tokens=n_tokens,
             n_equal_rows=n_equal_pairs(groups),
             threshold=threshold,
-            within=_summary(lm, folder, cut, kept, numbers, within),
-            across=_summary(lm, folder, cut, kept, mixed, across),
+            within=_summary(lm, folder, cut, kept=kept, numbers=numbers, searches=within),
+            across=_summary(lm, folder, cut, kept=kept, numbers=mixed, searches=across),
             least_by_prefix=tuple(found.pairs[0].distance for found in within),
             spread=sampled_spread(blocks),
             seconds=time.perf_counter() - started,
@@ -220,6 +220,7 @@ def _summary(
     lm: LanguageModel,
     folder: StateFolder,
     cut: Cut,
+    *,
     kept: Tensor,
     numbers: list[tuple[int, int]],
     searches: list[PairSearch],
@@ -232,7 +233,7 @@ def _summary(
         size = folder.shards[0].n_prompts
         first = i * size + int(kept[pair.first])
         second = j * size + int(kept[pair.second - (len(kept) if i != j else 0)])
-        closest = _continued_pair(lm, folder, cut, first, second, pair.distance)
+        closest = _continued_pair(lm, folder, cut, first=first, second=second, distance=pair.distance)
     return PairSummary(
         n_pairs=sum(found.n_covered for found in searches),
         n_equal=sum(found.n_equal for found in searches),
@@ -244,7 +245,7 @@ def _summary(
 
 
 def _continued_pair(
-    lm: LanguageModel, folder: StateFolder, cut: Cut, first: int, second: int, distance: float
+    lm: LanguageModel, folder: StateFolder, cut: Cut, *, first: int, second: int, distance: float
 ) -> ContinuedPair:
     prompts = [folder.prompt(number) for number in (first, second)]
     a, b = (last_states(lm, [ids], [cut])[0][0].double() for ids in prompts)

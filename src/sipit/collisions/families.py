@@ -211,18 +211,30 @@ def survey_families(
         captured = last_states(lm, [member.ids for member in members], cuts, on_step=step)
         done += len(members)
         for states, (layer, site) in zip(captured, cuts, strict=True):
-            results.append(_result(lm, name, members, states, layer, site, k=k, threshold=threshold, seed=seed))
+            results.append(
+                _result(
+                    lm,
+                    name,
+                    members=members,
+                    states=states,
+                    layer=layer,
+                    site=site,
+                    k=k,
+                    threshold=threshold,
+                    seed=seed,
+                )
+            )
     return results
 
 
 def _result(
     lm: LanguageModel,
     name: str,
+    *,
     members: Sequence[Member],
     states: Tensor,
     layer: int,
     site: Site,
-    *,
     k: int,
     threshold: float,
     seed: int,

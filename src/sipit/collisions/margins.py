@@ -137,7 +137,15 @@ def survey_margins(
         if number < n_all:
             exact.append(tried[-1] if is_whole else margins(number, prefix, everything))
     return [
-        _surveyed(cut, prefixes, n, pick, is_whole, [row[i] for row in tried], [row[i] for row in exact])
+        _surveyed(
+            cut,
+            prefixes,
+            n,
+            pick=pick,
+            is_whole=is_whole,
+            tried=[row[i] for row in tried],
+            exact=[row[i] for row in exact],
+        )
         for i, cut in enumerate(cuts)
     ]
 
@@ -236,6 +244,7 @@ def _surveyed(
     cut: Cut,
     prefixes: Sequence[Tensor],
     n_tokens: int,
+    *,
     pick: Pick,
     is_whole: bool,
     tried: Sequence[Margin],

@@ -76,13 +76,24 @@ def survey_layers(
         raise OptionError(f"{folder.path} holds {len(folder)} prompt; a survey compares at least two")
     lengths, is_varied = folder.lengths(), varied(folder)
     for cut in folder.cuts if cuts is None else cuts:
-        yield _surveyed(folder.blocks(cut), lengths, is_varied, cut, k, threshold, memory, is_full, on_step)
+        yield _surveyed(
+            folder.blocks(cut),
+            lengths,
+            is_varied,
+            cut=cut,
+            k=k,
+            threshold=threshold,
+            memory=memory,
+            is_full=is_full,
+            on_step=on_step,
+        )
 
 
 def _surveyed(
     blocks: list[Tensor],
     lengths: Tensor,
     is_varied: Tensor,
+    *,
     cut: Cut,
     k: int,
     threshold: float,

@@ -121,13 +121,23 @@ def bench(
             seen = lm.capture(input_ids=ids, layer=cut.layer, site=cut.site)
             prefill_seconds = plain_seconds(lm, cut, len(ids))
             for name in methods:
-                yield _run(lm, seen, ids, name, number, seed, max_seconds, prefill_seconds)
+                yield _run(
+                    lm,
+                    seen,
+                    ids,
+                    name=name,
+                    number=number,
+                    seed=seed,
+                    max_seconds=max_seconds,
+                    prefill_seconds=prefill_seconds,
+                )
 
 
 def _run(
     lm: LanguageModel,
     seen: Observation,
     ids: Tensor,
+    *,
     name: str,
     number: int,
     seed: int,

@@ -35,7 +35,7 @@ def test_states_on_disk_are_those_of_ordinary_passes(lm: LanguageModel, tmp_path
     starts = [torch.tensor([[3], [7]]), torch.tensor([[1, 2, 3]])]
     given = torch.stack([random_ids(_LENGTH, seed=seed) for seed in range(11)])
     folder = _folder(lm, tmp_path, 14)
-    spent = sample_windows(lm, starts, _CUTS, folder, 0, lambda *_: None)
+    spent = sample_windows(lm, starts, _CUTS, folder, seed=0, on_step=lambda *_: None)
     spent += capture_windows(lm, given, _CUTS, folder, lambda *_: None)
     assert spent == 14 * _LENGTH * N_LAYERS
     windows = folder.windows
@@ -69,13 +69,13 @@ def test_sampling_goes_on_behind_the_batches_it_kept(
     starts = [torch.tensor([[i]]) for i in range(4)]
     (tmp_path / "whole").mkdir()
     whole = _folder(lm, tmp_path / "whole", 4)
-    sample_windows(lm, starts, _CUTS, whole, 5, lambda *_: None)
+    sample_windows(lm, starts, _CUTS, whole, seed=5, on_step=lambda *_: None)
     (tmp_path / "parts").mkdir()
-    sample_windows(lm, starts[:2], _CUTS, _folder(lm, tmp_path / "parts", 4), 5, lambda *_: None)
+    sample_windows(lm, starts[:2], _CUTS, _folder(lm, tmp_path / "parts", 4), seed=5, on_step=lambda *_: None)
     told: list[int] = []
     parts = _folder(lm, tmp_path / "parts", 4)
     assert parts.done == 2
-    sample_windows(lm, starts, _CUTS, parts, 5, lambda done, _: told.append(done))
+    sample_windows(lm, starts, _CUTS, parts, seed=5, on_step=lambda done, _: told.append(done))
     assert min(told) == 2 * _LENGTH + 1
     assert torch.equal(parts.windows, whole.windows)
     for cut in _CUTS:

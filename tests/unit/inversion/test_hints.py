@@ -109,7 +109,14 @@ def test_tree_shows_each_guess_what_it_continues_and_nothing_else(
 ) -> None:
     ahead = [(torch.arange(len(row)), torch.tensor(sorted(row, reverse=True))) for row in rows]
     draft = Draft(here=torch.tensor([first, 1 - first]), ahead=iter(ahead))
-    tree = build_tree(torch.arange(n_batch), 5, draft, limit, price, lambda asked: [[i + 1, 99] for i, _ in asked])
+    tree = build_tree(
+        torch.arange(n_batch),
+        5,
+        draft,
+        max_tokens=limit,
+        price=price,
+        beside=lambda asked: [[i + 1, 99] for i, _ in asked],
+    )
     assert len(tree.token_ids) == len(tree.parents) <= max(limit, n_batch)
     assert tree.behind()[:n_batch] == list(range(n_batch))
     assert (tree.attends is None) == (max(tree.parents) < 0)
@@ -126,7 +133,7 @@ def test_tree_shows_each_guess_what_it_continues_and_nothing_else(
 def test_a_doubtful_position_is_gone_on_behind_from_both_tokens() -> None:
     doubtful, sure = torch.tensor([0.5, 0.45]), torch.tensor([0.98, 0.01])
     ahead = iter([(torch.tensor([1, 2]), doubtful), (torch.tensor([3, 4]), sure), (torch.tensor([5, 6]), sure)])
-    tree = build_tree(torch.tensor([0]), 0, Draft(here=torch.tensor([1.0]), ahead=ahead), 64, 32.0)
+    tree = build_tree(torch.tensor([0]), 0, Draft(here=torch.tensor([1.0]), ahead=ahead), max_tokens=64, price=32.0)
     paths = [(0,) if parent < 0 else () for parent in tree.parents]
     for column, parent in enumerate(tree.parents[1:], start=1):
         paths[column] = (*paths[parent], int(tree.token_ids[column]))
@@ -141,7 +148,7 @@ def _doubtful_text(length: int) -> Draft:
 
 
 def test_a_pass_looks_far_ahead_behind_doubtful_guesses_where_passes_are_dear() -> None:
-    dear = build_tree(torch.tensor([0]), 0, _doubtful_text(12), 256, 48.0)
+    dear = build_tree(torch.tensor([0]), 0, _doubtful_text(12), max_tokens=256, price=48.0)
     trunk = [0]
     while behind := dear.behind(trunk[-1]):
         trunk.append(min(behind, key=lambda column: int(dear.token_ids[column])))
@@ -149,15 +156,15 @@ def test_a_pass_looks_far_ahead_behind_doubtful_guesses_where_passes_are_dear() 
     assert dear.token_ids[trunk].tolist() == [0, *range(3, 36, 3)]
     for column in trunk[:-1]:
         assert {int(dear.token_ids[i]) % 3 for i in dear.behind(column)} == {0, 1, 2}
-    cheap = build_tree(torch.tensor([0]), 0, _doubtful_text(12), 256, 4.0)
+    cheap = build_tree(torch.tensor([0]), 0, _doubtful_text(12), max_tokens=256, price=4.0)
     assert len(cheap.token_ids) == 1
 
 
 def test_a_pass_looks_no_further_ahead_than_it_may_hold() -> None:
-    tree = build_tree(torch.tensor([0]), 0, _doubtful_text(200), 20, 48.0)
+    tree = build_tree(torch.tensor([0]), 0, _doubtful_text(200), max_tokens=20, price=48.0)
     assert len(tree.token_ids) <= 20
     sure = ((torch.tensor([i]), torch.tensor([0.7])) for i in range(200))
-    alone = build_tree(torch.tensor([0]), 0, Draft(here=torch.tensor([0.9]), ahead=sure), 256, 48.0)
+    alone = build_tree(torch.tensor([0]), 0, Draft(here=torch.tensor([0.9]), ahead=sure), max_tokens=256, price=48.0)
     assert int(alone.positions.max()) < 12  # nothing stands beside these guesses, so there is nothing to be told
 
 

@@ -90,11 +90,11 @@ def test_token_that_its_own_noise_does_not_explain_is_looked_at_once(
 def test_local_noise_looks_at_every_shape_and_no_observation(lm: LanguageModel) -> None:
     cut = lm.cut(Cut(LAYER))
     prefix = IDS[:6]
-    noise, spent = noise_module.local_noise(cut, prefix, 9, 20, cut.row(prefix))
+    noise, spent = noise_module.local_noise(cut, prefix, 9, seq_len=20, row=cut.row(prefix))
     scale = float(cut.ordinary(torch.cat([prefix, torch.tensor([9])]))[-1].norm())
     assert 0 <= noise < 1e-4 * scale
     assert spent == 20 + sum(noise_module._WIDTHS)
-    again, with_prefix = noise_module.local_noise(cut, prefix, 9, 20)
+    again, with_prefix = noise_module.local_noise(cut, prefix, 9, seq_len=20)
     assert (again, with_prefix) == (noise, spent + 6)
 
 
@@ -134,10 +134,10 @@ def test_noise_of_a_state_behind_tokens_accepted_in_the_same_pass_is_measured_be
     measure = noise_module.local_noise
 
     def watched(
-        cut: TruncatedModel, prefix: Tensor, token_id: int, seq_len: int, row: PackedRow, lane: int
+        cut: TruncatedModel, prefix: Tensor, token_id: int, *, seq_len: int, row: PackedRow, lane: int
     ) -> tuple[float, int]:
         behind.append((row.length, len(prefix)))
-        return measure(cut, prefix, token_id, seq_len, row, lane)
+        return measure(cut, prefix, token_id, seq_len=seq_len, row=row, lane=lane)
 
     monkeypatch.setattr(check_module, "local_noise", watched)
     monkeypatch.setattr(search_module, "pass_price", lambda *_: 2.0)  # as for a long prompt: wide levels

@@ -75,7 +75,14 @@ def fit_inverse(
     try:
         work.mkdir(parents=True, exist_ok=True)
         with held_alone(fit_folder(lm).with_suffix(".lock"), f"a fit of {lm.name!r}"):
-            fits = _fit_in(work, lm, list(dict.fromkeys(Cut(*cut) for cut in cuts)), list(texts), recipe, on_progress)
+            fits = _fit_in(
+                work,
+                lm,
+                list(dict.fromkeys(Cut(*cut) for cut in cuts)),
+                texts=list(texts),
+                recipe=recipe,
+                on_progress=on_progress,
+            )
             shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         if isinstance(error, StorageError):
@@ -91,6 +98,7 @@ def _fit_in(
     work: Path,
     lm: LanguageModel,
     cuts: list[Cut],
+    *,
     texts: list[str],
     recipe: Recipe,
     on_progress: OnFitProgress | None,
@@ -103,7 +111,7 @@ def _fit_in(
     given = given_windows(lm, n_windows=n_windows, length=length, texts=texts, seed=seed)
     widths = {cut: lm.width(cut) for cut in cuts}
     folder = StatesFolder(work, widths, sum(map(len, starts)) + len(given), length)
-    spent = sample_windows(lm, starts, cuts, folder, seed, told.phase("sampling"))
+    spent = sample_windows(lm, starts, cuts, folder, seed=seed, on_step=told.phase("sampling"))
     spent += capture_windows(lm, given, cuts, folder, told.phase("capturing"))
     held_out, more = held_out_windows(lm, n_windows=_HELD_OUT_WINDOWS, length=_HELD_OUT_LENGTH, seed=seed)
     spent += more
@@ -118,9 +126,9 @@ def _fit_in(
         checkpoint = work / f"training-{site}-{layer}.safetensors"
         phase = told.phase(f"training {site} {layer}")
         with CapturedStates(path) as states:
-            network = train(states, windows, keys, recipe, checkpoint, phase)
+            network = train(states, windows, keys, recipe=recipe, checkpoint=checkpoint, on_step=phase)
         release_free_memory()
-        fit = _calibrated(lm, keys, cut, network, held_out, recipe.seed)
+        fit = _calibrated(lm, keys, cut, network, held_out=held_out, seed=recipe.seed)
         report = {
             **fit.report,
             "recipe": asdict(recipe),
@@ -156,6 +164,7 @@ def _calibrated(
     keys: TokenKeys,
     cut: Cut,
     network: InverseNetwork,
+    *,
     held_out: dict[str, Tensor],
     seed: int,
 ) -> Fit:

@@ -144,7 +144,9 @@ def fit_prompts(
             start_over_if_changed(work, settings)
             began = time.perf_counter()
             windows = _windows(lm, recipe, texts, work, on_progress)
-            network, nats = _trained(lm, cut, windows, recipe, work / "training.safetensors", on_progress)
+            network, nats = _trained(
+                lm, cut, windows, recipe, checkpoint=work / "training.safetensors", on_progress=on_progress
+            )
             report = {"recipe": asdict(recipe), "nats": nats, "seconds": time.perf_counter() - began}
             path = save_prompt_fit(lm, cut, PromptFit(network=network, report=report))
             shutil.rmtree(work, ignore_errors=True)
@@ -322,6 +324,7 @@ def _trained(
     cut: Cut,
     windows: _Windows,
     recipe: PromptRecipe,
+    *,
     checkpoint: Path,
     on_progress: OnFitProgress | None,
 ) -> tuple[PromptNetwork, float]:
@@ -349,7 +352,9 @@ def _trained(
         last = torch.multinomial(lengths, recipe.n_prompts, replacement=True, generator=generator).sort().values
         which = torch.randperm(recipe.n_prompts, generator=generator) % len(batch[0])
         negatives = torch.multinomial(frequencies, recipe.n_negatives, replacement=True, generator=generator)
-        loss = _loss(network, batch, which, last, negatives.to(device), frequencies.to(device), table)
+        loss = _loss(
+            network, batch, which, last, negatives=negatives.to(device), frequencies=frequencies.to(device), table=table
+        )
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -384,6 +389,7 @@ def _loss(
     batch: tuple[Tensor, ...],
     which: Tensor,
     last: Tensor,
+    *,
     negatives: Tensor,
     frequencies: Tensor,
     table: Tensor,

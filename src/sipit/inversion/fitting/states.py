@@ -65,7 +65,13 @@ class StatesFolder:
 
 
 def sample_windows(
-    lm: LanguageModel, starts: Sequence[Tensor], cuts: Sequence[Cut], folder: StatesFolder, seed: int, on_step: OnStep
+    lm: LanguageModel,
+    starts: Sequence[Tensor],
+    cuts: Sequence[Cut],
+    folder: StatesFolder,
+    *,
+    seed: int,
+    on_step: OnStep,
 ) -> int:
     """Let the model write on from some starts, (B, P) a batch; keep windows and states; return block-tokens."""
     length = folder.length

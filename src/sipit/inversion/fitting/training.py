@@ -53,6 +53,7 @@ def train(
     states: CapturedStates,
     windows: Tensor,
     keys: TokenKeys,
+    *,
     recipe: Recipe,
     checkpoint: Path,
     on_step: OnStep,
@@ -94,7 +95,7 @@ def train(
             group["lr"] = rate * group["scale"]
         x = _inputs(network, states, batch)  # (B, 3 D)
         drawn = torch.randint(keys.vocab_size, (recipe.n_negatives,), generator=generator).to(device)
-        loss = _sampled_loss(network, x, ids[batch].to(device), table, log_in, drawn)
+        loss = _sampled_loss(network, x, ids[batch].to(device), table=table, log_in=log_in, drawn=drawn)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -128,7 +129,7 @@ def _inputs(network: InverseNetwork, states: CapturedStates, rows: Tensor) -> Te
 
 
 def _sampled_loss(
-    network: InverseNetwork, x: Tensor, targets: Tensor, table: Tensor, log_in: Tensor, drawn: Tensor
+    network: InverseNetwork, x: Tensor, targets: Tensor, *, table: Tensor, log_in: Tensor, drawn: Tensor
 ) -> Tensor:
     tokens, place = torch.unique(torch.cat([drawn, targets]), return_inverse=True)  # (M,)
     place = place[len(drawn) :]  # (B,)

@@ -149,7 +149,7 @@ class PackedCheck:
         """
         place = len(prefix)
         ids = torch.tensor(prefix, dtype=torch.long)
-        noise, spent = local_noise(self.cut, ids, token_id, self._seq_len, self.row, self.lane)
+        noise, spent = local_noise(self.cut, ids, token_id, seq_len=self._seq_len, row=self.row, lane=self.lane)
         self._meter.spend(spent, self.cut.layer)
         more = max(0.0, SAFETY * noise - float(self._floor[place]))
         self._floor[place] += more
@@ -158,6 +158,6 @@ class PackedCheck:
     def own_limit(self, prefix: Sequence[int], token_id: int) -> float:
         """Return the largest distance that the measured noise of this very token's state explains."""
         ids = torch.tensor(prefix, dtype=torch.long)
-        noise, spent = local_noise(self.cut, ids, token_id, self._seq_len)
+        noise, spent = local_noise(self.cut, ids, token_id, seq_len=self._seq_len)
         self._meter.spend(spent, self.cut.layer)
         return SAFETY * noise

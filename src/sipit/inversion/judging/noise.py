@@ -191,7 +191,7 @@ def _packed_distances(
 
 
 def local_noise(
-    cut: TruncatedModel, prefix: Tensor, token_id: int, seq_len: int, row: PackedRow | None = None, lane: int = 0
+    cut: TruncatedModel, prefix: Tensor, token_id: int, *, seq_len: int, row: PackedRow | None = None, lane: int = 0
 ) -> tuple[float, int]:
     """Return how far kernels of different shapes put one token's state apart, and the tokens that took.
 

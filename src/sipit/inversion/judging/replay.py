@@ -61,7 +61,7 @@ def replay(lm: LanguageModel, seen: Observation, input_ids: Tensor, *, noise: fl
     for row in over.argsort(descending=True)[:_REMEASURED].tolist():
         if over[row] > 0:  # a state may amplify rounding: measure its own
             position = seen.positions[row]
-            more, spent = local_noise(cut, ids[:position], int(ids[position]), len(ids))
+            more, spent = local_noise(cut, ids[:position], int(ids[position]), seq_len=len(ids))
             block_tokens += spent * seen.layer
             more = max(0.0, SAFETY * more - float(limits.noise[row]))
             allowed[row] += more

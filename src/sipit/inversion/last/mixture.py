@@ -214,7 +214,7 @@ def decoded(mixture: Mixture, last: int, heads: Tensor, lengths: range, *, n_bea
         found = _scored(mixture, sought, beams, tried)  # (B, N, L)
         best_of_token = found.amax(dim=(0, 2))
         top = found.flatten().topk(min(2 * n_placed * n_beams, found.numel()))  # a set of tokens comes n_placed times
-        beams = _grown(mixture, sought, beams, tried, top, n_beams)
+        beams = _grown(mixture, sought, beams, tried=tried, top=top, n_beams=n_beams)
         n_kept = _KEPT * (2 if n_placed == 1 else 1)
         tried = tried[best_of_token.topk(min(n_kept, len(tried))).indices]
         is_whole = (beams.tokens[:, :n_placed] >= 0).all(dim=1) & (n_placed + 1 in lengths)
@@ -284,7 +284,7 @@ def _refined(mixture: Mixture, sought: _Sought, one: _Beams, last: int) -> Itera
             )
             only = sought.only(place)
             top = _scored(mixture, only, without, everything).flatten().topk(_CHANGES)
-            grown = _grown(mixture, only, without, everything, top, _CHANGES)
+            grown = _grown(mixture, only, without, tried=everything, top=top, n_beams=_CHANGES)
             tokens = one.tokens.repeat(len(grown.prior), 1)
             tokens[:, place] = grown.tokens[:, 0]
             changed.append(replace(grown, tokens=tokens))
@@ -297,7 +297,7 @@ def _refined(mixture: Mixture, sought: _Sought, one: _Beams, last: int) -> Itera
         one, least = both.taken(order[:1]), float(left[order[0]])
 
 
-def _grown(mixture: Mixture, sought: _Sought, beams: _Beams, tried: Tensor, top: Any, n_beams: int) -> _Beams:
+def _grown(mixture: Mixture, sought: _Sought, beams: _Beams, *, tried: Tensor, top: Any, n_beams: int) -> _Beams:
     """Return the beams that the best scores lead to, each set of placed tokens once."""
     n_places = sought.n_places
     is_possible = torch.isfinite(top.values)

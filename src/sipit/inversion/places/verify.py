@@ -85,7 +85,7 @@ def verify(
     require_belongs(lm, _rows(seen, inside, 0))
     found = replay(lm, held, ids)
     bad = [n for n in range(len(inside)) if float(found.over[n]) > 0]
-    instead = _instead(lm, held, found, bad, ids, others)
+    instead = _instead(lm, held, found, bad=bad, ids=ids, others=others)
     bad_rows = [
         BadRow(
             row=inside[n],
@@ -148,6 +148,7 @@ def _instead(
     lm: LanguageModel,
     held: Observation,
     found: Replay,
+    *,
     bad: Sequence[int],
     ids: Tensor,
     others: Sequence[Sequence[int]],

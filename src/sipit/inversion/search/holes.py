@@ -107,7 +107,7 @@ def bridged(
     for part, followers in _rounds(view, sequences, next_ids, bridges):
         at_once = max(1, max_batch // (n_missing + len(followers)))
         for each in part.split(at_once):
-            run_pairs(view.check, view.position, each, followers, max_batch, bridges)
+            run_pairs(view.check, view.position, each, followers, max_batch=max_batch, bridges=bridges)
             if bridges.is_closed:
                 return bridges
     if n_missing > 1:
@@ -122,21 +122,21 @@ def _descend(view: SearchView, likely: Tensor, bridges: Bridges, max_batch: int)
         for _ in range(_SWEEPS):
             before = at.distance
             for place in reversed(range(len(at.token_ids))):
-                at = _swept(view, likely, at, place, bridges, max_batch)
+                at = _swept(view, likely, at, place, bridges=bridges, max_batch=max_batch)
                 if at.is_near:
                     return
             if at.distance >= before:
                 break
 
 
-def _swept(view: SearchView, likely: Tensor, at: Bridge, place: int, bridges: Bridges, max_batch: int) -> Bridge:
+def _swept(view: SearchView, likely: Tensor, at: Bridge, place: int, *, bridges: Bridges, max_batch: int) -> Bridge:
     """Return the nearest of a bridge and those that differ from it in one place; likely tokens, then by regression."""
     here = Bridges()
     tokens = likely[: len(likely) // 4]
     for turn in range(2):
         sequences = torch.tensor([at.token_ids]).repeat(len(tokens), 1)  # (N, G)
         sequences[:, place] = tokens
-        run_pairs(view.check, view.position, sequences, [at.next_id], max_batch, here, place)
+        run_pairs(view.check, view.position, sequences, [at.next_id], max_batch=max_batch, bridges=here, place=place)
         if here.is_closed or turn:
             break
         every = torch.arange(view.lm.vocab_size)
@@ -199,6 +199,7 @@ def run_pairs(
     position: int,
     sequences: Tensor,
     next_ids: Sequence[int],
+    *,
     max_batch: int,
     bridges: Bridges,
     place: int = 0,
@@ -209,7 +210,7 @@ def run_pairs(
     """
     n_missing = sequences.shape[1]
     for followers in torch.tensor(list(next_ids)).split(max(1, max_batch - n_missing)):
-        _run_with(check, position, sequences, followers, max_batch, bridges, place)
+        _run_with(check, position, sequences, followers, max_batch=max_batch, bridges=bridges, place=place)
 
 
 def _run_with(
@@ -217,6 +218,7 @@ def _run_with(
     position: int,
     sequences: Tensor,
     followers: Tensor,
+    *,
     max_batch: int,
     bridges: Bridges,
     place: int,

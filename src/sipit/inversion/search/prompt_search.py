@@ -169,7 +169,7 @@ class PromptSearch:
             others = torch.tensor(self._rule.beside.of(token_id, position + n_missing, is_own=False), dtype=torch.long)
             sequences = torch.tensor([best.token_ids]).repeat(len(others), 1)
             sequences[:, place] = others
-            run_pairs(view.check, position, sequences, [best.next_id], self.max_batch, bridges)
+            run_pairs(view.check, position, sequences, [best.next_id], max_batch=self.max_batch, bridges=bridges)
         best = bridges.found[0]
         self.evidence += [evidence_over_hole(view, bridges.found, place, n_tried) for place in range(n_missing)]
         self._keep(best.token_ids, position)
@@ -198,7 +198,12 @@ class PromptSearch:
             speculates = not self._rule.tries_all and not self._is_settling
             draft = self._draft() if speculates else None
             return build_tree(
-                batch, self.view.position, draft, self.max_batch, self.view.price, self._rule.beside.of_guesses
+                batch,
+                self.view.position,
+                draft,
+                max_tokens=self.max_batch,
+                price=self.view.price,
+                beside=self._rule.beside.of_guesses,
             )
         return None
 

@@ -63,7 +63,7 @@ class _Ahead:
 
 
 def build_tree(
-    batch: Tensor, position: int, draft: Draft | None, max_tokens: int, price: float, beside: Beside | None = None
+    batch: Tensor, position: int, draft: Draft | None, *, max_tokens: int, price: float, beside: Beside | None = None
 ) -> Tree:
     """Return the tree of one pass: `batch` at `position`, then guesses while they are likely enough for its price.
 

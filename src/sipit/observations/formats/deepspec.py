@@ -85,7 +85,9 @@ def _samples(path: Path, wanted: Wanted) -> Iterator[Callable[[], Dump]]:
     for number in chosen_prompts(len(index) // _RECORD.size, wanted, name):
         record = _RECORD.unpack(bytes(index[number * _RECORD.size : (number + 1) * _RECORD.size]))
         for column in chosen:
-            yield partial(_dump, name, number, record, manifest, column, places[column], wanted)
+            yield partial(
+                _dump, name, number, record, manifest=manifest, column=column, place=places[column], wanted=wanted
+            )
 
 
 def _is_asked_for(place: Place, wanted: Wanted) -> bool:
@@ -114,7 +116,7 @@ def _manifest(path: Path, name: str) -> _Manifest:
 
 
 def _dump(
-    name: str, number: int, record: tuple[int, ...], manifest: _Manifest, column: int, place: Place, wanted: Wanted
+    name: str, number: int, record: tuple[int, ...], *, manifest: _Manifest, column: int, place: Place, wanted: Wanted
 ) -> Dump:
     title = f"{name}: prompt {number}, {'site final' if place[0] is None else f'layer {place[0]}'}"
     _, shard, length, ids_at, mask_at, _, states_at, last_at = record

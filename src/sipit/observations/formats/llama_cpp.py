@@ -145,7 +145,10 @@ def _blocks(path: Path, wanted: Wanted) -> Iterator[Callable[[], Dump]]:
         title = f"{name}: block {layer}" if len(caches) == 1 else f"{name}: cache {number}, its block {layer}"
         if wanted.key is not None and wanted.key != title.removeprefix(f"{name}: "):
             continue
-        yield partial(_dump, title, caches[number], layer, at, site, ids, architecture, notes, wanted)
+        yield partial(
+            _dump, title, caches[number], layer,
+            at=at, site=site, ids=ids, architecture=architecture, notes=notes, wanted=wanted,
+        )  # fmt: skip
 
 
 def _ids(held: tuple[int, ...], name: str) -> tuple[int, ...]:
@@ -234,6 +237,7 @@ def _dump(
     title: str,
     cache: _Cache,
     layer: int,
+    *,
     at: int | None,
     site: str,
     ids: tuple[int, ...],

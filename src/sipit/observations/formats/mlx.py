@@ -61,10 +61,10 @@ def _blocks(path: Path, wanted: Wanted) -> Iterator[Callable[[], Dump]]:
             raise OptionError(f"{name} holds the cache of blocks 0 to {last}, not {wanted.layer}; ask for another")
         for layer in sorted(map(int, held)):
             if wanted.layer in (None, layer):
-                yield partial(_block, stream, layer, metadata, site, name, wanted)
+                yield partial(_block, stream, layer, metadata, site=site, name=name, wanted=wanted)
 
 
-def _block(stream: Any, layer: int, metadata: dict[str, str], site: str, name: str, wanted: Wanted) -> Dump:
+def _block(stream: Any, layer: int, metadata: dict[str, str], *, site: str, name: str, wanted: Wanted) -> Dump:
     title = f"{name}: block {layer}"
     kind = _kind(metadata, layer) or "cache without a class"
     if kind not in _PLAIN:

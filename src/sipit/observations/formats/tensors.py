@@ -64,13 +64,14 @@ def batch(
         raise ShapeError(f"{name} has shape {tuple(tensor.shape)}, expected (batch, tokens, width) or (tokens, width)")
     prompts = tensor if tensor.ndim == 3 else tensor[None]
     for number in chosen_prompts(len(prompts), wanted, name):
-        yield partial(_of_batch, name, prompts, number, wanted, place, beside, notes)
+        yield partial(_of_batch, name, prompts, number, wanted=wanted, place=place, beside=beside, notes=notes)
 
 
 def _of_batch(
     name: str,
     prompts: Tensor,
     number: int,
+    *,
     wanted: Wanted,
     place: Place | None,
     beside: Mapping[Any, Any],
@@ -167,10 +168,14 @@ def cache_layers(name: str, layers: Sequence[object], wanted: Wanted) -> Iterato
         keys, values = pair
         for number in chosen_prompts(keys.shape[0], wanted, title):
             full = title if keys.shape[0] == 1 else f"{title}, prompt {number}"
-            yield partial(cached, full, keys[number], values[number], known, longest, wanted, note)
+            yield partial(
+                cached, full, keys[number], values[number], layer=known, longest=longest, wanted=wanted, note=note
+            )
 
 
-def cached(name: str, keys: Tensor, values: Tensor, layer: int | None, longest: int, wanted: Wanted, note: str) -> Dump:
+def cached(
+    name: str, keys: Tensor, values: Tensor, *, layer: int | None, longest: int, wanted: Wanted, note: str
+) -> Dump:
     """Return the dump of keys and values (H, T, d) of one prompt: (T, H·d each), keys first where both are wanted."""
     site = wanted.site if wanted.site in ("keys", "values") else "kv"
     rows = [part.transpose(0, 1).flatten(1) for part in (keys, values)]
@@ -253,11 +258,11 @@ def _tops(name: str, values: Tensor, token_ids: Tensor, wanted: Wanted, beside: 
     refuse_unused(name, wanted, "layers")
     values, token_ids = (part if part.ndim == 3 else part[None] for part in (values, token_ids))
     for number in chosen_prompts(len(values), wanted, name):
-        yield partial(_tops_of_batch, name, values, token_ids, number, wanted, beside)
+        yield partial(_tops_of_batch, name, values, token_ids, number=number, wanted=wanted, beside=beside)
 
 
 def _tops_of_batch(
-    name: str, values: Tensor, token_ids: Tensor, number: int, wanted: Wanted, beside: Mapping[Any, Any]
+    name: str, values: Tensor, token_ids: Tensor, *, number: int, wanted: Wanted, beside: Mapping[Any, Any]
 ) -> Dump:
     title = name if len(values) == 1 else f"{name}: prompt {number}"
     ids, mask = _ids_and_mask(beside, number, len(values), title)
@@ -312,7 +317,7 @@ def stacked(
 
 
 def joined(
-    name: str, stored: object, width: int, wanted: Wanted, beside: Mapping[Any, Any], hint: str
+    name: str, stored: object, width: int, wanted: Wanted, *, beside: Mapping[Any, Any], hint: str
 ) -> Iterator[Maker]:
     """Yield each of the states of one width joined along the last axis; layer unknown where the user names none."""
     tensor = require_plain(stored, name)

@@ -55,7 +55,7 @@ def of_tensors(
             f"{name} holds values of shape {tuple(stored.shape)} and ids of shape {tuple(ids.shape)}, expected "
             "(tokens, k) each: one prompt"
         )
-    return _dump(name, stored, ids.long(), wanted, (), input_ids)
+    return _dump(name, stored, ids.long(), wanted=wanted, notes=(), known=input_ids)
 
 
 def of_prompt_logprobs(name: str, entries: object, wanted: Wanted, beside: Mapping[str, Any]) -> Dump:
@@ -123,11 +123,13 @@ def _of_rows(
     if known is not None:
         notes.append("token ids: they lie in the file in clear")
         known = known[: len(rows)] if len(known) > len(rows) else None
-    return _dump(name, values, ids, replace(wanted, site=wanted.site or "log_probs"), tuple(notes), known)
+    return _dump(
+        name, values, ids, wanted=replace(wanted, site=wanted.site or "log_probs"), notes=tuple(notes), known=known
+    )
 
 
 def _dump(
-    name: str, values: Tensor, ids: Tensor, wanted: Wanted, notes: tuple[str, ...], known: tuple[int, ...] | None
+    name: str, values: Tensor, ids: Tensor, *, wanted: Wanted, notes: tuple[str, ...], known: tuple[int, ...] | None
 ) -> Dump:
     is_there = (ids >= 0) & values.isfinite()
     counts = is_there.sum(dim=1)

@@ -207,7 +207,7 @@ def _of_dictionary(name: str, saved: Mapping[Any, Any], wanted: Wanted) -> Itera
     if aux is not None and wanted.key != last and wanted.site != "final":
         hint = "by default layers 2, N/2, N-3: say --layers"
         ids = {"input_ids": saved["input_ids"]}
-        yield from joined(f"{name}: {aux}", saved[aux], width, wanted, ids, hint)
+        yield from joined(f"{name}: {aux}", saved[aux], width, wanted, beside=ids, hint=hint)
 
 
 def _is_aux(wanted: Wanted, unsure: bool) -> bool:
