@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sipit.inversion.proposals.proposal import Draft
 
-_POSITIONS_A_PASS = 8.0  # that a pass settles, about: what one more level in it is worth is this part of a pass
+_POSITIONS_A_PASS = 12.0  # that a pass settles, about: what one more level in it is worth is this part of a pass
 _FAR = 64  # positions ahead that are looked at for what their distances tell
 _TOLD = 0.8  # of a pass, what it is worth to have checked a right token behind a path that may be wrong
 _LIKELY = 0.25  # chance of a guess from which what has to be checked beside it is worth asking for
