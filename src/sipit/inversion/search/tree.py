@@ -18,6 +18,7 @@ from sipit.inversion.proposals.proposal import Draft
 _POSITIONS_A_PASS = 12.0  # that a pass settles, about: what one more level in it is worth is this part of a pass
 _FAR = 64  # positions ahead that are looked at for what their distances tell
 _TOLD = 0.8  # of a pass, what it is worth to have checked a right token behind a path that may be wrong
+_GROWN = 0.6  # of a pass, the most that guesses may fill: what must be checked beside them is to find room too
 _LIKELY = 0.25  # chance of a guess from which what has to be checked beside it is worth asking for
 Beside = Callable[[list[tuple[int, int]]], list[list[int]]]  # (token, position) → tokens to be checked beside it there
 _ROOT = -1  # what the candidates for the next position continue: the accepted prefix
@@ -98,6 +99,7 @@ class _Growth:
         self.depths: list[int] = []
         self.chances: list[float] = []  # that it and all that it continues are right
         self._max_tokens = max_tokens
+        self._max_grown = int(_GROWN * max_tokens)
         self._price = price
         self._columns: dict[tuple[int, int], int] = {}  # (column continued, token) → its column
 
@@ -126,7 +128,7 @@ class _Growth:
 
         for column in range(len(self.token_ids)):
             offer(1, column, 0)
-        while heap and len(self.token_ids) < self._max_tokens:
+        while heap and len(self.token_ids) < self._max_grown:
             _, depth, parent, rank, token_id, chance = heapq.heappop(heap)
             column = self.add(token_id, parent, depth, chance)
             offer(depth, parent, rank + 1)
@@ -154,7 +156,7 @@ class _Growth:
                 best_gain, n_worth = gain, len(planned)
         parent, reached = root, self.chances[root]
         for depth, tokens in enumerate(planned[:n_worth], 1):
-            if len(self.token_ids) + len(tokens) > self._max_tokens:
+            if len(self.token_ids) + len(tokens) > self._max_grown:
                 return
             columns = [self.add(token_id, parent, depth, reached * chance) for token_id, chance in tokens]
             parent, reached = columns[0], self.chances[columns[0]]
