@@ -32,7 +32,8 @@ _MAX_SCORES = 1 << 25  # scores held at once, over all positions ahead
 _WIDTH = 16  # guesses kept for each position ahead
 _CORRECT_AFTER = 8  # candidates checked in vain before a regression on them corrects the inverse
 _REFIT_AFTER = 64  # at which another regression on them does without the inverse
-_HOPELESS = 512  # at which the order of all that is left is settled once: what more regressions cost, they never save
+_HOPELESS = 512  # at which the order of all that is left is settled, until twice as many were
+_MOST_LEARNED = 4096  # candidates of one position that regressions learn from: later ones cost what they never save
 _LEAST_HEARD = -1.0  # nats that what was overheard may count against a token where the order is one of ranks
 _PRIOR_NATS = 2.0  # evidence needed to leave the first pair of weights
 _MIN_BATCH_SHARE = (
@@ -95,7 +96,9 @@ class FusedProposal:
         self._overheard = OffPathEvidence(view.values)
         self._echoes = RepeatedStates(self._observed, inverse.echo_reach)
         self._here = torch.empty(0)  # (K,) chances of what was last offered
-        self._rest: Tensor | None = None  # (V,) the order settled after many candidates in vain
+        self._n_vain = 0  # candidates checked in vain at this position
+        self._rest: Tensor | None = None  # (V,) the order settled after many of them
+        self._settled_until = 0  # as many of them as make it worth settling anew
 
     @property
     def _uses_likelihood(self) -> bool:
@@ -103,16 +106,17 @@ class FusedProposal:
 
     def begin(self) -> None:
         self._checked = []
+        self._n_vain = 0
         self._rest = None
 
     def next(self, n: int, untried: Tensor) -> Tensor:
-        n_checked = sum(len(c.token_ids) for c in self._checked)
+        n_checked = self._n_vain
         here = untried.to(self.view.check.observed.device)
         n_left = int(untried.sum())
         self._here = self._here[:0]  # where the order is one of ranks that was settled long ago, no chance is known
         if n_left == 0:
             return untried.nonzero()[:, 0]
-        if self._rest is not None:
+        if self._rest is not None and (n_checked < self._settled_until or n_checked > _MOST_LEARNED):
             return self._rest[untried[self._rest]][:n]
         is_doubtful = n_checked >= _CORRECT_AFTER
         heard = self._overheard.evidence(self.view.position)
@@ -120,7 +124,7 @@ class FusedProposal:
         for token_id, nats in heard.items():
             logits[token_id] += max(nats, _LEAST_HEARD) if is_doubtful else nats
         if n_checked >= _HOPELESS:
-            self._rest = logits.argsort(descending=True, stable=True).cpu()
+            self._rest, self._settled_until = logits.argsort(descending=True, stable=True).cpu(), 2 * n_checked
             return self._rest[untried[self._rest]][:n]
         logits = logits.masked_fill(~here, -torch.inf)
         echo = self._echoes.token(self.view.position, self.view.prefix)
@@ -168,7 +172,8 @@ class FusedProposal:
         return known
 
     def learn(self, checked: Checked) -> None:
-        if self._rest is None:  # else nothing is learned any more, and their states need no memory
+        self._n_vain += len(checked.token_ids)
+        if self._n_vain <= _MOST_LEARNED:  # else nothing is learned any more, and their states need no memory
             rows = self._restored.rows(checked.states, torch.full((len(checked.states),), self.view.position))
             self._checked.append(replace(checked, states=rows))
         self._n_wasted += len(checked.token_ids)
@@ -214,9 +219,8 @@ class FusedProposal:
             return row, self._log_rows([position])[0]
         if self._restored.are_states and self.view.is_gapless:
             return row, None
-        n_checked = sum(len(c.token_ids) for c in self._checked)
-        pays = n_checked * (self.view.seen.layer + 1) >= self.view.lm.n_layers  # it is a pass of the whole model
-        if n_checked and pays and position not in self._logs:
+        pays = self._n_vain * (self.view.seen.layer + 1) >= self.view.lm.n_layers  # it is a pass of the whole model
+        if self._n_vain and pays and position not in self._logs:
             self._logs = {position: self._likely.behind_prefix.logits()}
         return row, self._logs.get(position)
 
