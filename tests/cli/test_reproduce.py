@@ -34,6 +34,7 @@ def _records(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.thorough
 def test_each_experiment_leaves_records_that_say_what_made_them(name: str, results: Path) -> None:
     records = _records(results, name)
     assert records
@@ -43,6 +44,7 @@ def test_each_experiment_leaves_records_that_say_what_made_them(name: str, resul
         assert "refused" not in record["values"]
 
 
+@pytest.mark.thorough
 def test_distances_are_those_of_ordinary_passes(results: Path, text_folder: Path) -> None:
     lm = sipit.load(str(text_folder))
     records = [r["values"] for r in _records(results, "distances")]
@@ -62,17 +64,20 @@ def test_points_of_five_directions_have_about_five_dimensions() -> None:
     assert all(4.5 < value < 5.5 for value in found.values())
 
 
+@pytest.mark.thorough
 def test_half_the_margin_is_where_the_worst_noise_turns_the_token(results: Path) -> None:
     by_factor = {r["values"]["factor"]: r["values"]["worst_is_right"] for r in _records(results, "half-margin")}
     assert by_factor == {0.5: True, 0.9: True, 1.1: False, 2.0: False}
 
 
+@pytest.mark.thorough
 def test_one_repeated_token_collides_under_rotary_positions_alone(results: Path) -> None:
     found = {r["key"]: r["values"] for r in _records(results, "repeated-token")}
     assert found["llama"]["largest_gap"] < 1e-12 < 1e-6 < found["gpt2"]["largest_gap"]
     assert found["llama"]["least_gap_behind_another_token"] > 1e-6
 
 
+@pytest.mark.thorough
 def test_ours_is_exact_beside_the_baselines(results: Path) -> None:
     runs = [r["values"] for r in _records(results, "inversion")]
     assert {run["method"] for run in runs} >= {
@@ -85,11 +90,13 @@ def test_ours_is_exact_beside_the_baselines(results: Path) -> None:
     assert all(run["exact"] for run in runs if run["method"] in ("auto", "vocabulary-matching"))
 
 
+@pytest.mark.thorough
 def test_inversions_say_whether_a_fit_helped(results: Path) -> None:
     said = [r["values"] for name in ("long-prompts", "inversion") for r in _records(results, name)]
     assert {v["is_fitted"] for v in said if v.get("method") != "hard-prompts"} == {False}
 
 
+@pytest.mark.thorough
 def test_a_second_run_makes_nothing_anew(results: Path, text_folder: Path) -> None:
     before = {path: path.read_bytes() for path in results.glob("*.jsonl")}
     assert main(["reproduce", "margins", "--scale", "smoke", "--model", str(text_folder), "--out", str(results)]) == 0
@@ -103,6 +110,7 @@ def test_a_second_run_makes_nothing_anew(results: Path, text_folder: Path) -> No
     assert json.loads(again[-1])["values"] == json.loads(lines[-1])["values"]
 
 
+@pytest.mark.thorough
 def test_the_page_says_of_each_claim_whether_it_held(results: Path, tmp_path: Path) -> None:
     assert main(["report", str(results), "--out", str(tmp_path / "page.html")]) == 0
     text = (tmp_path / "page.html").read_text("utf-8")
