@@ -32,15 +32,7 @@ def _record() -> dict[str, Any]:
     return {"model": "tiny", "n_prompts": 1234, "layers": layers}
 
 
-def test_figure_shows_the_closest_pair_of_each_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[Figure] = []
-    real = Figure.savefig
-
-    def kept(self: Figure, *arguments: Any, **options: Any) -> None:
-        drawn.append(self)
-        real(self, *arguments, **options)
-
-    monkeypatch.setattr(Figure, "savefig", kept)
+def test_figure_shows_the_closest_pair_of_each_layer(tmp_path: Path, drawn: list[Figure]) -> None:
     collisions.draw_survey(_record(), tmp_path / "f.svg")
     boxes, scales, lengths = drawn[0].axes
     shown: dict[Any, list[float]] = {line.get_label(): _values(line) for line in boxes.lines}

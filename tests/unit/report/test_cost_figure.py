@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 from matplotlib.figure import Figure
 
 from sipit.report.cost import draw_cost
@@ -36,20 +35,6 @@ def _lines(axis: Any) -> dict[str, tuple[list[float], list[float]]]:
         for line in axis.get_lines()
         if not line.get_label().startswith("_")
     }
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures saved in a test."""
-    found: list[Figure] = []
-    real = Figure.savefig
-
-    def kept(self: Figure, *arguments: Any, **options: Any) -> None:
-        found.append(self)
-        real(self, *arguments, **options)
-
-    monkeypatch.setattr(Figure, "savefig", kept)
-    return found
 
 
 def test_panels_show_layer_length_and_vocabulary(tmp_path: Path, drawn: list[Figure]) -> None:
