@@ -144,7 +144,6 @@ class BatchScheduler:
         self._options = options
         self._n_slots = n_slots
         self._slots: deque[_Slot] = deque()  # those that waited longest first
-        self._row: PackedRow | None = None  # of the searches under way
 
     def has_room_for(self, seen: Observation) -> bool:
         """Whether a search may join those under way."""
@@ -169,15 +168,15 @@ class BatchScheduler:
         if any(not 0 <= token_id < lm.vocab_size for token_id in options.hint):
             raise OptionError(f"hint holds a token id outside the vocabulary (0 to {lm.vocab_size - 1})")
         started = time.perf_counter()
-        if self._row is None:
-            self._row = lm.cut(seen.cut, seq_len=seen.n_positions).row()
+        under_way = [slot.run.view.check.row for slot in self._slots]
+        row = under_way[0] if under_way else lm.cut(seen.cut, seq_len=seen.n_positions).row()
         lane = next(i for i in range(self._n_slots) if i not in {other.lane for other in self._slots})
         meter = Meter()
-        held = _with_prefix(seen, self._row, lane, meter)
+        held = _with_prefix(seen, row, lane, meter)
         whole, tolerance = gapless(held), tolerance_for(lm, held).at(held.positions)
         is_held = torch.zeros(seen.n_positions, dtype=torch.bool)
         is_held[list(held.positions)] = True
-        check = PackedCheck(lm, whole, tolerance, meter, noise=options.noise, row=self._row, lane=lane)
+        check = PackedCheck(lm, whole, tolerance, meter, noise=options.noise, row=row, lane=lane)
         generator = torch.Generator().manual_seed(options.seed)
         price = pass_price(lm, self._n_slots)
         prefix = list(seen.known_prefix)
@@ -219,9 +218,7 @@ class BatchScheduler:
                 self._slots.remove(slot)
                 slot.run.view.check.row.drop(slot.lane)
                 found[slot.number] = self._inversion(slot)
-        if not self._slots:
-            self._row = None  # the next may be of another cut
-        else:
+        if self._slots:
             self._pass(self._fill_batch())
         return found
 
