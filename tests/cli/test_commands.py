@@ -266,6 +266,7 @@ def _wait_for(descriptor: int, text: bytes) -> None:
         seen += part
 
 
+@pytest.mark.thorough
 def test_reader_that_goes_away_is_no_traceback(tmp_path: Path, text_folder: Path) -> None:
     lm = sipit.load(text_folder)
     sipit.write_observation(lm.capture("unread", layer=1), tmp_path / "seen")
@@ -401,6 +402,7 @@ def test_bad_input_is_refused_before_a_model_is_loaded(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["seen"]
 
 
+@pytest.mark.thorough
 def test_prompt_from_its_last_state_alone(run: Run, tmp_path: Path, text_folder: Path) -> None:
     code, _, err = run("capture", "--text", "ab", "--last", "--layer", "2", "--out", "seen", "--model", text_folder)
     assert code == 0

@@ -99,6 +99,7 @@ def test_the_first_state_overflows_a_narrow_dtype_unseen(llama: LanguageModel) -
     assert sipit.invert(llama, rows, layer=2, known_prefix=IDS[:SPLIT]).verdict == "recovered"
 
 
+@pytest.mark.thorough
 def test_rows_without_what_stands_before_them_say_so(llama: LanguageModel) -> None:
     seen = replace(_suffix(llama), known_prefix=())
     found = sipit.invert(llama, seen)

@@ -76,6 +76,7 @@ def test_random_ids_are_recovered(lm: LanguageModel) -> None:
     assert (found.verdict, found.input_ids) == ("recovered", tuple(ids.tolist()))
 
 
+@pytest.mark.thorough
 def test_certificate_holds_and_rejects_a_swapped_token(lm: LanguageModel, tmp_path: Path) -> None:
     seen = lm.capture(TEXTS[0], layer=15)
     found = sipit.invert(lm, seen)

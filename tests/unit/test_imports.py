@@ -168,6 +168,7 @@ def test_bad_usage_loads_nothing_heavy() -> None:
     assert _loads("import sipit.cli\nassert sipit.cli.main(['invert']) == 2") == set()
 
 
+@pytest.mark.thorough
 def test_python_interface_loads_no_plotting_web_or_data_set_library() -> None:
     assert _loads("import sipit; sipit.load; sipit.invert") & {"matplotlib", "datasets", "rich"} == set()
 

@@ -186,6 +186,7 @@ def test_interrupted_fit_goes_on_to_the_same_weights(cache: Path, fitted: Langua
         assert all(name == phase for name, _ in resumed)
 
 
+@pytest.mark.thorough
 def test_fit_uses_text_where_there_is_a_tokenizer(cache: Path) -> None:
     lm = text_model(bos=True)
     recipe = Recipe(n_windows=40, length=48, d_hidden=32, batch_size=128, epochs=1, n_negatives=64)

@@ -34,6 +34,7 @@ _BEHIND_RIVALS = 4.0
 _DOUBTED_AFTER = 128  # candidates checked in vain behind a fork before its other tokens are
 _NEXT = 16  # nearest candidates behind a fork that each of its tokens is run with
 _PAIRS = 1 << 15  # of a token of the fork and one behind it that are run once all of the vocabulary was tried there
+_FORK_PASSES = 1 << 10  # that settling a fork takes at most: where few tokens go into one, fewer pairs are run
 
 
 @dataclass
@@ -105,6 +106,11 @@ class PromptSearch:
         is_vain = self._tried.n_checked >= _DOUBTED_AFTER and not len(self._queued)
         is_first = self.fork is not None and not self.fork.is_doubted
         return is_first and self._is_behind_fork and is_vain and not self._tried.best().is_near
+
+    def _n_next(self, wanted: int) -> int:
+        """Return how many candidates behind the fork each of its tokens is run with."""
+        assert self.fork is not None
+        return max(1, min(wanted, _FORK_PASSES * self.max_batch // len(self.fork.token_ids)))
 
     def _settle_fork(self) -> None:
         """Run the tokens of the fork with what may follow them, and go on behind the best of those that survive.
@@ -183,14 +189,14 @@ class PromptSearch:
         """
         while not (self.is_done or self.is_aside):
             if self._is_in_doubt:
-                self.next_ids = tuple(self._tried.nearest(_NEXT))
+                self.next_ids = tuple(self._tried.nearest(self._n_next(_NEXT)))
                 continue
             self._is_settling = len(self._queued) > 0
             batch = self._queued if self._is_settling else self._proposed()
             self._queued = self._queued[:0]
             if len(batch) == 0 and self.fork is not None and self._is_behind_fork:
                 self.fork = replace(self.fork, is_doubted=True)
-                self.next_ids = tuple(self._tried.nearest(max(_NEXT, _PAIRS // len(self.fork.token_ids))))
+                self.next_ids = tuple(self._tried.nearest(self._n_next(max(_NEXT, _PAIRS // len(self.fork.token_ids)))))
                 continue
             if len(batch) == 0:
                 self._conclude()
