@@ -12,7 +12,7 @@ from sipit.inversion.judging.meter import Meter
 from sipit.inversion.judging.tolerance import tolerance_for
 from sipit.inversion.proposals import SearchView
 from sipit.inversion.search.accept_rule import Accept, AcceptRule, Retry
-from sipit.inversion.search.trials import Trials
+from sipit.inversion.search.trials import Trials, outcomes_of
 from sipit.observations import Cut
 from tests.tiny_models import random_ids, tiny_model
 
@@ -53,7 +53,7 @@ def _rule(lm: LanguageModel, *, exhaustive: bool = False, max_batch: int = 64) -
 def _tried(rule: AcceptRule, *token_ids: int) -> Trials:
     tried = Trials(rule.view.lm.vocab_size)
     ids = torch.tensor(token_ids)
-    tried.add(rule.view.check.run(ids, torch.full_like(ids, len(PREFIX))))
+    tried.add(outcomes_of(rule.view.check.run(ids, torch.full_like(ids, len(PREFIX)))))
     return tried
 
 

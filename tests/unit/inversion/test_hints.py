@@ -93,8 +93,7 @@ def test_removed_prefix_leaves_nothing(llama: LanguageModel, tmp_path: Path) -> 
 
 @given(chances=st.lists(st.floats(0.0, 1.0), min_size=1, max_size=8))
 def test_at_least_one_guess_is_always_worthwhile(chances: list[float]) -> None:
-    ordered = torch.tensor(sorted(chances, reverse=True))
-    assert 1 <= n_worth_checking(ordered, 1.0) <= len(chances)
+    assert 1 <= n_worth_checking(sorted(chances, reverse=True), 1.0) <= len(chances)
 
 
 @given(
@@ -107,8 +106,8 @@ def test_at_least_one_guess_is_always_worthwhile(chances: list[float]) -> None:
 def test_tree_shows_each_guess_what_it_continues_and_nothing_else(
     n_batch: int, rows: list[list[float]], first: float, limit: int, price: float
 ) -> None:
-    ahead = [(torch.arange(len(row)), torch.tensor(sorted(row, reverse=True))) for row in rows]
-    draft = Draft(here=torch.tensor([first, 1 - first]), ahead=iter(ahead))
+    ahead = [(list(range(len(row))), sorted(row, reverse=True)) for row in rows]
+    draft = Draft(here=[first, 1 - first], ahead=iter(ahead))
     tree = build_tree(
         torch.arange(n_batch),
         5,
@@ -131,9 +130,9 @@ def test_tree_shows_each_guess_what_it_continues_and_nothing_else(
 
 
 def test_a_doubtful_position_is_gone_on_behind_from_both_tokens() -> None:
-    doubtful, sure = torch.tensor([0.5, 0.45]), torch.tensor([0.98, 0.01])
-    ahead = iter([(torch.tensor([1, 2]), doubtful), (torch.tensor([3, 4]), sure), (torch.tensor([5, 6]), sure)])
-    tree = build_tree(torch.tensor([0]), 0, Draft(here=torch.tensor([1.0]), ahead=ahead), max_tokens=64, price=32.0)
+    doubtful, sure = [0.5, 0.45], [0.98, 0.01]
+    ahead = iter([([1, 2], doubtful), ([3, 4], sure), ([5, 6], sure)])
+    tree = build_tree(torch.tensor([0]), 0, Draft(here=[1.0], ahead=ahead), max_tokens=64, price=32.0)
     paths = [(0,) if parent < 0 else () for parent in tree.parents]
     for column, parent in enumerate(tree.parents[1:], start=1):
         paths[column] = (*paths[parent], int(tree.token_ids[column]))
@@ -142,9 +141,9 @@ def test_a_doubtful_position_is_gone_on_behind_from_both_tokens() -> None:
 
 def _doubtful_text(length: int) -> Draft:
     """Guesses that are right at three positions of five, with two more that may be."""
-    chances = torch.tensor([0.6, 0.25, 0.1])
-    ahead = ((torch.tensor([3 * i, 3 * i + 1, 3 * i + 2]), chances) for i in range(1, length))
-    return Draft(here=torch.tensor([0.9]), ahead=ahead)
+    chances = [0.6, 0.25, 0.1]
+    ahead = (([3 * i, 3 * i + 1, 3 * i + 2], chances) for i in range(1, length))
+    return Draft(here=[0.9], ahead=ahead)
 
 
 def test_a_pass_looks_far_ahead_behind_doubtful_guesses_where_passes_are_dear() -> None:
@@ -163,14 +162,14 @@ def test_a_pass_looks_far_ahead_behind_doubtful_guesses_where_passes_are_dear() 
 def test_a_pass_looks_no_further_ahead_than_it_may_hold() -> None:
     tree = build_tree(torch.tensor([0]), 0, _doubtful_text(200), max_tokens=20, price=48.0)
     assert len(tree.token_ids) <= 20
-    sure = ((torch.tensor([i]), torch.tensor([0.7])) for i in range(200))
-    alone = build_tree(torch.tensor([0]), 0, Draft(here=torch.tensor([0.9]), ahead=sure), max_tokens=256, price=48.0)
+    sure = (([i], [0.7]) for i in range(200))
+    alone = build_tree(torch.tensor([0]), 0, Draft(here=[0.9], ahead=sure), max_tokens=256, price=48.0)
     assert int(alone.positions.max()) < 12  # nothing stands beside these guesses, so there is nothing to be told
 
 
 @pytest.mark.parametrize(("price", "expected"), [(0.5, 1), (2.0, 2), (8.0, 3), (100.0, 4)])
 def test_tokens_are_checked_along_as_far_as_the_price_of_a_pass_pays(price: float, expected: int) -> None:
-    assert n_worth_checking(torch.tensor([0.5, 0.3, 0.1, 0.05]), price) == expected
+    assert n_worth_checking([0.5, 0.3, 0.1, 0.05], price) == expected
 
 
 def test_what_may_fit_beside_a_guess_is_checked_in_the_pass_that_checks_the_guess() -> None:

@@ -114,7 +114,7 @@ class _WithDecoys:
 
     def draft(self) -> Draft:
         later = range(self.view.position + 1, len(IDS))
-        return Draft(here=torch.tensor([0.999]), ahead=((self._pair(p), torch.tensor([0.999, 0.999])) for p in later))
+        return Draft(here=[0.999], ahead=((self._pair(p).tolist(), [0.999, 0.999]) for p in later))
 
     def learn(self, checked: Checked) -> None: ...
 

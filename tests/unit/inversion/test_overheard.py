@@ -85,11 +85,11 @@ def test_states_that_overflowed_poison_nothing(observed: Tensor) -> None:
 
 
 def test_evidence_reorders_guesses_and_leaves_the_others_their_share() -> None:
-    token_ids, chances = torch.tensor([4, 5, 6]), torch.tensor([0.6, 0.3, 0.05])
+    token_ids, chances = [4, 5, 6], [0.6, 0.3, 0.05]
     ordered, informed = _informed(token_ids, chances, {5: 3.0, 4: -1.0})
-    assert ordered.tolist() == [5, 4, 6]
-    weights = chances * torch.tensor([-1.0, 3.0, 0.0]).exp()
-    torch.testing.assert_close(informed, (weights / (weights.sum() + 0.05))[[1, 0, 2]])
+    assert ordered == [5, 4, 6]
+    weights = torch.tensor(chances) * torch.tensor([-1.0, 3.0, 0.0]).exp()
+    torch.testing.assert_close(torch.tensor(informed), (weights / (weights.sum() + 0.05))[[1, 0, 2]])
     assert _informed(token_ids, chances, {}) == (token_ids, chances)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sipit.inversion.inverses.arithmetic import Int8Matrix, in_int8, is_fast_in_bfloat16, is_fast_in_int8
+from sipit.inversion.inverses.top import top_of_rows
 from sipit.models import LanguageModel, PrepackedMatrix
 
 _NEIGHBOURS = 64  # of a token, remembered
@@ -82,8 +83,8 @@ class TokenKeys:
         for part in new.split(_FOUND_AT_ONCE) if len(new) else ():
             scores = self.scores(self.keys(part)).cpu()  # (N, V)
             scores[torch.arange(len(part)), part] = -torch.inf
-            best = scores.topk(min(_NEIGHBOURS, scores.shape[1]), dim=1)
-            for token_id, ids, values in zip(part.tolist(), best.indices.tolist(), best.values.tolist(), strict=True):
+            best, columns = top_of_rows(scores, min(_NEIGHBOURS, scores.shape[1]))
+            for token_id, ids, values in zip(part.tolist(), columns.tolist(), best.tolist(), strict=True):
                 self._nearest[token_id] = list(zip(ids, values, strict=True))
 
     def scores(self, queries: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ class TokenKeys:
 
     def _fast_scores(self, queries: Tensor, rounded: PrepackedMatrix | Int8Matrix) -> Tensor:
         scores = rounded.product(queries).float()  # (N, V)
-        best = scores.topk(min(_REFINED, self.vocab_size), dim=1).indices  # (N, K)
+        _, best = top_of_rows(scores, min(_REFINED, self.vocab_size))  # (N, K)
         keys = self.keys(best.flatten()).view(*best.shape, -1)  # (N, K, D)
         return scores.scatter_(1, best, torch.einsum("nd,nkd->nk", queries, keys))
 

@@ -20,11 +20,12 @@ from torch import Tensor
 from sipit.inversion.inverses.inverse import Inverse
 from sipit.inversion.inverses.restored import restored
 from sipit.inversion.inverses.ridge import ridge
+from sipit.inversion.inverses.top import top_of_rows
 from sipit.inversion.judging.check import Checked
 from sipit.inversion.proposals.likely import Likely
 from sipit.inversion.proposals.off_path import OffPathEvidence
 from sipit.inversion.proposals.price import n_worth_checking
-from sipit.inversion.proposals.proposal import Draft, SearchView
+from sipit.inversion.proposals.proposal import Draft, Guesses, SearchView
 from sipit.inversion.proposals.repeated import RepeatedStates
 
 _BLOCK = 64  # positions scored at a time
@@ -54,12 +55,12 @@ class _Guesses:
 
     weights: tuple[float, float]  # of the sum they were made with
     has_logs: bool
-    token_ids: Tensor  # (W, K)
-    chances: Tensor  # (W, K)
+    token_ids: list[list[int]]  # (W, K)
+    chances: list[list[float]]  # (W, K)
 
     def was_sure_of(self, row: int, token_id: int) -> bool:
         """Whether the token was guessed with hardly any doubt."""
-        return int(self.token_ids[row, 0]) == token_id and float(self.chances[row, 0]) > _SURE
+        return self.token_ids[row][0] == token_id and self.chances[row][0] > _SURE
 
 
 class FusedProposal:
@@ -95,7 +96,7 @@ class FusedProposal:
         self._checked: list[Checked] = []
         self._overheard = OffPathEvidence(view.values)
         self._echoes = RepeatedStates(self._observed, inverse.echo_reach)
-        self._here = torch.empty(0)  # (K,) chances of what was last offered
+        self._here: list[float] = []  # chances of what was last offered
         self._n_vain = 0  # candidates checked in vain at this position
         self._rest: Tensor | None = None  # (V,) the order settled after many of them
         self._settled_until = 0  # as many of them as make it worth settling anew
@@ -113,7 +114,7 @@ class FusedProposal:
         n_checked = self._n_vain
         here = untried.to(self.view.check.observed.device)
         n_left = int(untried.sum())
-        self._here = self._here[:0]  # where the order is one of ranks that was settled long ago, no chance is known
+        self._here = []  # where the order is one of ranks that was settled long ago, no chance is known
         if n_left == 0:
             return untried.nonzero()[:, 0]
         if self._rest is not None and (n_checked < self._settled_until or n_checked > _MOST_LEARNED):
@@ -131,7 +132,9 @@ class FusedProposal:
         is_echo = echo is not None and bool(here[echo])
         if is_echo:
             logits[echo] = logits.logsumexp(dim=0) + _ECHO_NATS
-        chances, order = logits.softmax(dim=0).topk(min(n, n_left))
+        best, order = top_of_rows(logits[None], min(n, n_left))
+        chances = (best[0] - logits.logsumexp(dim=0)).exp().tolist()
+        order = order[0]
         n_worth = max(n_worth_checking(chances, self.view.price), int(_MIN_BATCH_SHARE * n_checked))
         self._here = (chances if heard or is_echo else self._believed(chances))[:n_worth]
         return order[:n_worth].cpu()
@@ -146,7 +149,7 @@ class FusedProposal:
             .indices.cpu()
         )
 
-    def _ahead(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _ahead(self) -> Iterator[Guesses]:
         n_positions = min(self.view.seen.seq_len, self.view.position + self._n_blocks * _BLOCK)
         for position in range(self.view.position + 1, n_positions):
             guesses = self._guesses_at(position)
@@ -167,7 +170,7 @@ class FusedProposal:
             if has_logs and len(unsure):
                 logs = self._log_rows([start + row for row in unsure.tolist()])
                 token_ids[unsure], chances[unsure] = _best(_fused(weights, scores[unsure], logs))
-            known = _Guesses(weights, has_logs, token_ids.cpu(), chances.cpu())
+            known = _Guesses(weights, has_logs, token_ids.tolist(), chances.tolist())
             self._guesses[start] = known
         return known
 
@@ -181,21 +184,21 @@ class FusedProposal:
     def overhear(self, position: int, checked: Checked) -> None:
         self._overheard.note(position, checked)
 
-    def _believed(self, chances: Tensor) -> Tensor:
-        """Return chances of the best tokens, best first, as far as guesses of like certainty bore them out. (K,)."""
-        claimed = float(chances[0])
+    def _believed(self, chances: list[float]) -> list[float]:
+        """Return chances of the best tokens, best first, as far as guesses of like certainty bore them out."""
+        claimed = chances[0]
         band = bisect(_BANDS, claimed)
         rate = (self._right[band] + _PRIOR_GUESSES * claimed) / (self._seen[band] + _PRIOR_GUESSES)
-        return chances * (rate / max(claimed, 1e-9))
+        return [chance * (rate / max(claimed, 1e-9)) for chance in chances]
 
     def settle(self, token_id: int) -> None:
         position = self.view.position
         self._overheard.settle(position, token_id)
         guesses = self._guesses.get(position - position % _BLOCK)
         if guesses is not None:
-            band = bisect(_BANDS, float(guesses.chances[position % _BLOCK, 0]))
+            band = bisect(_BANDS, guesses.chances[position % _BLOCK][0])
             self._seen[band] += 1
-            self._right[band] += int(guesses.token_ids[position % _BLOCK, 0]) == token_id
+            self._right[band] += guesses.token_ids[position % _BLOCK][0] == token_id
         if position == 0 or (guesses is not None and guesses.was_sure_of(position % _BLOCK, token_id)):
             return  # says nothing about the weights
         row, logs = self._rows(position)
@@ -271,27 +274,26 @@ class FusedProposal:
 
 def _best(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return the likeliest tokens of each row and their chances. (N, V) → (N, K), (N, K)."""
-    best = logits.topk(min(_WIDTH, logits.shape[1]), dim=1)
-    return best.indices, (best.values - logits.logsumexp(dim=1, keepdim=True)).exp()
+    values, token_ids = top_of_rows(logits, min(_WIDTH, logits.shape[1]))
+    return token_ids, (values - logits.logsumexp(dim=1, keepdim=True)).exp()
 
 
-def _informed(token_ids: Tensor, chances: Tensor, evidence: dict[int, float]) -> tuple[Tensor, Tensor]:
-    """Return the best tokens of a position and their chances, best first, after evidence in nats. (K,), (K,)."""
+def _informed(token_ids: list[int], chances: list[float], evidence: dict[int, float]) -> Guesses:
+    """Return the best tokens of a position and their chances, best first, after evidence in nats."""
     if not evidence:
         return token_ids, chances
-    nats = torch.tensor([evidence.get(token_id, 0.0) for token_id in token_ids.tolist()])
-    rest = (1 - chances.sum()).clamp(min=0)  # of all other tokens, of which nothing was heard
-    weighed = chances * nats.exp()
-    chances, order = (weighed / (weighed.sum() + rest)).sort(descending=True)
-    return token_ids[order], chances
+    rest = max(0.0, 1 - sum(chances))  # of all other tokens, of which nothing was heard
+    weighed = [c * math.exp(evidence.get(i, 0.0)) for i, c in zip(token_ids, chances, strict=True)]
+    total = sum(weighed) + rest
+    order = sorted(range(len(weighed)), key=lambda k: -weighed[k])
+    return [token_ids[k] for k in order], [weighed[k] / total for k in order]
 
 
-def _echoed(token_ids: Tensor, chances: Tensor, echo: int) -> tuple[Tensor, Tensor]:
-    """Return a position's best tokens and their chances with an echo before all others. (K,), (K,)."""
-    others = token_ids != echo
+def _echoed(token_ids: list[int], chances: list[float], echo: int) -> Guesses:
+    """Return a position's best tokens and their chances with an echo before all others."""
     rest = math.exp(-_ECHO_NATS)
-    head, share = token_ids.new_tensor([echo]), chances.new_tensor([1.0])
-    return torch.cat([head, token_ids[others]]), torch.cat([share, rest * chances[others]]) / (1 + rest)
+    others = [(i, rest * c / (1 + rest)) for i, c in zip(token_ids, chances, strict=True) if i != echo]
+    return [echo, *(i for i, _ in others)], [1 / (1 + rest), *(c for _, c in others)]
 
 
 def _by_rank(scores: Tensor) -> Tensor:

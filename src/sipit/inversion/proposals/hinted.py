@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sipit.inversion.judging.check import Checked
-from sipit.inversion.proposals.proposal import Draft, Proposal, SearchView
+from sipit.inversion.proposals.proposal import Draft, Guesses, Proposal, SearchView
 
 
 class Hinted:
@@ -45,7 +45,7 @@ class Hinted:
 
     def draft(self) -> Draft | None:
         if self._is_open:
-            return Draft(here=torch.ones(1), ahead=self._ahead())
+            return Draft(here=[1.0], ahead=self._ahead())
         return self._inner.draft()
 
     def guesses(self, position: int, n: int) -> Tensor:
@@ -67,6 +67,6 @@ class Hinted:
             self._has_begun = True
             self._inner.begin()
 
-    def _ahead(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for token_id in self._hint[self.view.position + 1 : self.view.seen.seq_len]:
-            yield token_id[None], torch.ones(1)
+    def _ahead(self) -> Iterator[Guesses]:
+        for token_id in self._hint[self.view.position + 1 : self.view.seen.seq_len].tolist():
+            yield [token_id], [1.0]

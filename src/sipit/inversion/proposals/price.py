@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Sequence
 
 from sipit.models import LanguageModel
 from sipit.models.pass_cost import tokens_a_pass
@@ -18,14 +18,14 @@ def pass_price(lm: LanguageModel, n_sharing: int = 1) -> float:
     return tokens_a_pass(lm) / n_sharing
 
 
-def n_worth_checking(chances: Tensor, price: float) -> int:
-    """Return how many of some tokens, best first, to check in one pass. (N,) → at least 1.
+def n_worth_checking(chances: Sequence[float], price: float) -> int:
+    """Return how many of some tokens, best first, to check in one pass: at least 1.
 
     A token is checked along if it saves a later pass more often, by the price of a pass, than the
     better ones make it useless.
     """
     n_worth, before = 0, 0.0
-    for chance in chances.tolist():
+    for chance in chances:
         if chance * price < before:
             break
         n_worth += 1

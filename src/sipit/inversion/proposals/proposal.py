@@ -14,13 +14,15 @@ from sipit.inversion.judging.meter import Meter
 from sipit.models import LanguageModel
 from sipit.observations import Observation
 
+Guesses = tuple[list[int], list[float]]  # tokens of one position, the best first, and their probabilities
+
 
 @dataclass(frozen=True, kw_only=True)
 class Draft:
     """Guesses that need no recovered prefix."""
 
-    here: Tensor  # (K,) probabilities of the candidates for the next position, in their order; fewer where unknown
-    ahead: Iterator[tuple[Tensor, Tensor]]  # for each position after it: token ids (K,), probabilities (K,)
+    here: list[float]  # probabilities of the candidates for the next position, in their order; fewer where unknown
+    ahead: Iterator[Guesses]  # for each position after it
 
 
 @dataclass(kw_only=True)

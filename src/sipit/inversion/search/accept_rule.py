@@ -14,7 +14,7 @@ from sipit.inversion.evidence.result import Miss
 from sipit.inversion.proposals import SearchView
 from sipit.inversion.search.beside import Beside
 from sipit.inversion.search.diagnosis import diagnosed
-from sipit.inversion.search.trials import Best, Trials
+from sipit.inversion.search.trials import Outcome, Trials
 
 _STANDS_OUT = 16.0  # a token this many times nearer than all others is worth a second look
 _AMPLIFIED = 256.0  # at most this many tolerances away
@@ -24,7 +24,7 @@ _AMPLIFIED = 256.0  # at most this many tolerances away
 class Accept:
     """A token fits, and so does nothing else that may, or it is the nearest of what does."""
 
-    best: Best
+    best: Outcome
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class AcceptRule:
         best = tried.best()
         if not best.is_near or (self.tries_all and not is_settling):
             return None
-        others = [i for i in self.beside.of(best.token_id, self.view.position) if tried.untried[i]]
+        others = [i for i in self.beside.of(best.token_id, self.view.position) if i not in tried]
         if others:  # the next pass checks them beside it, behind the same prefix
             both = [best.token_id, *others] if self.max_batch > 1 else others
             return Retry(torch.tensor(both[: self.max_batch]))

@@ -23,7 +23,7 @@ from sipit.inversion.search.first_states import FirstStates, first_states
 from sipit.inversion.search.forks import Fork, followed
 from sipit.inversion.search.holes import bridged, evidence_over_hole, missed_hole, n_next_ids, run_pairs
 from sipit.inversion.search.tree import Tree, build_tree
-from sipit.inversion.search.trials import Best, Trials, named
+from sipit.inversion.search.trials import Outcome, Trials, named, outcomes_of
 
 _FIRST_BATCH = 16
 _GROWTH = 4
@@ -223,10 +223,10 @@ class PromptSearch:
 
     def _proposed(self) -> Tensor:
         """Return candidates not tried yet; none once the whole vocabulary was. (N,)."""
-        untried = self._tried.untried
         if self._rule.tries_all:  # all will be checked: no order is worth its price
             self._recall()
-            return untried.nonzero()[: self.max_batch, 0]
+            return self._tried.untried.nonzero()[: self.max_batch, 0]
+        untried = self._tried.untried
         limit = min(self._size, self.max_batch, self.proposal.batch_limit or self.max_batch)
         batch = self.proposal.next(limit, untried)
         batch = batch[untried[batch]]  # whatever a proposal says, no token is tried twice
@@ -241,7 +241,7 @@ class PromptSearch:
             return
         known = kept.token_ids
         for ids in known[self._tried.untried[known]].split(_RECALLED):
-            self._tried.add(self.view.check.compared(ids, torch.zeros_like(ids), kept.of(ids)))
+            self._tried.add(outcomes_of(self.view.check.compared(ids, torch.zeros_like(ids), kept.of(ids))))
 
     def _first_states(self) -> FirstStates | None:
         """Return what is kept of first states where all are tried; None elsewhere, and where they are too many."""
@@ -259,17 +259,17 @@ class PromptSearch:
         kept = self._first_states()
         if kept is not None:
             kept.note(tree.token_ids, states)
+        outcomes = outcomes_of(checked)
         columns = tree.behind()
         while columns:
-            here = checked.subset(columns)
-            self._tried.add(here)
-            ran = here.token_ids.tolist()
+            self._tried.add(outcomes[column] for column in columns)
+            ran = [outcomes[column].token_id for column in columns]
             decision = self._rule.after_pass(self._tried, ran, is_settling=self._is_settling)
             if isinstance(decision, Retry):
                 self._queued = decision.token_ids
                 return accepted
             if decision is None:
-                self.proposal.learn(here)
+                self.proposal.learn(checked.subset(columns))
                 self._is_doubted = True
                 break
             column = columns[ran.index(decision.best.token_id)]
@@ -312,7 +312,7 @@ class PromptSearch:
         else:
             self.miss = decision
 
-    def _accept(self, best: Best) -> None:
+    def _accept(self, best: Outcome) -> None:
         """Write down the evidence for a token, and begin the next position."""
         view, tried = self.view, self._tried
         limit, rivals = view.check.limit(view.position), tried.rivals(best.token_id)

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from sipit.inversion.proposals.proposal import Draft
+from sipit.inversion.proposals.proposal import Draft, Guesses
 
 _POSITIONS_A_PASS = 12.0  # that a pass settles, about: what one more level in it is worth is this part of a pass
 _FAR = 64  # positions ahead that are looked at for what their distances tell
@@ -48,9 +48,9 @@ class Tree:
 class _Ahead:
     """Guesses for the positions behind the next one, drawn as far as they are asked for."""
 
-    def __init__(self, ahead: Iterator[tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, ahead: Iterator[Guesses]) -> None:
         self._ahead = ahead
-        self._drawn: list[tuple[list[int], list[float]]] = []
+        self._drawn: list[Guesses] = []
 
     def at(self, depth: int, rank: int) -> tuple[int, float] | None:
         """Return the token of a rank at a depth, from 1, and its chance; None where there is none."""
@@ -58,7 +58,7 @@ class _Ahead:
             drawn = next(self._ahead, None)
             if drawn is None:
                 return None
-            self._drawn.append((drawn[0].tolist(), drawn[1].tolist()))
+            self._drawn.append(drawn)
         token_ids, chances = self._drawn[depth - 1]
         return (token_ids[rank], chances[rank]) if rank < len(token_ids) else None
 
@@ -76,7 +76,7 @@ def build_tree(
     for token_id in batch.tolist():
         growth.add(token_id, _ROOT, 0, 0.0)
     if draft is not None:
-        growth.chances[: len(draft.here)] = draft.here[: len(batch)].tolist()
+        growth.chances[: len(draft.here)] = draft.here[: len(batch)]
         ahead = _Ahead(draft.ahead)
         growth.grow(ahead)
         growth.scout(ahead)

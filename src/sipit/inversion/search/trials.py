@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +13,8 @@ from sipit.inversion.judging.check import Checked
 from sipit.models import LanguageModel
 
 
-@dataclass(frozen=True)
-class Best:
-    """The nearest candidate of those checked at one position."""
+class Outcome(NamedTuple):
+    """What the check says of one candidate."""
 
     token_id: int
     distance: float
@@ -23,62 +22,80 @@ class Best:
     is_near: bool
 
 
+def outcomes_of(checked: Checked) -> list[Outcome]:
+    """Return what a packed pass says of each token, in its order, without one call a token."""
+    columns = (checked.token_ids, checked.distances, checked.fits, checked.is_near)
+    return [Outcome(*one) for one in zip(*(column.tolist() for column in columns), strict=True)]
+
+
 class Trials:
-    """The candidates checked at one position."""
+    """The candidates checked at one position: mostly a handful, at most the vocabulary."""
 
     def __init__(self, vocab_size: int) -> None:
-        self.untried = torch.ones(vocab_size, dtype=torch.bool)  # (V,)
-        self.n_checked = 0  # tokens, each counted once
-        self._ids = torch.empty(0, dtype=torch.long)  # (N,) of all outcomes
-        self._distances = torch.empty(0)
-        self._fits = self._near = torch.empty(0, dtype=torch.bool)
+        self._untried = torch.ones(vocab_size, dtype=torch.bool)  # (V,) but for what is tried since it was asked for
+        self._since: list[int] = []
+        self._tried: set[int] = set()
+        self._outcomes: list[Outcome] = []  # a token that was run again stands here again
+        self._best: Outcome | None = None
 
-    def add(self, checked: Checked) -> None:
-        ids = checked.token_ids.cpu()
-        self.n_checked += int(self.untried[ids].sum())
-        self.untried[ids] = False
-        old = (self._ids, self._distances, self._fits, self._near)
-        new = (ids, checked.distances.cpu(), checked.fits.cpu(), checked.is_near.cpu())
-        both = [torch.cat(pair) for pair in zip(old, new, strict=True)] if len(self._ids) else new
-        self._ids, self._distances, self._fits, self._near = both
+    @property
+    def n_checked(self) -> int:
+        """Tokens checked, each counted once."""
+        return len(self._tried)
 
-    def best(self) -> Best:
+    @property
+    def untried(self) -> Tensor:
+        """Whether each token is still to be checked. (V,) bool."""
+        if self._since:
+            self._untried[self._since] = False
+            self._since = []
+        return self._untried
+
+    def __contains__(self, token_id: int) -> bool:
+        return token_id in self._tried
+
+    def add(self, outcomes: Iterable[Outcome]) -> None:
+        for one in outcomes:
+            self._outcomes.append(one)
+            self._tried.add(one.token_id)
+            self._since.append(one.token_id)
+            if self._best is None or _order(one) < _order(self._best):
+                self._best = one
+
+    def best(self) -> Outcome:
         """Return the nearest token that may be accepted, else the nearest of all."""
-        distances = self._distances.masked_fill(~self._near, torch.inf) if bool(self._near.any()) else self._distances
-        i = int(distances.argmin())
-        return Best(int(self._ids[i]), float(self._distances[i]), bool(self._fits[i]), bool(self._near[i]))
+        assert self._best is not None
+        return self._best
 
     def nearest(self, n: int) -> list[int]:
         """Return the nearest tokens checked, the nearest first."""
-        order = self._distances.argsort(stable=True)
-        return list(dict.fromkeys(self._ids[order].tolist()))[:n]
+        ordered = sorted(self._outcomes, key=lambda one: one.distance)
+        return list(dict.fromkeys(one.token_id for one in ordered))[:n]
 
     def runner_up(self, token_id: int) -> float | None:
         """Return the distance of the nearest other token checked."""
-        if self.n_checked < 2:
-            return None
-        return float(self._distances[self._ids != token_id].min())
+        return min((one.distance for one in self._outcomes if one.token_id != token_id), default=None)
 
     def rivals(self, token_id: int, *, within: float = 0.0) -> list[tuple[int, float]]:
         """Return other tokens that may be accepted too, or lie within a distance, the nearest first."""
-        if self.n_checked < 2:
-            return []
-        keep = (self._near | (self._distances <= within)) & (self._ids != token_id)
-        order = self._distances[keep].argsort(stable=True)
-        found: dict[int, float] = {}  # a token that was run again beside others stands here once, as it was nearest
-        for i, d in zip(self._ids[keep][order].tolist(), self._distances[keep][order].tolist(), strict=True):
-            found.setdefault(int(i), float(d))
-        return list(found.items())
+        found = [one for one in self._outcomes if (one.is_near or one.distance <= within) and one.token_id != token_id]
+        nearest: dict[int, float] = {}  # a token that was run again beside others stands here once, as it was nearest
+        for one in sorted(found, key=lambda one: one.distance):
+            nearest.setdefault(one.token_id, one.distance)
+        return list(nearest.items())
 
     def take_back(self, distance: float) -> Tensor:
         """Forget the tokens tried within a distance, as if they had not been; return them, nearest first. (N,)."""
-        far = self._distances > distance
-        back = self._ids[~far][self._distances[~far].argsort()]
-        self._ids, self._distances = self._ids[far], self._distances[far]
-        self._fits, self._near = self._fits[far], self._near[far]
-        self.n_checked -= int((~self.untried[back.unique()]).sum())
-        self.untried[back] = True
-        return back
+        back = sorted((one for one in self._outcomes if one.distance <= distance), key=lambda one: one.distance)
+        kept = [one for one in self._outcomes if not one.distance <= distance]
+        self._untried.fill_(True)
+        self._tried, self._since, self._outcomes, self._best = set(), [], [], None
+        self.add(kept)
+        return torch.tensor(list(dict.fromkeys(one.token_id for one in back)), dtype=torch.long)
+
+
+def _order(one: Outcome) -> tuple[bool, float]:
+    return not one.is_near, one.distance
 
 
 def named(lm: LanguageModel, rivals: Sequence[tuple[int, float]]) -> tuple[Candidate, ...]:
