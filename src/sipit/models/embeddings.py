@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import torch
@@ -71,6 +71,11 @@ class EmbeddingRows:
             self._indexes[ignores_mean] = _Index(self, ignores_mean)
         return self._indexes[ignores_mean].within(token_id, radius)
 
+    def near_by(self, token_id: int, others: Sequence[int], radius: float) -> list[int]:
+        """Return those of some tokens whose rows lie within a radius of this one's, in their order."""
+        rows = self.rows(torch.tensor([token_id, *others])).float()
+        return [i for i, gap in zip(others, (rows[1:] - rows[0]).norm(dim=1).tolist(), strict=True) if gap <= radius]
+
     def is_quick(self, radius: float) -> bool:
         """Whether `within` looks at few rows for such a radius, and not at all of them."""
         return radius < _WIDE * self._typical
@@ -81,6 +86,11 @@ class EmbeddingRows:
         Equal rows give equal states whatever the model, so no observation can tell them apart.
         """
         return self._twins.get(token_id, [])
+
+    @property
+    def spread(self) -> float:
+        """How far a row lies from the mean of all, about, in L2."""
+        return self._typical * float(self._module.embedding_dim**0.5)
 
     @cached_property
     def _typical(self) -> float:

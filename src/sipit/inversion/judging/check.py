@@ -111,10 +111,6 @@ class PackedCheck:
         spread = floor.first_spread if position == 0 else floor.rest_spread
         return _SPREAD_LESS * self.limit(position) / max(spread, 1e-30)
 
-    def reach(self, position: int) -> float:
-        """Return the tolerance at a position over the norm of the state observed there."""
-        return self.limit(position) / max(float(self.observed[position].norm()), 1e-30)
-
     def run(self, token_ids: Tensor, positions: Tensor, attends: Tensor | None = None) -> Checked:
         """Run tokens behind the accepted prefix, and compare them. (Q,), (Q,), (Q, Q) bool: see `PackedRow.run`."""
         states = self.row.run(token_ids, positions, attends, lanes=self.lanes(len(token_ids)))

@@ -43,6 +43,7 @@ _MIN_BATCH_SHARE = (
 _BANDS = (0.5, 0.9, 0.99, 0.999)  # guesses of like certainty are judged together by how often they prove right
 _PRIOR_GUESSES = 20.0  # of each band, assumed to have been right as often as they claimed
 _SURE = 0.9  # a guess that proves right at this chance teaches nothing
+_NEGLIGIBLE = -6.0  # nats by which tokens must be less likely together to be left out of a sum
 _CERTAIN = 0.999  # a guess by the inverse alone, for which the likelihood is not consulted
 _ECHO_NATS = 3.0  # for the token of an earlier state nearly like this one, against all others together
 _LOCAL_RIDGE = 1e-3
@@ -165,7 +166,7 @@ class FusedProposal:
         known = self._guesses.get(start)
         if known is None or known.weights != weights or known.has_logs != has_logs:
             scores = self._block(start)
-            token_ids, chances = _best(_fused(weights, scores, None))  # (W, K) each
+            token_ids, chances = _best(scores, weights[0])  # (W, K) each
             unsure = (chances[:, 0] < _CERTAIN).nonzero()[:, 0]
             if has_logs and len(unsure):
                 logs = self._log_rows([start + row for row in unsure.tolist()])
@@ -272,10 +273,15 @@ class FusedProposal:
         return torch.stack([_by_rank(scores) for scores in readings]).amax(dim=0) if len(readings) > 1 else readings[0]
 
 
-def _best(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the likeliest tokens of each row and their chances. (N, V) → (N, K), (N, K)."""
+def _best(logits: Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return the likeliest tokens of each row by weighted logits, and their chances. (N, V) → (N, K), (N, K)."""
     values, token_ids = top_of_rows(logits, min(_WIDTH, logits.shape[1]))
-    return token_ids, (values - logits.logsumexp(dim=1, keepdim=True)).exp()
+    values = weight * values
+    total = values.logsumexp(dim=1)  # (N,)
+    # All others together weigh at most as much as the last of the best, times the vocabulary.
+    is_open = values[:, -1] + math.log(logits.shape[1]) - total > _NEGLIGIBLE
+    total[is_open] = (weight * logits[is_open]).logsumexp(dim=1)
+    return token_ids, (values - total[:, None]).exp()
 
 
 def _informed(token_ids: list[int], chances: list[float], evidence: dict[int, float]) -> Guesses:

@@ -6,7 +6,10 @@ from sipit.inversion.inverses.token_keys import token_keys
 from sipit.inversion.judging.check import PackedCheck
 from sipit.models import LanguageModel
 
-_NARROW = 2e-4  # tolerance, over the state's norm, at which none but twins can fit beside a token
+# Radius, over how far rows spread, from which rows that point alike are looked for: below it they lie a hundred radii
+# away and more. And the radii within which one of them counts: no token was seen to spread rows so much less.
+_WIDE = 1 / 150
+_RADII = 64.0
 _ALIKE = 0.8  # cosine of keys from which a token may fit beside another where the tolerance is not coarse
 _RIVALS = 48  # tokens checked beside one that fits by a tolerance that is not narrow, at most
 _REMEMBERED = 1 << 14  # answers to which tokens may fit beside one, at most
@@ -24,9 +27,9 @@ class Beside:
         """Return tokens that may fit where this one does, by some row, the likeliest first.
 
         Those with nearly the same embedding row, and those whose rows are so near that the tolerance may
-        not tell their states apart, by what the cut can see of them. Where the tolerance is wider than
-        that (coarse arithmetic, states stored rounded), also the nearest rows by direction, so that the
-        best of them is accepted and not the first; and so where a later row alone tells of the token.
+        not tell their states apart, by what the cut can see of them. Where the tolerance is wide (coarse
+        arithmetic, states stored rounded), also the nearest rows by direction, so that the best of them is
+        accepted and not the first; and so where a later row alone tells of the token.
 
         Args:
             token_id: the token.
@@ -42,9 +45,11 @@ class Beside:
         for ignores_mean in (False, True) if lm.ignores_mean(check.cut.spec) else (False,):
             near = lm.embeddings.within(token_id, radius, ignores_mean=ignores_mean)
             found = [*found, *(i for i in near if i not in found)]
-        if not is_own or check.reach(row) > _NARROW:
-            least = -1.0 if check.is_coarse(row) else _ALIKE
-            near = token_keys(lm).nearest(token_id, _RIVALS, least)
+        if not is_own or self._is_wide(row):
+            is_coarse = check.is_coarse(row)
+            near = token_keys(lm).nearest(token_id, _RIVALS, -1.0 if is_coarse else _ALIKE)
+            if is_own and not is_coarse and near:
+                near = lm.embeddings.near_by(token_id, near, _RADII * radius)
             found = [*found, *(i for i in near if i not in found)]
         if len(self._known) >= _REMEMBERED:
             self._known.clear()
@@ -56,7 +61,10 @@ class Beside:
         check, lm = self._check, self._lm
         found: list[list[int]] = [[] for _ in guesses]
         cheap = [i for i, (_, row) in enumerate(guesses) if lm.embeddings.is_quick(check.alike_within(row))]
-        token_keys(lm).remember([guesses[i][0] for i in cheap if check.reach(guesses[i][1]) > _NARROW])
+        token_keys(lm).remember([guesses[i][0] for i in cheap if self._is_wide(guesses[i][1])])
         for i in cheap:
             found[i] = self.of(*guesses[i])
         return found
+
+    def _is_wide(self, row: int) -> bool:
+        return self._check.alike_within(row) > _WIDE * self._lm.embeddings.spread
