@@ -15,9 +15,10 @@ from torch import Tensor
 
 from sipit.inversion.proposals.proposal import Draft, Guesses
 
-_POSITIONS_A_PASS = 12.0  # that a pass settles, about: what one more level in it is worth is this part of a pass
+_SETTLED = (12.0, 64.0)  # positions that a pass settles, at least and at most: one is worth that part of a pass
 _FAR = 64  # positions ahead that are looked at for what their distances tell
 _TOLD = 0.8  # of a pass, what it is worth to have checked a right token behind a path that may be wrong
+_UNLIKELY = 0.05  # chance of a run of guesses from which on its length is not followed
 _GROWN = 0.6  # of a pass, the most that guesses may fill: what must be checked beside them is to find room too
 _LIKELY = 0.25  # chance of a guess from which what has to be checked beside it is worth asking for
 Beside = Callable[[list[tuple[int, int]]], list[list[int]]]  # (token, position) → tokens to be checked beside it there
@@ -69,8 +70,8 @@ def build_tree(
     """Return the tree of one pass: `batch` at `position`, then guesses while they are likely enough for its price.
 
     A token costs one, wherever it stands, and is of use where all that it continues proves right and it does too.
-    Another guess beside one saves a pass then; the best guess saves the share of a pass that one position of many is.
-    What has to be checked beside a guess before that is accepted saves a pass if the guess is right.
+    Another guess beside one saves a pass then; the best guess saves the share of a pass that one position is of all
+    that it may settle. What has to be checked beside a guess before it is accepted saves a pass if the guess is right.
     """
     growth = _Growth(max_tokens, price)
     for token_id in batch.tolist():
@@ -118,11 +119,14 @@ class _Growth:
         # Each with what it is worth: (-worth, depth, column continued, rank, token, chance).
         heap: list[tuple[float, int, int, int, int, float]] = []
 
+        n_settled = min(max(_expected_run(ahead), _SETTLED[0]), _SETTLED[1])
+
         def offer(depth: int, parent: int, rank: int) -> None:
             found, reached = ahead.at(depth, rank), self.chances[parent]
             if found is not None:
                 chance = reached * found[1]
-                worth = self._price * (chance if rank else reached / _POSITIONS_A_PASS)
+                # The best guess is to be run sooner or later in any case, if what it continues is right.
+                worth = self._price * chance if rank else reached * (self._price / n_settled + 1)
                 if worth >= 1:
                     heapq.heappush(heap, (-worth, depth, parent, rank, found[0], chance))
 
@@ -169,6 +173,15 @@ class _Growth:
             if len(others) <= min(self.chances[column] * self._price, self._max_tokens - len(self.token_ids)):
                 for other in others:
                     self.add(other, self.parents[column], self.depths[column], 0.0)
+
+
+def _expected_run(ahead: _Ahead) -> float:
+    """Return how many of the best guesses are expected to be right, one after the other, behind a right token."""
+    expected, chance, depth = 0.0, 1.0, 1
+    while chance > _UNLIKELY and expected < _SETTLED[1] and (found := ahead.at(depth, 0)) is not None:
+        chance *= found[1]
+        expected, depth = expected + chance, depth + 1
+    return expected
 
 
 def _attends(parents: list[int]) -> Tensor:
