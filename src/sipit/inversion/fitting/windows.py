@@ -15,7 +15,7 @@ from sipit.corpora import library_code, library_prose
 from sipit.inversion.fitting.sampling import written_on
 from sipit.models import LanguageModel
 
-# A library's prose and code are of few subjects: with more of the model's own writing, text of any other is read better.
+# A library's text is of few subjects: with more of the model's own writing, text of any other is read better.
 _SHARES = {"prose": 0.12, "code": 0.10, "random ids": 0.15, "inserted": 0.14, "own samples": 0.49}
 _HELD_OUT = ("asyncio", "email", "xml", "unittest")  # packages of the library kept for the report
 _SAMPLE_BATCH = 192  # windows written at once: their keys and values are most of a fit's memory
