@@ -37,9 +37,9 @@ class Tab:
         """Return the answer to a DevTools command on this page."""
         return self._chromium.call(method, session=self._session, **parameters)
 
-    def open(self, page: Path) -> None:
-        """Load a file and wait until it and all that it asks for are there."""
-        self.call("Page.navigate", url=page.as_uri())
+    def open(self, page: Path | str) -> None:
+        """Load a file, or an address, and wait until it and all that it asks for are there."""
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         self._chromium.wait_for("Page.loadEventFired", self._session)
 
     def run(self, script: str) -> Any:

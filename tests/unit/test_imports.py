@@ -20,8 +20,8 @@ MODULES = {
 }
 # each may import those before it in this list, and itself
 ARROWS = (
-    *("errors", "float64", "storage", "observations", "models", "corpora", "inversion", "collisions", "baselines"),
-    *("experiments", "audit", "report", "cli", "__main__"),
+    *("errors", "float64", "storage", "observations", "models", "workers", "corpora", "inversion", "collisions"),
+    *("baselines", "experiments", "audit", "report", "web", "cli", "__main__"),
 )
 PUBLIC = [
     *("Inversion", "LanguageModel", "Observation", "SipitError", "check_certificate", "invert", "invert_last", "load"),

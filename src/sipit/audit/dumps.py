@@ -15,6 +15,7 @@ from sipit.models.plain_pass import plain_seconds
 from sipit.observations import Observation, read_each, read_observation
 from sipit.observations.formats import Dump, Wanted, is_foreign, observation_of, read_dumps, settled_dumps, unpadded
 from sipit.observations.many import holds_many
+from sipit.workers import Here, Workers
 
 _Named = tuple[str, Observation | SipitError, tuple[int, ...] | None]
 
@@ -29,7 +30,12 @@ class DumpAudit:
 
 
 def audit_dumps(
-    lm: LanguageModel, paths: Sequence[Path], wanted: Wanted, *, on_trial: Callable[[Trial], None] | None = None
+    lm: LanguageModel,
+    paths: Sequence[Path],
+    wanted: Wanted,
+    *,
+    workers: Workers | None = None,
+    on_trial: Callable[[Trial], None] | None = None,
 ) -> DumpAudit:
     """Invert every prompt in some files or folders.
 
@@ -40,25 +46,24 @@ def audit_dumps(
         lm: the model.
         paths: observation files, or files and folders of other tools.
         wanted: what the user says of them.
+        workers: who inverts; None: this process.
         on_trial: told each trial as it is done.
     """
     plans: list[Plan] = []
     trials: list[Trial] = []
     refused: list[tuple[str, SipitError]] = []
-    for name, seen, truth in (entry for path in paths for entry in _entries(lm, path, wanted)):
-        if isinstance(seen, SipitError):
-            refused.append((name, seen))
+    entries = [entry for path in paths for entry in _entries(lm, path, wanted)]
+    refused += [(name, seen) for name, seen, _ in entries if isinstance(seen, SipitError)]
+    readable = [(name, seen, truth) for name, seen, truth in entries if not isinstance(seen, SipitError)]
+    found = (workers or Here(lm)).results(_tried, [(_plan(seen), seen, truth) for _, seen, truth in readable])
+    for (name, seen, _), trial in zip(readable, found, strict=True):
+        if isinstance(trial, SipitError):
+            refused.append((name, trial))
             continue
-        plan = Plan(layer=seen.layer, site=seen.site, dtype=seen.dtype, defence="none", strength=0.0)
-        try:
-            trial = _tried(lm, plan, len(trials), replace(seen, fingerprint=None), truth)
-        except SipitError as error:
-            refused.append((name, error))
-            continue
-        plans += [plan] if plan not in plans else []
-        trials.append(trial)
+        plans += [_plan(seen)] if _plan(seen) not in plans else []
+        trials.append(replace(trial, prompt=len(trials)))
         if on_trial is not None:
-            on_trial(trial)
+            on_trial(trials[-1])
     return DumpAudit(cells=cells_of(plans, trials), trials=trials, refused=refused)
 
 
@@ -83,9 +88,18 @@ def _of_dump(lm: LanguageModel, path: Path, found: Dump | SipitError) -> _Named:
         return dump.name, error, None
 
 
-def _tried(lm: LanguageModel, plan: Plan, number: int, seen: Observation, truth: tuple[int, ...] | None) -> Trial:
+def _plan(seen: Observation) -> Plan:
+    return Plan(layer=seen.layer, site=seen.site, dtype=seen.dtype, defence="none", strength=0.0)
+
+
+def _tried(lm: LanguageModel, piece: tuple[Plan, Observation, tuple[int, ...] | None]) -> Trial | SipitError:
+    """Invert one observation at its place; `truth`, the last of the piece, is what lay beside it."""
+    plan, seen, truth = piece
     began = time.perf_counter()
-    found = invert(lm, seen)
+    try:
+        found = invert(lm, replace(seen, fingerprint=None))
+    except SipitError as error:
+        return error
     seconds = time.perf_counter() - began
     known = truth if truth is not None and len(truth) == seen.n_sought else None
     right = [known is None or a == b for a, b in zip(found.input_ids, known or found.input_ids, strict=False)]
@@ -101,7 +115,7 @@ def _tried(lm: LanguageModel, plan: Plan, number: int, seen: Observation, truth:
     )
     return Trial(
         cell=plan.key,
-        prompt=number,
+        prompt=0,
         verdict=found.verdict,
         tokens=seen.n_sought,
         exact_tokens=sum(right) if known is not None or found.verdict == "recovered" else 0,

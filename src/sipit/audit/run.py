@@ -21,6 +21,7 @@ from sipit.models import LanguageModel
 from sipit.models.plain_pass import plain_seconds
 from sipit.observations import Site, dtype_named
 from sipit.storage import LineLog
+from sipit.workers import Here, Workers
 
 OnTrial = Callable[[Trial], None]
 
@@ -33,6 +34,7 @@ def audit(
     folder: Path,
     dtypes: Sequence[str] = ("float32",),
     defences: Sequence[str] = ("none",),
+    workers: Workers | None = None,
     on_trial: OnTrial | None = None,
 ) -> tuple[list[Cell], list[Trial]]:
     """Attack prompts' states in every cell, and return what came of it.
@@ -41,9 +43,10 @@ def audit(
         lm: the model.
         prompts: token ids, (T,) each.
         cuts: what leaks: blocks run, None for a site of one layer, and the site.
-        folder: where the log lies; it holds the prompts, so only its owner may read it.
+        folder: where the log lies, made if it is not there; it holds the prompts, so only its owner may read it.
         dtypes: that rows are stored in.
         defences: each "NAME:STRENGTH", or "none".
+        workers: who attacks; None: this process. The log and what is returned are the same but for the seconds.
         on_trial: told each trial as it is done.
 
     Raises:
@@ -57,19 +60,23 @@ def audit(
         for dtype in dtypes
         for text, (one, strength) in named.items()
     }
+    folder.mkdir(parents=True, exist_ok=True)
     log = LineLog(folder / "trials.jsonl", is_private=True)
     trials = {(t["cell"], t["prompt_sha256"]): _trial(t) for t in log.records() if t["fingerprint"] == lm.fingerprint}
-    for number, prompt in enumerate(prompts):
-        digest = hashlib.sha256(prompt.numpy().tobytes()).hexdigest()
-        for plan, text in plans.items():
-            if (plan.key, digest) in trials:
-                continue
-            trial = _tried(lm, plan, text, number, prompt)
-            log.append({**trial.record(), "prompt_sha256": digest, "fingerprint": lm.fingerprint})
-            trials[plan.key, digest] = trial
-            if on_trial is not None:
-                on_trial(trial)
-    wanted = {hashlib.sha256(prompt.numpy().tobytes()).hexdigest() for prompt in prompts}
+    digests = [hashlib.sha256(prompt.numpy().tobytes()).hexdigest() for prompt in prompts]
+    waiting = {
+        (plan.key, digest): (plan, text, number, prompt)
+        for number, (prompt, digest) in enumerate(zip(prompts, digests, strict=True))
+        for plan, text in plans.items()
+        if (plan.key, digest) not in trials
+    }
+    found = (workers or Here(lm)).results(_tried, list(waiting.values()))
+    for (key, digest), trial in zip(waiting, found, strict=True):
+        log.append({**trial.record(), "prompt_sha256": digest, "fingerprint": lm.fingerprint})
+        trials[key, digest] = trial
+        if on_trial is not None:
+            on_trial(trial)
+    wanted = set(digests)
     used = [trial for (_, digest), trial in trials.items() if digest in wanted]
     return cells_of(list(plans), used), used
 
@@ -79,8 +86,9 @@ def _trial(record: dict[str, Any]) -> Trial:
     return Trial(**{**fields, "shown": tuple(record["shown"])})
 
 
-def _tried(lm: LanguageModel, plan: Plan, text: str, number: int, prompt: Tensor) -> Trial:
-    """Attack one prompt in one cell."""
+def _tried(lm: LanguageModel, piece: tuple[Plan, str, int, Tensor]) -> Trial:
+    """Attack one prompt in one cell: the plan, the defence as it is named, the prompt's number and token ids."""
+    plan, text, number, prompt = piece
     site: Any = plan.site
     seen = lm.capture(input_ids=prompt, layer=plan.layer, site=site)
     defence, strength = defence_named(text)

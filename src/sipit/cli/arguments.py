@@ -17,6 +17,7 @@ import sipit.cli.places as places
 import sipit.cli.reproduce as reproduce
 from sipit import __version__
 from sipit.cli.commands import layer_text, noise_of
+from sipit.cli.workers import ray_option
 from sipit.errors import OptionError
 
 _MODEL = "pinned model (smollm2-135m, gemma-3-270m), folder, .gguf file or hub id"
@@ -85,6 +86,10 @@ def parser() -> argparse.ArgumentParser:
 
     demo = _command(add, "demo", commands.demo, "capture a paragraph's states, forget it, recover it")
     demo.add_argument("--layer", type=layer_text, metavar="L", help="blocks run, or 'final' (default: the middle one)")
+    demo.add_argument(
+        "--web", action="store_true", help="a page in the browser, for your own text or file (extra 'web')"
+    )
+    demo.add_argument("--port", type=int, metavar="N", help="of --web (default: the first free one from 7860)")
     _model_options(demo, default="smollm2-135m")
 
     capture = _command(add, "capture", commands.capture, "write the states of one prompt to a file")
@@ -129,6 +134,7 @@ def parser() -> argparse.ArgumentParser:
     _dump_options(invert)
     _prefix_options(invert)
     _last_options(invert)
+    ray_option(invert)
     invert.add_argument("--policy", choices=_POLICIES, default="auto", help="order of candidates (default: auto)")
     invert.add_argument(
         "--noise",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sipit.cli.commands import text_of
 from sipit.cli.messages import refuse, say
+from sipit.cli.workers import ray_option, workers_of
 from sipit.errors import InputError, OptionError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from sipit.audit import Cell, Trial
     from sipit.models import LanguageModel
     from sipit.observations import Cut
+    from sipit.workers import Workers
 
 _EXAMPLES_OF_A_CELL = 1
 _DEFAULT_PROMPTS = 10
@@ -48,6 +50,7 @@ def add_audit(command: ArgumentParser, sites: tuple[str, ...], layer_text: Any) 
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="audit.json, audit.html and the log")
     command.add_argument("--redact", action="store_true", help="leave every token out of the page")
     command.add_argument("--json", type=Path, metavar="F", help="write the record here too")
+    ray_option(command)
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     command.add_argument("--weights-dtype", default="auto", help="dtype of the weights (default: auto, as stored)")
 
@@ -79,7 +82,10 @@ def audit(options: Namespace) -> int:
     require_writable(options.out / "audit.json")
     lm = load(options.model, device=options.device, dtype=options.weights_dtype)
     began = time.perf_counter()
-    cells, trials = _of_dumps(lm, options) if options.files else _of_prompts(lm, options)
+    with workers_of(
+        options.ray, lm, model=options.model, device=options.device, dtype=options.weights_dtype
+    ) as workers:
+        cells, trials = (_of_dumps if options.files else _of_prompts)(lm, options, workers)
     record = {
         **record_head(lm),
         "command": shlex.join(["sipit", *sys.argv[1:]]),
@@ -118,7 +124,7 @@ def _refuse_mixed(options: Namespace) -> None:
         raise InputError(f"{options.text} is no file; name one with a prompt on each line")
 
 
-def _of_prompts(lm: LanguageModel, options: Namespace) -> tuple[list[Cell], list[Trial]]:
+def _of_prompts(lm: LanguageModel, options: Namespace, workers: Workers) -> tuple[list[Cell], list[Trial]]:
     from sipit.audit import audit as run
     from sipit.cli.display import CountDisplay
 
@@ -133,6 +139,7 @@ def _of_prompts(lm: LanguageModel, options: Namespace) -> tuple[list[Cell], list
             dtypes=dtypes,
             defences=defences,
             folder=options.out,
+            workers=workers,
             on_trial=lambda trial: display.step(trial.tokens),
         )
 
@@ -176,7 +183,7 @@ def _prompts(lm: LanguageModel, options: Namespace) -> list[Tensor]:
     return prompts_from_text(lm, "\n\n".join(pieces), n_tokens=options.tokens, n_prompts=n)
 
 
-def _of_dumps(lm: LanguageModel, options: Namespace) -> tuple[list[Cell], list[Trial]]:
+def _of_dumps(lm: LanguageModel, options: Namespace, workers: Workers) -> tuple[list[Cell], list[Trial]]:
     """Invert dumps, each an own trial; what cannot be read is reported and passed over."""
     from sipit.audit.dumps import audit_dumps
     from sipit.cli.display import CountDisplay
@@ -189,7 +196,9 @@ def _of_dumps(lm: LanguageModel, options: Namespace) -> tuple[list[Cell], list[T
     if len(options.layer or []) > 1:
         raise OptionError("dumps of one place are audited at a time; give one --layer, or none where the files say it")
     with CountDisplay(len(options.files)) as display:
-        found = audit_dumps(lm, options.files, wanted, on_trial=lambda trial: display.step(trial.tokens))
+        found = audit_dumps(
+            lm, options.files, wanted, workers=workers, on_trial=lambda trial: display.step(trial.tokens)
+        )
     for name, error in found.refused:
         refuse(name, error)
     if not found.trials:

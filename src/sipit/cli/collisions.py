@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sipit.cli.commands import cut_of, layer_text, loaded
 from sipit.cli.messages import say
+from sipit.cli.workers import ray_option, workers_of
 from sipit.errors import MismatchError, OptionError
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def add_collisions(add: Any, command: Adder, model_options: Adder) -> Any:
     survey.add_argument("--shard", type=int, default=2048, metavar="N", help="prompts a file (default: 2048)")
     survey.add_argument("--figure", type=Path, metavar="FILE", help="draw distances by layer and by length")
     _search_options(survey)
+    ray_option(survey)
     model_options(survey, default="smollm2-135m")
 
     continued = command(inner, "continuations", run_continuations, "every next token behind the closest prompts")
@@ -128,9 +130,14 @@ def run_survey(options: argparse.Namespace) -> int:
     lm = loaded(options.model, options)
     cuts = cuts_of(lm, options, default=every_cut(lm))
     prompts, source = prompts_of(lm, options)
-    with CountDisplay(0) as display:
+    with (
+        CountDisplay(0) as display,
+        workers_of(
+            options.ray, lm, model=options.model, device=options.device, dtype=options.dtype, quantize=options.quantize
+        ) as workers,
+    ):
         folder = capture_states(
-            lm, prompts, cuts, options.folder, source=source, shard_prompts=options.shard,
+            lm, prompts, cuts, options.folder, source=source, shard_prompts=options.shard, workers=workers,
             on_step=display.phase("prompts captured"),
         )  # fmt: skip
         log = LineLog(options.folder / "survey.jsonl")
@@ -138,7 +145,7 @@ def run_survey(options: argparse.Namespace) -> int:
         layers = {}
         for record in logged_surveys(
             lm, folder, cuts, log=log, k=options.k, threshold=options.threshold,
-            memory=memory, is_full=options.full, on_step=display.phase("layers searched"),
+            memory=memory, is_full=options.full, workers=workers, on_step=display.phase("layers searched"),
         ):  # fmt: skip
             layers[record["layer"], record["site"]] = record
             print(_survey_line(record), flush=True)

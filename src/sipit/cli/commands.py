@@ -11,12 +11,14 @@ import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sipit.cli.last import fit_last, inverted_last, is_last_asked, last_options
 from sipit.cli.messages import refuse, say, say_verdict
+from sipit.cli.workers import workers_of
 from sipit.errors import InputError, OptionError, SipitError, StorageError
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from sipit.models import LanguageModel
     from sipit.observations import Cut, Observation
     from sipit.observations.formats import Wanted
+    from sipit.workers import Workers
 
 _PARAGRAPH = (
     "Dear Maria, the results came back this morning and they are better than we feared. "
@@ -51,7 +54,11 @@ def demo(options: Namespace) -> int:
     """Run `sipit demo`."""
     from sipit.inversion import certificate_of, check_certificate
 
+    if options.port is not None and not options.web:
+        raise OptionError("--port is of the page that --web serves; pass --web as well")
     lm = loaded(options.model, options)
+    if options.web:
+        return _served(lm, options)
     layer, site = cut_of(lm, options.layer or str(lm.n_layers // 2))
     seen = lm.capture(_PARAGRAPH, layer=layer, site=site)
     say(
@@ -77,6 +84,21 @@ def demo(options: Namespace) -> int:
     say(f"next      sipit capture --text 'your own text' {model} --layer {named} --out mine.safetensors")
     say(f"          sipit invert mine.safetensors {model}")
     return 0 if is_exact else 1
+
+
+def _served(lm: LanguageModel, options: Namespace) -> int:
+    """Serve the page until Ctrl-C, which is how it is meant to end."""
+    from threading import Event
+
+    from sipit.web import serving
+
+    with serving(lm, port=options.port) as address:
+        say(f"{address}  open it in a browser; Ctrl-C stops it")
+        try:
+            Event().wait()
+        except KeyboardInterrupt:
+            say("stopped")
+    return 0
 
 
 def capture(options: Namespace) -> int:
@@ -138,6 +160,7 @@ def invert(options: Namespace) -> int:
         return _invert_dumps(options)
     if holds_many(options.file):
         return _invert_all(options, list(read_each(options.file)))
+    _refuse_ray_for_one(options)
     seen = read_observation(options.file)
     said = wanted_of(options)
     if (said.layer or seen.layer, said.site or seen.site) != (seen.layer, seen.site):
@@ -185,8 +208,10 @@ def _invert_dumps(options: Namespace) -> int:
         raise OptionError(f"{options.file} does not say which model it came from; name one with --model")
     for dump in dumps:
         say(f"{dump.name}: {'; '.join(dump.notes)}")
-    if options.json is not None and len(entries) == 1:
-        require_writable(options.json)
+    if len(entries) == 1:
+        _refuse_ray_for_one(options)
+        if options.json is not None:
+            require_writable(options.json)
     lm = loaded(options.model, options)
     if len(entries) == 1:
         seen, truth = observation_of(dumps[0], lm.shape), dumps[0].input_ids
@@ -298,12 +323,14 @@ def _invert_all(
         for name in (name for name, is_given in alone.items() if is_given):
             raise OptionError(f"{name} takes one prompt at a time; name one with --prompt, or a file of one")
         n_refused += len(waiting) - len(fitting)
-        with CountDisplay(len(fitting)) as display:
+        there = nullcontext() if options.ray is None else _workers(options, lm, naming)
+        with CountDisplay(len(fitting)) as display, there as workers:
             found_all = invert_many(
                 lm,
                 [seen for _, seen in fitting],
                 SearchOptions(use_fit=not options.no_fit, **_search_options(options)),
                 last=last_options(options),
+                workers=workers,
                 on_fit=lambda cut, n: say(f"fitting an inverse for {cut}: {n} tokens pay for it"),
                 on_fit_progress=display.fitting,
             )
@@ -317,6 +344,22 @@ def _invert_all(
     refused = f", refused {n_refused}" if n_refused else ""
     say(f"recovered {n_recovered} of {len(entries)} prompts{refused}")
     return 0 if n_recovered == len(entries) else 1
+
+
+def _refuse_ray_for_one(options: Namespace) -> None:
+    if options.ray is not None:
+        raise OptionError(f"--ray shares many prompts out, and {options.file} holds one; leave it out")
+
+
+def _workers(options: Namespace, lm: LanguageModel, seen: Observation) -> AbstractContextManager[Workers]:
+    return workers_of(
+        options.ray,
+        lm,
+        model=_model_of(options, seen),
+        device=options.device,
+        dtype=options.dtype,
+        quantize=options.quantize,
+    )
 
 
 def _fitting(lm: LanguageModel, named: list[tuple[str, Observation]]) -> list[tuple[str, Observation]]:

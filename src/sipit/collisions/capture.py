@@ -13,6 +13,7 @@ from sipit.collisions.store import StateFolder, StateWriter, prompts_sha256
 from sipit.errors import OptionError
 from sipit.models import LanguageModel
 from sipit.observations import Cut
+from sipit.workers import Here, Workers
 
 SHARD_PROMPTS = 2048
 
@@ -26,6 +27,7 @@ def capture_states(
     source: dict[str, Any] | None = None,
     shard_prompts: int = SHARD_PROMPTS,
     max_tokens: int = MAX_TOKENS,
+    workers: Workers | None = None,
     on_step: OnStep | None = None,
 ) -> StateFolder:
     """Write the last-token states of all prompts at all cuts, in one pass; return the folder.
@@ -41,6 +43,7 @@ def capture_states(
         source: where the prompts come from, for the record.
         shard_prompts: prompts in one file.
         max_tokens: run at once.
+        workers: who runs the prompts, a shard at a time; None: this process.
         on_step: told the prompts captured and in all.
 
     Raises:
@@ -60,14 +63,22 @@ def capture_states(
         shard_size=shard_prompts,
         source={**(source or {}), "n_repeats_dropped": len(prompts) - len(kept)},
     )
-    for number, start in enumerate(range(0, len(kept), shard_prompts)):
-        part = kept[start : start + shard_prompts]
-        if number not in writer:
-            states = last_states(lm, part, cuts, max_tokens=max_tokens)
-            writer.write(number, part, finite_states(cuts, states, first=start))
+    parts = [kept[start : start + shard_prompts] for start in range(0, len(kept), shard_prompts)]
+    missing = [number for number in range(len(parts)) if number not in writer]
+    found = (workers or Here(lm)).results(_captured, [(parts[number], tuple(cuts), max_tokens) for number in missing])
+    n_done = len(kept) - sum(len(parts[number]) for number in missing)
+    for number, states in zip(missing, found, strict=True):
+        writer.write(number, parts[number], finite_states(cuts, states, first=number * shard_prompts))
+        n_done += len(parts[number])
         if on_step is not None:
-            on_step(start + len(part), len(kept))
+            on_step(n_done, len(kept))
     return writer.finish()
+
+
+def _captured(lm: LanguageModel, piece: tuple[Sequence[Tensor], Sequence[Cut], int]) -> list[Tensor]:
+    """Return the last states of a shard's prompts at some cuts, so many tokens at once."""
+    prompts, cuts, max_tokens = piece
+    return last_states(lm, prompts, cuts, max_tokens=max_tokens)
 
 
 def without_repeats(prompts: Sequence[Tensor]) -> list[Tensor]:

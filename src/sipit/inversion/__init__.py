@@ -9,7 +9,7 @@ from sipit.inversion.evidence.certificate import (
 )
 from sipit.inversion.evidence.redaction import redacted
 from sipit.inversion.evidence.result import Candidate, Inversion, Miss, PositionEvidence, Verdict
-from sipit.inversion.invert import invert, invert_many
+from sipit.inversion.invert import invert, invert_many, observation_at
 from sipit.inversion.judging.noise_model import NoiseModel
 from sipit.inversion.last.invert_last import LastOptions, LastProgress, holds_last_alone, invert_last
 from sipit.inversion.proposals import POLICIES, Policy
@@ -40,6 +40,7 @@ __all__ = [
     "invert",
     "invert_last",
     "invert_many",
+    "observation_at",
     "read_certificate",
     "redacted",
     "require_belongs",

@@ -30,6 +30,7 @@ from sipit.inversion.search.options import OnProgress, SearchOptions
 from sipit.models import LanguageModel
 from sipit.observations import Cut, Observation, Site, read_observation
 from sipit.observations.formats import Wanted, is_foreign, observed, read_dumps
+from sipit.workers import Workers
 
 N_SLOTS = 8  # prompts that share their packed passes
 FIT_PAYS_AFTER = 20_000  # observed tokens of one layer and site; see "when a fit pays" in docs/figures.md
@@ -94,7 +95,7 @@ def invert(
         OptionError: an argument is out of range.
         StorageError: the file cannot be read.
     """
-    observation = _as_observation(lm, seen, layer, site).behind(known_prefix)
+    observation = observation_at(lm, seen, layer=layer, site=site).behind(known_prefix)
     if holds_last_alone(observation):
         if policy != "auto" or noise or exhaustive or hint or is_shuffled or is_permuted:
             raise OptionError(
@@ -142,7 +143,8 @@ def _inverted_in_order(
     return replace(found, observation_sha256=seen.digest(), row_order=rows, column_order=columns, **cost)
 
 
-def _as_observation(lm: LanguageModel, seen: Any, layer: int | None, site: Site | None) -> Observation:
+def observation_at(lm: LanguageModel, seen: Any, *, layer: int | None = None, site: Site | None = None) -> Observation:
+    """Return what was observed: an Observation, what a file holds, or an array at a layer; see `invert`."""
     if isinstance(seen, str | Path) and is_foreign(Path(seen)):
         wanted = Wanted(layer=layer, site=site)
         return observed(read_dumps(Path(seen), wanted), wanted, lm.shape)
@@ -177,6 +179,7 @@ def invert_many(
     options: SearchOptions | None = None,
     *,
     last: LastOptions | None = None,
+    workers: Workers | None = None,
     on_fit: Callable[[Cut, int], None] | None = None,
     on_fit_progress: OnFitProgress | None = None,
 ) -> Iterator[Inversion]:
@@ -190,6 +193,7 @@ def invert_many(
         observations: of any layers and sites.
         options: how to search; with `use_fit` a fitted inverse may be used, and made.
         last: how to search behind observations of the last tokens alone.
+        workers: who inverts, a few observations at a time; None: this process, all in one go.
         on_fit: told the (layer, site) and the number of tokens before a fit is made.
         on_fit_progress: told where that fit stands.
     """
@@ -200,6 +204,23 @@ def invert_many(
                 on_fit(cut, sum(o.seq_len for o in observations if o.cut == cut))
             fit_inverse(lm, [cut], on_progress=on_fit_progress)
     last = last or LastOptions()
+    if workers is not None:
+        parts = [list(observations[i : i + N_SLOTS]) for i in range(0, len(observations), N_SLOTS)]
+        for found_there in workers.results(_inverted_there, [(part, options, last) for part in parts]):
+            yield from found_there
+        return
+    yield from _inverted_here(lm, observations, options, last)
+
+
+def _inverted_there(
+    lm: LanguageModel, piece: tuple[Sequence[Observation], SearchOptions, LastOptions]
+) -> list[Inversion]:
+    return list(_inverted_here(lm, *piece))
+
+
+def _inverted_here(
+    lm: LanguageModel, observations: Sequence[Observation], options: SearchOptions, last: LastOptions
+) -> Iterator[Inversion]:
     whole = [seen for seen in observations if not holds_last_alone(seen)]
     found = search_together(lm, whole, options, n_slots=N_SLOTS if options.policy == "auto" else 1)
     for seen in observations:

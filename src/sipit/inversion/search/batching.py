@@ -302,6 +302,7 @@ def _progress(slot: _Slot) -> Progress:
         n_passes=meter.n_passes,
         block_tokens=meter.block_tokens,
         seconds=slot.seconds,
+        positions=tuple(slot.run.evidence),
     )
 
 

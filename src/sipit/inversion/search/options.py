@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sipit.errors import OptionError
+from sipit.inversion.evidence.result import PositionEvidence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,7 @@ class Progress:
     n_passes: int
     block_tokens: int
     seconds: float
+    positions: tuple[PositionEvidence, ...] = ()  # the evidence of what was accepted
 
 
 OnProgress = Callable[[Progress], None]

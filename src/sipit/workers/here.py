@@ -1,0 +1,33 @@
+"""The pieces of a job, one after the other in this process, and what anything that does them elsewhere must answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
+
+from sipit.models import LanguageModel
+
+Piece = TypeVar("Piece")
+Result = TypeVar("Result")
+Work = Callable[[LanguageModel, Piece], Result]  # a function of a module, so that another process can find it
+
+
+class Workers(Protocol):
+    """Does pieces of a job, each by itself and with the same model."""
+
+    def results(self, work: Work[Any, Result], pieces: Sequence[Any]) -> Iterator[Result]:
+        """Yield what comes of each piece, in the order of the pieces.
+
+        An exception that a piece raises is raised in its turn, after the results of those before it.
+        """
+
+
+class Here:
+    """This process, which has the model already."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self._lm = lm
+
+    def results(self, work: Work[Any, Result], pieces: Sequence[Any]) -> Iterator[Result]:
+        for piece in pieces:
+            yield work(self._lm, piece)
