@@ -103,7 +103,8 @@ def _observed(lm: LanguageModel, asked: Asked) -> tuple[Observation, NoiseModel 
 def _told(found: Inversion, folder: Path) -> Iterator[Shown]:
     path = Path(mkdtemp(dir=folder)) / "certificate.json"
     write_certificate(found, path)
-    status = f"**{found.verdict}**{found.summary().removeprefix(found.verdict)}; {found.seconds:.2f} s, {found.wall_ratio:.1f} plain passes"
+    said = found.summary().removeprefix(found.verdict)
+    status = f"**{found.verdict}**{said}; {found.seconds:.2f} s, {found.wall_ratio:.1f} times a plain pass"
     yield Shown(status=status, tokens=_text(found) + _table(found.positions), certificate=path)
 
 
