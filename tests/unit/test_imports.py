@@ -38,6 +38,8 @@ HEAVY = (
     "rich",
     "gguf",
     "bitsandbytes",
+    "gradio",
+    "ray",
 )
 
 
@@ -170,7 +172,9 @@ def test_bad_usage_loads_nothing_heavy() -> None:
 
 @pytest.mark.thorough
 def test_python_interface_loads_no_plotting_web_or_data_set_library() -> None:
-    assert _loads("import sipit; sipit.load; sipit.invert") & {"matplotlib", "datasets", "rich"} == set()
+    assert (
+        _loads("import sipit; sipit.load; sipit.invert") & {"matplotlib", "datasets", "rich", "gradio", "ray"} == set()
+    )
 
 
 def test_public_names_are_the_documented_ones() -> None:

@@ -11,7 +11,7 @@ from tempfile import mkdtemp
 
 import torch
 
-from sipit.errors import InputError
+from sipit.errors import InputError, OptionError
 from sipit.inversion import (
     Inversion,
     NoiseModel,
@@ -85,7 +85,7 @@ def _observed(lm: LanguageModel, asked: Asked) -> tuple[Observation, NoiseModel 
     if asked.file is not None:
         try:
             return observation_at(lm, asked.file), None
-        except InputError:  # it does not say what it is: the page does
+        except (InputError, OptionError):  # it does not say what it is: the page does
             return observation_at(lm, asked.file, layer=layer, site=site), None
     if not asked.text.strip():
         raise InputError("there is no text; write one, or drop a file of states")
