@@ -45,13 +45,7 @@ def sentence(record: dict[str, Any]) -> str:
     """Return what a person can act on, in one or two sentences."""
     cells = record["cells"]
     bare = [cell for cell in cells if cell["defence"] == "none"]
-    said: list[str] = []
-    for cell in sorted(bare, key=lambda one: -one["exact_prompts"] / one["prompts"])[:2]:
-        place = _place(cell) if not said else _place(cell).lower()
-        said.append(
-            f"{place} in {cell['dtype']} give back {_share(cell)} of prompts whole "
-            f"({cell['exact_prompts']} of {cell['prompts']}) in {cell['seconds']:.2g} s each"
-        )
+    said = [_of_all(bare)] if len(bare) > 2 else [_of_one(cell) for cell in bare]
     defended = [cell for cell in cells if cell["defence"] != "none"]
     idle = [cell for cell in defended if cell["exact_prompts"] == cell["prompts"]]
     hiding = [cell for cell in defended if cell["exact_tokens"] <= _FEW_TOKENS * cell["tokens"]]
@@ -75,6 +69,28 @@ def sentence(record: dict[str, Any]) -> str:
         said.append(f"under {_defence(worst)} {part:.0f} % of tokens still came back")
     text = "; ".join(said)
     return f"{text[:1].upper()}{text[1:]}." if text else "Nothing was tried."
+
+
+def _of_one(cell: dict[str, Any]) -> str:
+    return (
+        f"{_place(cell).lower()} in {cell['dtype']} give back {_share(cell)} of prompts whole "
+        f"({cell['exact_prompts']} of {cell['prompts']}) in {cell['seconds']:.2g} s each"
+    )
+
+
+def _of_all(cells: Sequence[dict[str, Any]]) -> str:
+    """Return the least and the most that several places give back."""
+    ordered = sorted(cells, key=lambda cell: cell["exact_prompts"] / cell["prompts"])
+    seconds = sorted(cell["seconds"] for cell in cells)
+    time = f"in {seconds[0]:.2g} to {seconds[-1]:.2g} s each"
+    least, most = _share(ordered[0]), _share(ordered[-1])
+    if least == most:
+        whole = f"{sum(cell['exact_prompts'] for cell in cells)} of {sum(cell['prompts'] for cell in cells)}"
+        return f"states at each of {len(cells)} places give back {most} of prompts whole ({whole}) {time}"
+    return (
+        f"states at {len(cells)} places give back {least} ({_place(ordered[0]).lower()}) to {most} "
+        f"({_place(ordered[-1]).lower()}) of prompts whole, {time}"
+    )
 
 
 def _place(cell: dict[str, Any]) -> str:

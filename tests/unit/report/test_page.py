@@ -81,3 +81,11 @@ def test_few_points_or_none_are_no_trouble(points: tuple[tuple[float, float], ..
     text = chart([Series(name="one", points=points)], x="x", y="y", is_log_x=True, caption="c")
     ElementTree.fromstring(text)
     assert ("nothing to draw" in text) == (points != ((1.0, 1.0),))
+
+
+def test_many_places_are_summed_up_and_the_least_and_the_most_named() -> None:
+    cells = [{**CELL, "layer": layer, "prompts": 10, "exact_prompts": 10} for layer in (1, 5, 29)]
+    text = sentence({**RECORD, "cells": cells})
+    assert "at each of 3 places give back 100 % of prompts whole (30 of 30)" in text
+    text = sentence({**RECORD, "cells": [*cells, {**cells[0], "layer": 30, "exact_prompts": 4}]})
+    assert "at 4 places give back 40 % (states after block 30) to 100 % (states after block" in text
