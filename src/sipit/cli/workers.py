@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sipit.models import LanguageModel
     from sipit.workers import Workers
 
-_ADDRESS = re.compile(r"auto|local|(ray://)?[\w.\-\[\]:]+:\d+", re.ASCII)
+_ADDRESS = re.compile(r"auto|local|[\w.\-\[\]:]+:\d+", re.ASCII)
 
 
 def ray_option(command: ArgumentParser) -> None:

@@ -27,7 +27,7 @@ class OnRay:
 
     Args:
         loader: makes the model in each worker; a function of a module, or a partial of one.
-        address: of a cluster that is there ("auto", "ray://HOST:PORT"); None: one of this machine's own is started.
+        address: of a cluster that this machine is in ("auto", "HOST:PORT"); None: one of this machine's own is started.
         n_workers: None: as many as the cluster has GPUs, or cores where it has none.
 
     Raises:
