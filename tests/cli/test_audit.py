@@ -44,6 +44,7 @@ def test_bare_states_fail_the_gate_and_drowned_ones_pass(text_folder: Path, text
     assert _audit(text_folder, tmp_path / "out", *more, "--fail-above", "1") == 0
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("more", "cuts"),
     [

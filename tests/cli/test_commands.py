@@ -319,6 +319,7 @@ def test_values_may_begin_with_dashes(run: Run, text_folder: Path) -> None:
     assert run("invert", "seen")[:2] == (0, b"--two words")
 
 
+@pytest.mark.thorough
 def test_layer_final_is_taken_by_capture_and_demo(run: Run, text_folder: Path) -> None:
     assert run("capture", "--text", "end", "--layer", "final", "--out", "seen", "--model", text_folder)[0] == 0
     assert sipit.read_observation("seen").site == "final"

@@ -148,6 +148,7 @@ def test_resume_file_is_used_and_removed(text_lm: LanguageModel, text_folder: Pa
     assert [p["n_checked"] for p in record["positions"][:10]] == [1] * 10
 
 
+@pytest.mark.thorough
 def test_bench_writes_the_agreed_keys(text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "t.txt"
     text.write_text("some words to cut prompts from, and a few more of them")

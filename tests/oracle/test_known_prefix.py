@@ -128,6 +128,7 @@ def test_files_keep_the_known_prefix(llama: LanguageModel, tmp_path: Path) -> No
     assert torch.equal(back[1].states, seen.states)
 
 
+@pytest.mark.thorough
 def test_the_command_line_takes_text_ids_or_a_template(
     bos_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

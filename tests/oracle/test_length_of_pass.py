@@ -33,6 +33,7 @@ def _dynamic(seed: int = 0) -> Any:
     return tiny_model("llama", seed=seed, max_position_embeddings=8, rope_parameters=dict(_DYNAMIC))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("length", [64, 65, 80])
 def test_long_rope_is_exact_on_both_sides_of_its_original_length(length: int) -> None:
     ids = random_ids(length, seed=3)
@@ -74,6 +75,7 @@ def test_a_model_that_has_run_a_long_pass_already_is_taken_as_new() -> None:
     assert torch.equal(LanguageModel(model).capture(input_ids=ids, layer=2).states, truth)
 
 
+@pytest.mark.thorough
 def test_many_lengths_together_and_their_certificates() -> None:
     lm = LanguageModel(_dynamic(1))
     prompts = [random_ids(length, seed=length) for length in (6, 18, 11, 18)]

@@ -276,6 +276,7 @@ def test_the_text_part_of_a_model_that_takes_images_is_inverted_exactly(kind: st
     assert sipit.invert(lm, states[4][0], site="final").input_ids == tuple(IDS.tolist())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("length", [63, 64, 65, 80])
 def test_chunked_attention_is_exact_on_both_sides_of_a_chunks_end(length: int) -> None:
     model, ids = _of_type("llama4_text", {**_LLAMA4, "attention_chunk_size": 64}), random_ids(length, seed=3)

@@ -53,6 +53,7 @@ def test_twins_stay_ambiguous_behind_each_other() -> None:
     assert {found.input_ids[2], found.positions[2].rivals[0].token_id} == {int(IDS[2]), 149}
 
 
+@pytest.mark.thorough
 def test_several_prompts_with_open_rows_share_their_passes() -> None:
     lm = LanguageModel(tiny_model("llama"))
     found = list(sipit.inversion.invert_many(lm, [_opened(lm, (0,)) for _ in range(3)]))

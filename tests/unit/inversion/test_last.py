@@ -64,6 +64,7 @@ def test_token_that_repeats_is_ambiguous(llama: LanguageModel) -> None:
     assert (known.verdict, known.input_ids) == ("recovered", (5, 5))
 
 
+@pytest.mark.thorough
 def test_what_is_no_state_is_not_found_and_the_record_says_so(lm: LanguageModel) -> None:
     state = 3 * torch.randn(32, generator=torch.Generator().manual_seed(0))
     found = invert_last(lm, state, layer=2, max_tokens=2, seconds=1.5, use_fit=False)
