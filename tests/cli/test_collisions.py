@@ -65,6 +65,7 @@ def without_times(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in layer.items() if key != "seconds"} for layer in layers]
 
 
+@pytest.mark.thorough
 def test_survey_record_agrees_with_brute_force(run: Run, text_lm: LanguageModel) -> None:
     code, out, err = run(*SURVEY, "--folder", "s", "--json", "s.json", "--figure", "s.svg", "--full")
     assert code == 0
@@ -191,6 +192,7 @@ def test_continuations_start_from_the_closest_prompts_of_a_survey(run: Run, text
     assert record["layers"][0]["n_tokens"] == text_lm.vocab_size
 
 
+@pytest.mark.thorough
 def test_margins_agree_with_brute_force(run: Run, text_lm: LanguageModel) -> None:
     corpus = (*CORPUS, "--prompts", "4", "--layer", "2")
     run("collisions", "survey", *corpus, "--folder", "s")  # keeps the prompts
@@ -256,6 +258,7 @@ def test_families_and_climbs_start_from_the_closest_prompts_of_a_survey(run: Run
     assert out.count("climb from survey") == 4
 
 
+@pytest.mark.thorough
 def test_constructed_cases_go_as_expected_and_else_exit_with_one(run: Run) -> None:
     code, out, err = run("collisions", "constructed", "--tiny", "--json", "c.json")
     assert (code, err) == (0, "")
@@ -280,6 +283,7 @@ def test_precision_measures_the_same_prompts_under_each(run: Run, text_lm: Langu
     assert len(out.splitlines()) == 1 + 4
 
 
+@pytest.mark.thorough
 def test_real_quantisers_stand_beside_the_simulated_ones(run: Run) -> None:
     pytest.importorskip("bitsandbytes")
     names = ["bnb-int8", "int8", "bnb-nf4"]

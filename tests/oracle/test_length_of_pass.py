@@ -110,6 +110,7 @@ def _phimoe() -> Any:
         return AutoModelForCausalLM.from_config(config).eval()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("length", [64, 66])
 def test_a_family_that_scales_its_angles_by_the_length_is_exact(length: int) -> None:
     ids = random_ids(length, seed=4)

@@ -73,6 +73,7 @@ def test_missing_values_of_other_sites_are_refused(llama: LanguageModel) -> None
         replace(seen, half_step=torch.full(seen.states.shape, torch.inf))
 
 
+@pytest.mark.thorough
 def test_files_and_the_command_line_take_them(
     text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -68,6 +68,7 @@ def test_rows_of_padding_are_an_offset(lm: LanguageModel, n: int) -> None:
     assert (fit.layer, fit.offset) == (_LAYER, n)
 
 
+@pytest.mark.thorough
 def test_places_joined_in_columns_are_told_apart(lm: LanguageModel) -> None:
     layers = (3, 1, 4)
     rows = torch.cat([lm.capture(input_ids=IDS, layer=layer).states for layer in layers], dim=1)

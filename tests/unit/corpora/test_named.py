@@ -33,6 +33,7 @@ def test_library_corpus_is_the_library_in_the_order_of_the_seed(
     assert list(islice(corpus(name, seed=3).texts, 5)) == list(islice(reader(seed=3), 5))
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("small_library")
 def test_library_holds_all_prose_and_all_code_in_turn() -> None:
     prose, code = list(library_prose(seed=1)), list(library_code(seed=1))

@@ -15,6 +15,7 @@ from sipit.inversion.inverses.store import fit_path, load_fit
 from sipit.observations import Cut
 from tests.tiny_models import N_LAYERS, VOCAB, random_ids, text_model, tiny_model
 
+pytestmark = pytest.mark.xdist_group("fitting")  # its fits are made once, in one process
 _RECIPE = Recipe(n_windows=400, length=24, d_hidden=128, batch_size=128, epochs=6, n_negatives=64, learning_rate=3e-3)
 _CUT: Cut = Cut(1, "block")
 

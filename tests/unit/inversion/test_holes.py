@@ -110,6 +110,7 @@ def test_rows_of_another_prompt_behind_a_hole_are_a_miss() -> None:
     assert "no row is held at position 3" in found.miss.diagnosis
 
 
+@pytest.mark.thorough
 def test_certificate_of_holes_holds_and_a_changed_one_does_not() -> None:
     lm = LanguageModel(tiny_model("llama"))
     held = _without(lm.capture(input_ids=IDS, layer=2), (1, 3, 5))

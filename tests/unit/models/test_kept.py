@@ -103,6 +103,7 @@ def test_a_second_process_runs_no_anchors(cache: Path) -> None:
     assert second.block_tokens == made.block_tokens
 
 
+@pytest.mark.thorough
 def test_a_pass_costs_some_tokens_and_the_answer_does_not_depend_on_how_many(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
