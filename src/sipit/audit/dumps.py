@@ -55,7 +55,7 @@ def audit_dumps(
     entries = [entry for path in paths for entry in _entries(lm, path, wanted)]
     refused += [(name, seen) for name, seen, _ in entries if isinstance(seen, SipitError)]
     readable = [(name, seen, truth) for name, seen, truth in entries if not isinstance(seen, SipitError)]
-    found = (workers or Here(lm)).results(_tried, [(_plan(seen), seen, truth) for _, seen, truth in readable])
+    found = (workers or Here(lm)).results(_tried, [(seen, truth) for _, seen, truth in readable])
     for (name, seen, _), trial in zip(readable, found, strict=True):
         if isinstance(trial, SipitError):
             refused.append((name, trial))
@@ -92,9 +92,9 @@ def _plan(seen: Observation) -> Plan:
     return Plan(layer=seen.layer, site=seen.site, dtype=seen.dtype, defence="none", strength=0.0)
 
 
-def _tried(lm: LanguageModel, piece: tuple[Plan, Observation, tuple[int, ...] | None]) -> Trial | SipitError:
-    """Invert one observation at its place; `truth`, the last of the piece, is what lay beside it."""
-    plan, seen, truth = piece
+def _tried(lm: LanguageModel, piece: tuple[Observation, tuple[int, ...] | None]) -> Trial | SipitError:
+    """Invert one observation; `truth`, the other half of the piece, is what lay beside it."""
+    seen, truth = piece
     began = time.perf_counter()
     try:
         found = invert(lm, replace(seen, fingerprint=None))
@@ -114,8 +114,8 @@ def _tried(lm: LanguageModel, piece: tuple[Plan, Observation, tuple[int, ...] | 
         for one, is_right in zip(found.positions, right, strict=False)
     )
     return Trial(
-        cell=plan.key,
-        prompt=0,
+        cell=_plan(seen).key,
+        prompt=0,  # its number is known once those before it are done
         verdict=found.verdict,
         tokens=seen.n_sought,
         exact_tokens=sum(right) if known is not None or found.verdict == "recovered" else 0,
