@@ -44,7 +44,7 @@ def test_states_of_a_narrow_pass_need_the_weights_in_its_dtype_and_the_miss_says
         found = sipit.invert(LanguageModel(weights, name=family), seen, layer=layer)
         assert found.verdict == "unmatched"
         assert found.miss is not None
-        assert f"--dtype {narrow}" in found.miss.diagnosis
+        assert f"--pass-dtype {narrow}" in found.miss.diagnosis
     found = sipit.invert(LanguageModel(_in(model, narrow), name=family), seen, layer=layer)
     assert (found.verdict, found.input_ids) == ("recovered", tuple(IDS.tolist()))
 
@@ -64,7 +64,7 @@ def test_prompt_of_another_model_is_not_blamed_on_the_dtype_alone() -> None:
     found = sipit.invert(LanguageModel(tiny_model("llama")), seen, layer=2)
     assert found.miss is not None
     assert "this is the model" not in found.miss.diagnosis
-    assert "try --dtype bfloat16" in found.miss.diagnosis
+    assert "try --pass-dtype bfloat16" in found.miss.diagnosis
 
 
 def test_rows_as_wide_as_the_arithmetic_are_not_blamed_on_a_dtype() -> None:
@@ -83,7 +83,30 @@ def test_the_command_line_names_the_dtype_and_takes_it(
     torch.save(_states(text_lm.model, ids, 2), tmp_path / "wide.pt")
     told = ["--model", str(text_folder), "--layer", "2", "--no-fit"]
     assert main(["invert", str(tmp_path / "narrow.pt"), *told]) == 1
-    assert f"try --dtype {narrow}" in capsys.readouterr().err
+    assert f"try --pass-dtype {narrow}" in capsys.readouterr().err
     for name in ("narrow.pt", "wide.pt"):
         assert main(["invert", str(tmp_path / name), *told, "--dtype", narrow]) == 0
         assert capsys.readouterr().out == TEXT
+    certificate = tmp_path / "certificate.json"
+    across = ["--pass-dtype", narrow, "--json", str(certificate)]
+    assert main(["invert", str(tmp_path / "narrow.pt"), *told, *across]) == 0
+    assert capsys.readouterr().out == TEXT
+    assert main(["check", str(certificate), str(tmp_path / "narrow.pt"), "--layer", "2"]) == 0  # loads that dtype
+
+
+def test_pass_dtype_is_refused_beside_what_it_cannot_join(
+    tmp_path: Path, text_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "states.pt"
+    torch.save(torch.ones(3, 32), path)
+    told = ["invert", str(path), "--model", str(text_folder), "--layer", "2", "--pass-dtype"]
+    for more in (
+        ["int3"],
+        ["bfloat16", "--noise", "0.1"],
+        ["bfloat16", "--noise", "auto"],
+        ["float16", "--exhaustive"],
+    ):
+        assert main([*told, *more]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert "dtype" in said

@@ -147,6 +147,12 @@ def parser() -> argparse.ArgumentParser:
     invert.add_argument("--exhaustive", action="store_true", help="check the whole vocabulary at every position")
     invert.add_argument("--max-batch", type=int, default=256, metavar="N", help="most candidates in one pass")
     invert.add_argument("--seed", type=int, default=0, help="of the random draws")
+    invert.add_argument(
+        "--pass-dtype",
+        metavar="D",
+        help="dtype that the pass which left the rows computed in, where it is not --dtype: a bfloat16 server's states "
+        "are sought in float32, and judged by an ordinary pass in bfloat16",
+    )
     invert.add_argument("--any-model", action="store_true", help="ignore the model fingerprint in the file")
     invert.add_argument("--no-fit", action="store_true", help="neither use nor make a fitted inverse")
     invert.add_argument(

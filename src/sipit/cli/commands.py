@@ -550,6 +550,7 @@ def _refuse_beside_auto(options: Namespace) -> None:
         for name, is_given in (
             ("--policy", options.policy != "auto"),
             ("--exhaustive", options.exhaustive),
+            ("--pass-dtype", options.pass_dtype is not None),
             ("--resume", options.resume is not None),
         )
         if is_given
@@ -599,7 +600,7 @@ def _inverted(lm: LanguageModel, seen: Observation, options: Namespace) -> Inver
 
 
 def _search_options(options: Namespace) -> dict[str, Any]:
-    names = ("policy", "noise", "exhaustive", "max_batch", "seed")
+    names = ("policy", "noise", "exhaustive", "max_batch", "seed", "pass_dtype")
     return {name: getattr(options, name) for name in names}
 
 

@@ -23,12 +23,13 @@ from sipit.inversion.judging.noise_model import NoiseModel
 from sipit.inversion.last.invert_last import LastOptions, holds_last_alone, invert_last
 from sipit.inversion.noise.decode import invert_noisy
 from sipit.inversion.proposals import Policy
+from sipit.inversion.search.across_dtypes import search_across_dtypes
 from sipit.inversion.search.arrangement import arrangement_of
 from sipit.inversion.search.batching import search, search_together
 from sipit.inversion.search.belonging import require_belongs
 from sipit.inversion.search.options import OnProgress, SearchOptions
 from sipit.models import LanguageModel
-from sipit.observations import Cut, Observation, Site, read_observation
+from sipit.observations import Cut, Observation, Site, dtype_named, read_observation
 from sipit.observations.formats import Wanted, is_foreign, observed, read_dumps
 from sipit.workers import Workers
 
@@ -52,6 +53,7 @@ def invert(
     seed: int = 0,
     use_fit: bool = True,
     hint: Sequence[int] = (),
+    pass_dtype: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> Inversion:
     """Recover the prompt whose states were observed, token by token, exactly or not at all.
@@ -84,6 +86,9 @@ def invert(
         use_fit: whether "auto" may use a fitted inverse that is in the cache directory; see `sipit fit`.
         hint: token ids to try first, from the first row on: an earlier run's prefix, a known template. A
             right hint costs one forward pass; a wrong one, at most one packed pass.
+        pass_dtype: dtype that the pass which left the states computed in, where it is not the model's: the states
+            of a bfloat16 server, inverted in float32. The search runs in the model's dtype; an ordinary pass of a copy
+            in the other one decides, and the record is about that copy.
         on_progress: called after each packed pass.
 
     Returns:
@@ -97,16 +102,18 @@ def invert(
     """
     observation = observation_at(lm, seen, layer=layer, site=site).behind(known_prefix)
     if holds_last_alone(observation):
-        if policy != "auto" or noise or exhaustive or hint or is_shuffled or is_permuted:
+        if policy != "auto" or noise or exhaustive or hint or is_shuffled or is_permuted or pass_dtype:
             raise OptionError(
-                "the rows are those of the last tokens alone, for which policy, noise, exhaustive, hint and orders "
-                "have no meaning; leave them out"
+                "the rows are those of the last tokens alone, for which policy, noise, exhaustive, hint, orders and "
+                "pass_dtype have no meaning; leave them out"
             )
         return invert_last(lm, observation, use_fit=use_fit)
-    if (is_shuffled or is_permuted) and (hint or noise):
+    if (is_shuffled or is_permuted) and (hint or noise or pass_dtype):
         raise OptionError(
-            "rows or columns out of order are put in order without a hint and without noise; leave it out"
+            "rows or columns out of order are put in order without a hint, noise or pass_dtype; leave it out"
         )
+    if pass_dtype and noise:
+        raise OptionError("rows of a pass in another dtype take no noise; leave it out, or the pass dtype")
     if isinstance(noise, NoiseModel) or noise == "auto":
         return invert_noisy(lm, observation, None if noise == "auto" else noise, on_progress=on_progress)
     if isinstance(noise, str):
@@ -119,11 +126,24 @@ def invert(
         seed=seed,
         use_fit=use_fit,
         hint=hint,
+        pass_dtype=pass_dtype,
         on_progress=on_progress,
     )
     if is_shuffled or is_permuted:
         return _inverted_in_order(lm, observation, options, is_shuffled=is_shuffled, is_permuted=is_permuted)
-    return search(lm, observation, options)
+    return next(_searched(lm, [observation], options))
+
+
+def _searched(
+    lm: LanguageModel, observations: Sequence[Observation], options: SearchOptions, *, n_slots: int = 1
+) -> Iterator[Inversion]:
+    """Yield the inversion of each, by searches that share their passes, or by a pass in another dtype each."""
+    dtype = lm.dtype if options.pass_dtype is None else dtype_named(options.pass_dtype)
+    if dtype == lm.dtype:
+        yield from search_together(lm, observations, options, n_slots=n_slots)
+        return
+    for seen in observations:
+        yield search_across_dtypes(lm, seen, dtype, options)
 
 
 def _inverted_in_order(
@@ -222,7 +242,7 @@ def _inverted_here(
     lm: LanguageModel, observations: Sequence[Observation], options: SearchOptions, last: LastOptions
 ) -> Iterator[Inversion]:
     whole = [seen for seen in observations if not holds_last_alone(seen)]
-    found = search_together(lm, whole, options, n_slots=N_SLOTS if options.policy == "auto" else 1)
+    found = _searched(lm, whole, options, n_slots=N_SLOTS if options.policy == "auto" else 1)
     for seen in observations:
         if holds_last_alone(seen):
             yield invert_last(lm, seen, use_fit=options.use_fit, **asdict(last))

@@ -101,20 +101,15 @@ class AcceptRule:
         return Retry(tried.take_back(limit)[: self.max_batch])  # it explains it: check again all that lies so near
 
     def at_the_end(self, tried: Trials) -> Retry | Miss:
-        """Decide with the whole vocabulary tried: the nearest token is run again to be accepted, or it is a miss."""
+        """Decide with all tried that is to be: the nearest token is run again to be accepted, or it is a miss."""
         view, check, best = self.view, self.view.check, tried.best()
         if best.is_near:
             return Retry(torch.tensor([best.token_id]))
         runner_up, limit = tried.runner_up(best.token_id), check.limit(view.position)
-        return Miss(
-            position=view.position,
-            token_id=best.token_id,
-            token=view.lm.decode([best.token_id]),
-            distance=best.distance,
-            tolerance=limit,
-            n_checked=tried.n_checked,
-            runner_up=runner_up,
-            diagnosis=diagnosed(
+        if tried.n_checked < view.lm.vocab_size:
+            diagnosis = f"no more than {tried.n_checked} candidates were to be tried"
+        else:
+            diagnosis = diagnosed(
                 view.lm,
                 check.observed,
                 view.seen.cut,
@@ -123,5 +118,14 @@ class AcceptRule:
                 distance=best.distance,
                 runner_up=runner_up,
                 limit=limit,
-            ),
+            )
+        return Miss(
+            position=view.position,
+            token_id=best.token_id,
+            token=view.lm.decode([best.token_id]),
+            distance=best.distance,
+            tolerance=limit,
+            n_checked=tried.n_checked,
+            runner_up=runner_up,
+            diagnosis=diagnosis,
         )

@@ -194,7 +194,13 @@ class BatchScheduler:
         proposal = proposal_for(options.policy, view, use_fit=options.use_fit)
         if len(options.hint):
             proposal = Hinted(view, proposal, [*seen.known_prefix, *options.hint])
-        run = PromptSearch(view=view, proposal=proposal, exhaustive=options.exhaustive, max_batch=options.max_batch)
+        run = PromptSearch(
+            view=view,
+            proposal=proposal,
+            exhaustive=options.exhaustive,
+            max_batch=options.max_batch,
+            patience=options.patience,
+        )
         self._slots.append(
             _Slot(
                 number=number,

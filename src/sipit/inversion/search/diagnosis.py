@@ -57,15 +57,16 @@ def diagnosed(
     stands_out = _STANDS_OUT if narrow is None else _STANDS_OUT_NARROW
     if runner_up is not None and distance * stands_out < runner_up:
         moved = (
-            f"something else than {arithmetic} arithmetic moved the state: try the --dtype or --quantize it was run in"
+            f"something else than {arithmetic} arithmetic moved the state: try the --pass-dtype or --quantize it was "
+            "run in"
             if narrow is None
-            else f"the rows hold {narrow} values where it computes in {arithmetic}: try --dtype {narrow}"
+            else f"the rows hold {narrow} values where it computes in {arithmetic}: try --pass-dtype {narrow}"
         )
         return (
             f"the nearest token stands out ({runner_up / distance:.0f} times nearer than the next), so this is the "
             f"model, but {moved}, or declare --noise {1.1 * distance:.2g}"
         )
-    otherwise = "" if narrow is None else f"; or a pass in {narrow} made the rows, then try --dtype {narrow}"
+    otherwise = "" if narrow is None else f"; or a pass in {narrow} made the rows, then try --pass-dtype {narrow}"
     if position == 0 and (elsewhere := _elsewhere(lm, row, cut)):
         return elsewhere + otherwise
     if position == 0:

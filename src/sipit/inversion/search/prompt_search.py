@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import islice, zip_longest
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ class PromptSearch:
     proposal: Proposal
     exhaustive: bool
     max_batch: int
+    patience: int | None = None  # candidates checked in vain at a position that end the search; None: the vocabulary
     evidence: list[PositionEvidence] = field(default_factory=list)
     miss: Miss | None = None
     accepted_by_noise: bool = False
@@ -107,10 +108,16 @@ class PromptSearch:
         is_first = self.fork is not None and not self.fork.is_doubted
         return is_first and self._is_behind_fork and is_vain and not self._tried.best().is_near
 
-    def _n_next(self, wanted: int) -> int:
-        """Return how many candidates behind the fork each of its tokens is run with."""
+    def _likely_next(self, wanted: int) -> tuple[int, ...]:
+        """Return candidates behind the fork that each of its tokens is run with: as many as its passes allow.
+
+        In turn what the proposal expects there and what came nearest: behind a wrong token the right one may lie far.
+        """
         assert self.fork is not None
-        return max(1, min(wanted, _FORK_PASSES * self.max_batch // len(self.fork.token_ids)))
+        n = max(1, min(wanted, _FORK_PASSES * self.max_batch // len(self.fork.token_ids)))
+        expected, nearest = self.proposal.guesses(self.view.position, n).tolist(), self._tried.nearest(n)
+        in_turn = [token_id for pair in zip_longest(expected, nearest) for token_id in pair if token_id is not None]
+        return tuple(dict.fromkeys(in_turn))[:n]
 
     def _settle_fork(self) -> None:
         """Run the tokens of the fork with what may follow them, and go on behind the best of those that survive.
@@ -189,14 +196,14 @@ class PromptSearch:
         """
         while not (self.is_done or self.is_aside):
             if self._is_in_doubt:
-                self.next_ids = tuple(self._tried.nearest(self._n_next(_NEXT)))
+                self.next_ids = self._likely_next(_NEXT)
                 continue
             self._is_settling = len(self._queued) > 0
             batch = self._queued if self._is_settling else self._proposed()
             self._queued = self._queued[:0]
             if len(batch) == 0 and self.fork is not None and self._is_behind_fork:
                 self.fork = replace(self.fork, is_doubted=True)
-                self.next_ids = tuple(self._tried.nearest(self._n_next(max(_NEXT, _PAIRS // len(self.fork.token_ids)))))
+                self.next_ids = self._likely_next(max(_NEXT, _PAIRS // len(self.fork.token_ids)))
                 continue
             if len(batch) == 0:
                 self._conclude()
@@ -222,10 +229,12 @@ class PromptSearch:
         return replace(draft, ahead=islice(draft.ahead, n_held))
 
     def _proposed(self) -> Tensor:
-        """Return candidates not tried yet; none once the whole vocabulary was. (N,)."""
+        """Return candidates not tried yet; none once the whole vocabulary was, or all patience is spent. (N,)."""
         if self._rule.tries_all:  # all will be checked: no order is worth its price
             self._recall()
             return self._tried.untried.nonzero()[: self.max_batch, 0]
+        if self.patience is not None and self._tried.n_checked >= self.patience:
+            return self._queued[:0]
         untried = self._tried.untried
         limit = min(self._size, self.max_batch, self.proposal.batch_limit or self.max_batch)
         batch = self.proposal.next(limit, untried)

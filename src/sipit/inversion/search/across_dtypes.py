@@ -1,0 +1,277 @@
+"""States of a pass in another dtype: sought in the model's own, judged in theirs.
+
+A server computes in bfloat16, an auditor's machine in float32: their states of one prompt lie a per cent apart, far
+beyond what float32 explains. So the search runs in the dtype that is fast here, on rows that may be off by as much as
+the two passes were measured to differ, coordinate by coordinate; and the prompt that it comes to, with all that may fit
+beside it, is replayed by one ordinary pass in the rows' own dtype. That pass decides. A state that differs by far more
+than others do, as those of some rare tokens, stops the search: its token is then judged by that pass at once.
+Shapes: T rows, W = width of a row.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sipit.errors import OptionError
+from sipit.float64 import as_float64
+from sipit.inversion.evidence.cost import cost_of
+from sipit.inversion.evidence.result import (
+    MOST_RIVALS,
+    Inversion,
+    Miss,
+    PositionEvidence,
+    Verdict,
+    decisive_tolerance,
+)
+from sipit.inversion.judging.calibration import calibration_prompts
+from sipit.inversion.judging.meter import Meter
+from sipit.inversion.judging.noise import CLEAR, noise_floor
+from sipit.inversion.judging.replay import Replay, replay
+from sipit.inversion.search.batching import search
+from sipit.inversion.search.belonging import require_belongs
+from sipit.inversion.search.options import OnProgress, Progress, SearchOptions
+from sipit.models import LanguageModel, in_dtype
+from sipit.observations import Cut, Observation
+from sipit.observations.rounding import as_rounded
+
+_WIDE, _WIDEST = 4.0, 16.0  # standard deviations of a coordinate's difference that a row may be off by: as wrong
+# tokens leave room for
+_PATIENCE = 512  # candidates tried in vain before the nearest of them is judged by the other dtype's pass
+_USUAL = 0.95  # quantile of the rows' differences: those beyond it amplify roundings, and are judged one by one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """How far the two passes' states lie apart, over a state's norm, in each coordinate: one standard deviation."""
+
+    first: Tensor  # (W,) at position 0
+    rest: Tensor  # (W,)
+
+    def half_steps(self, lm: LanguageModel, seen: Observation) -> Tensor:
+        """Return how far each observed value may be off. (T, W) float32."""
+        norms = seen.states.cpu().float().norm(dim=1, keepdim=True)  # (T, 1)
+        is_first = torch.tensor(seen.positions)[:, None] == 0
+        floor = noise_floor(lm, seen.cut, seen.n_positions)
+        first, rest = _widened(self.first, floor.first_gap), _widened(self.rest, floor.rest_gap)
+        half_steps: Tensor = norms * torch.where(is_first, first, rest)
+        return half_steps
+
+
+def _widened(deviations: Tensor, gap: float) -> Tensor:
+    """Return how far coordinates may be off, where wrong tokens lie a gap away. (W,) → (W,)."""
+    room = CLEAR * gap / float(deviations.norm().clamp(min=1e-30))
+    return deviations * min(max(room, _WIDE), _WIDEST)
+
+
+def drift(lm: LanguageModel, other: LanguageModel, cut: Cut, meter: Meter) -> Drift:
+    """Return the measured difference of two models' states of the calibration prompts, made once."""
+
+    def made() -> Drift:
+        firsts, rests = [], []
+        for ids in calibration_prompts(lm):
+            own = as_float64(lm.cut(cut).ordinary(ids)).cpu()  # (T, W)
+            gaps = (as_float64(other.cut(cut).ordinary(ids)).cpu() - own) / own.norm(dim=1, keepdim=True)
+            meter.spend(2 * len(ids), cut.layer, passes=1)
+            firsts.append(gaps[:1])
+            rests.append(gaps[1:])
+        return Drift(first=_deviations(torch.cat(firsts)), rest=_deviations(torch.cat(rests)))
+
+    return lm.derived(("drift", cut, other.dtype), made)
+
+
+def _deviations(gaps: Tensor) -> Tensor:
+    """Return each coordinate's root mean square over the rows that are not far off. (N, W) → (W,) float32."""
+    lengths = gaps.norm(dim=1)
+    usual = gaps[lengths <= lengths.quantile(_USUAL)]
+    return usual.square().mean(dim=0).sqrt().float()
+
+
+def search_across_dtypes(lm: LanguageModel, seen: Observation, dtype: torch.dtype, options: SearchOptions) -> Inversion:
+    """Recover the prompt of states that a pass in another dtype than the model's left.
+
+    Args:
+        lm: the model, in the dtype that the search is to run in.
+        seen: rows of every position behind the known prefix.
+        dtype: that the pass computed in.
+        options: how to search.
+
+    Returns:
+        An inversion by the model in that dtype: its record names that one, and `sipit check` replays it there.
+
+    Raises:
+        OptionError: positions without a row, or a model that is held quantised.
+        ModelError: the dtype is too coarse at this layer: wrong tokens' states lie as near as its own arithmetic.
+    """
+    if not seen.is_complete or seen.is_partial:
+        raise OptionError(
+            "rows of a pass in another dtype must be whole and of every position behind the known prefix; invert "
+            "others with the model in the pass's own dtype"
+        )
+    other = in_dtype(lm, dtype)
+    require_belongs(other, seen)
+    began, meter = time.perf_counter(), Meter()
+    values, _, half = as_rounded(seen.states) if seen.half_step is None else (seen.states, None, seen.half_step)
+    half = drift(lm, other, seen.cut, meter).half_steps(lm, seen) + (0.0 if half is None else half.cpu())
+    relaxed = replace(seen, states=values, half_step=half.to(values.device), fingerprint=None, model=None)
+    evidence, miss = _sought(lm, other, seen, relaxed, options, meter)
+    ids = [one.token_id for one in evidence]
+    verdict: Verdict = "unmatched"
+    if miss is None:
+        found = _replayed(other, seen, ids, meter)
+        evidence, verdict = _judged(other, seen, evidence, found, meter), "recovered"
+        if any(one.rivals for one in evidence):
+            verdict = "ambiguous"
+        worst = int(found.over.argmax())
+        if float(found.over[worst]) > 0:
+            miss, verdict = _missed(evidence[worst], worst, dtype), "unmatched"
+            ids, evidence = ids[:worst], evidence[:worst]
+    return Inversion(
+        model=lm.name,
+        fingerprint=other.fingerprint,
+        layer=seen.layer,
+        site=seen.site,
+        policy=options.policy,
+        verdict=verdict,
+        text=lm.decode(ids),
+        input_ids=tuple(ids),
+        known_prefix=seen.known_prefix,
+        seq_len=seen.n_sought,
+        tolerance=decisive_tolerance(evidence, miss),
+        noise=0.0,
+        **cost_of(lm, seen, meter, time.perf_counter() - began),
+        observation_sha256=seen.digest(),
+        observation_dtype=seen.dtype,
+        model_dtype=str(dtype).removeprefix("torch."),
+        positions=tuple(evidence),
+        miss=miss,
+    )
+
+
+def _sought(
+    lm: LanguageModel,
+    other: LanguageModel,
+    seen: Observation,
+    relaxed: Observation,
+    options: SearchOptions,
+    meter: Meter,
+) -> tuple[list[PositionEvidence], Miss | None]:
+    """Search on the relaxed rows; where it stops, let the other dtype's pass judge the nearest token there."""
+    evidence: list[PositionEvidence] = []
+    patience: int | None = _PATIENCE
+    while True:
+        done = [one.token_id for one in evidence]
+        on_progress = _after(options.on_progress, done, seen.n_sought)
+        hint = options.hint[len(done) :]
+        part = replace(options, hint=hint, on_progress=on_progress, patience=patience, pass_dtype=None)
+        found = search(lm, _behind(relaxed, done), part)
+        meter.block_tokens += found.block_tokens
+        meter.n_checked += found.n_checked
+        meter.n_passes += found.n_passes
+        evidence += found.positions
+        if found.miss is None:
+            return evidence, None
+        miss = found.miss
+        ids = [*done, *found.input_ids, miss.token_id]
+        ahead = replace(
+            seen, states=seen.states[: len(ids)], half_step=_first_rows(seen.half_step, len(ids)), positions=()
+        )
+        judged = _replayed(other, ahead, ids, meter)
+        if float(judged.over[-1]) > 0 and patience is None:
+            return evidence, miss
+        if float(judged.over[-1]) > 0:
+            patience = None  # from here on the whole vocabulary, where it must be
+            continue
+        evidence.append(
+            PositionEvidence(
+                token_id=miss.token_id,
+                token=miss.token,
+                distance=float(judged.distances[-1]),
+                tolerance=float(judged.allowed[-1]),
+                runner_up=miss.runner_up,
+                n_checked=miss.n_checked,
+                rivals=(),
+            )
+        )
+        if len(evidence) == seen.n_sought:
+            return evidence, None
+
+
+def _first_rows(half_step: Tensor | None, n: int) -> Tensor | None:
+    return None if half_step is None else half_step[:n]
+
+
+def _behind(seen: Observation, ids: Sequence[int]) -> Observation:
+    """Return the rows behind tokens that are settled, which join the known prefix."""
+    n = len(ids)
+    half = None if seen.half_step is None else seen.half_step[n:]
+    return replace(
+        seen,
+        states=seen.states[n:],
+        half_step=half,
+        known_prefix=(*seen.known_prefix, *ids),
+        positions=seen.positions[n:],
+    )
+
+
+def _after(on_progress: OnProgress | None, done: Sequence[int], seq_len: int) -> OnProgress | None:
+    """Return what tells the progress of a search behind settled tokens as that of the whole."""
+    if on_progress is None:
+        return None
+
+    def tell(progress: Progress) -> None:
+        on_progress(replace(progress, seq_len=seq_len, input_ids=(*done, *progress.input_ids)))
+
+    return tell
+
+
+def _replayed(other: LanguageModel, seen: Observation, ids: Sequence[int], meter: Meter) -> Replay:
+    found = replay(other, seen, torch.tensor([*seen.known_prefix, *ids]))
+    meter.spend(found.block_tokens // max(seen.layer, 1), seen.layer)
+    return found
+
+
+def _judged(
+    other: LanguageModel, seen: Observation, evidence: Sequence[PositionEvidence], found: Replay, meter: Meter
+) -> list[PositionEvidence]:
+    """Return the evidence as the other dtype's pass has it: of tokens that may fit beside, those that do.
+
+    Where more of them fitted the relaxed rows than evidence names, all that are named stay: some were not replayed.
+    """
+    ids = [one.token_id for one in evidence]
+    judged = []
+    for place, one in enumerate(evidence):
+        rivals = list(one.rivals)
+        if len(rivals) < MOST_RIVALS:
+            rivals = [
+                rival
+                for rival in rivals
+                if bool((_replayed(other, seen, _swapped(ids, place, rival.token_id), meter).over <= 0).all())
+            ]
+        distance, tolerance = float(found.distances[place]), float(found.allowed[place])
+        judged.append(replace(one, distance=distance, tolerance=tolerance, rivals=tuple(rivals)))
+    return judged
+
+
+def _swapped(ids: Sequence[int], place: int, token_id: int) -> list[int]:
+    return [*ids[:place], token_id, *ids[place + 1 :]]
+
+
+def _missed(one: PositionEvidence, position: int, dtype: torch.dtype) -> Miss:
+    return Miss(
+        position=position,
+        token_id=one.token_id,
+        token=one.token,
+        distance=one.distance,
+        tolerance=one.tolerance,
+        n_checked=one.n_checked,
+        runner_up=one.runner_up,
+        diagnosis=(
+            f"the nearest prompt's own pass in {str(dtype).removeprefix('torch.')} leaves more than its arithmetic "
+            "explains: another dtype, layer, site or model, or noise"
+        ),
+    )
