@@ -2,7 +2,7 @@
 
 python -m benchmarks.leaks --text-file F --layers 5,15,30 --roundings bfloat16,float8-row,int8-row,int4-64 --prompts 50
 python -m benchmarks.leaks --text-file F --layers 1,15,29 --sites keys,values,kv --prompts 20
-python -m benchmarks.leaks --text-file F --layers 15 --pass-dtype bfloat16 --dtype float32 --prompts 5
+python -m benchmarks.leaks --text-file F --layers 1,5,15,30 --pass-dtype bfloat16 --prompts 10
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 import sipit
+from sipit.models import in_dtype
+from sipit.observations import dtype_named
 from sipit.observations.rounding import as_rounded
 
 
@@ -62,7 +64,7 @@ def main() -> None:
     parser.add_argument("--max-seconds", type=float, default=float("inf"), help="give a prompt up after so long")
     options = parser.parse_args()
     lm = sipit.load(options.model, dtype=options.dtype)
-    leaking = lm if options.pass_dtype is None else sipit.load(options.model, dtype=options.pass_dtype)
+    leaking = lm if options.pass_dtype is None else in_dtype(lm, dtype_named(options.pass_dtype))
     ids = [int(i) for i in lm.encode(options.text_file.read_text("utf-8")[: 20 * options.prompts * options.tokens])]
     prompts = [ids[k * options.tokens :][: options.tokens] for k in range(options.prompts)]
     print("site           layer  rounding     exact     candidates/token  wall ratio  verdicts")
@@ -93,7 +95,6 @@ def _row(
         began = time.perf_counter()
         seen = leaking.capture(input_ids=prompt, layer=layer, site=site)  # type: ignore[arg-type]
         plain = time.perf_counter() - began
-        seen = replace(seen, fingerprint=lm.fingerprint)
         values, _, half_step = as_rounded(ROUNDINGS[rounding](seen.states), is_embedding=layer == 0)
         began = time.perf_counter()
         found = _inverted(lm, replace(seen, states=values, half_step=half_step), options)
@@ -124,7 +125,7 @@ def _inverted(lm: sipit.LanguageModel, seen: sipit.Observation, options: argpars
             raise _OutOfTimeError
 
     try:
-        return sipit.invert(lm, seen, use_fit=options.fit, on_progress=stop)
+        return sipit.invert(lm, seen, use_fit=options.fit, pass_dtype=options.pass_dtype, on_progress=stop)
     except _OutOfTimeError:
         return None
 

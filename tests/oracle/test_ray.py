@@ -123,3 +123,18 @@ def test_what_ray_cannot_do_is_refused(text_folder: Path, tmp_path: Path, capfd:
     assert main(["invert", "--ray", str(seen)]) == 2
     assert "name files before it" in capfd.readouterr().err
     assert torch.get_num_threads() == 1
+
+
+def test_pieces_are_drawn_as_there_are_workers_for_them(on_ray: OnRay) -> None:
+    drawn: list[int] = []
+
+    def pieces() -> Iterator[int]:
+        for number in range(3, 40):
+            drawn.append(number)
+            yield number
+
+    found = on_ray.results(_refused, pieces())
+    assert next(found) == 3
+    assert len(drawn) <= 2 * 2 + 2  # two for each of two workers, and one for each answer meanwhile
+    assert list(found) == [*range(4, 40)]
+    assert list(on_ray.results(_refused, iter(()))) == []

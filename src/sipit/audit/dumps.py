@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def audit_dumps(
     workers: Workers | None = None,
     on_trial: Callable[[Trial], None] | None = None,
 ) -> DumpAudit:
-    """Invert every prompt in some files or folders.
+    """Invert every prompt in some files or folders, which are read as they are come to.
 
     Where token ids lie beside the states, what comes back is scored against them; else a prompt counts as given away
     when it is recovered, for the check proves it.
@@ -51,20 +52,29 @@ def audit_dumps(
     """
     plans: list[Plan] = []
     trials: list[Trial] = []
-    refused: list[tuple[str, SipitError]] = []
-    entries = [entry for path in paths for entry in _entries(lm, path, wanted)]
-    refused += [(name, seen) for name, seen, _ in entries if isinstance(seen, SipitError)]
-    readable = [(name, seen, truth) for name, seen, truth in entries if not isinstance(seen, SipitError)]
-    found = (workers or Here(lm)).results(_tried, [(seen, truth) for _, seen, truth in readable])
-    for (name, seen, _), trial in zip(readable, found, strict=True):
+    refused: list[tuple[int, str, SipitError]] = []  # with the number of the entry: they are told in the files' order
+    waiting: deque[tuple[int, str, Plan]] = deque()  # entries that are being inverted, in the order of their results
+
+    def pieces() -> Iterator[tuple[Observation, tuple[int, ...] | None]]:
+        entries = (entry for path in paths for entry in _entries(lm, path, wanted))
+        for number, (name, seen, truth) in enumerate(entries):
+            if isinstance(seen, SipitError):
+                refused.append((number, name, seen))
+            else:
+                waiting.append((number, name, _plan(seen)))
+                yield seen, truth
+
+    for trial in (workers or Here(lm)).results(_tried, pieces()):
+        number, name, plan = waiting.popleft()
         if isinstance(trial, SipitError):
-            refused.append((name, trial))
+            refused.append((number, name, trial))
             continue
-        plans += [_plan(seen)] if _plan(seen) not in plans else []
+        plans += [plan] if plan not in plans else []
         trials.append(replace(trial, prompt=len(trials)))
         if on_trial is not None:
             on_trial(trials[-1])
-    return DumpAudit(cells=cells_of(plans, trials), trials=trials, refused=refused)
+    told = [(name, error) for _, name, error in sorted(refused, key=lambda one: one[0])]
+    return DumpAudit(cells=cells_of(plans, trials), trials=trials, refused=told)
 
 
 def _entries(lm: LanguageModel, path: Path, wanted: Wanted) -> list[_Named]:

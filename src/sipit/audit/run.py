@@ -70,7 +70,7 @@ def audit(
         for plan, text in plans.items()
         if (plan.key, digest) not in trials
     }
-    found = (workers or Here(lm)).results(_tried, list(waiting.values()))
+    found = (workers or Here(lm)).results(_tried, waiting.values())
     for (key, digest), trial in zip(waiting, found, strict=True):
         log.append({**trial.record(), "prompt_sha256": digest, "fingerprint": lm.fingerprint})
         trials[key, digest] = trial

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, TypeVar
 
 from sipit.models import LanguageModel
@@ -15,8 +15,8 @@ Work = Callable[[LanguageModel, Piece], Result]  # a function of a module, so th
 class Workers(Protocol):
     """Does pieces of a job, each by itself and with the same model."""
 
-    def results(self, work: Work[Any, Result], pieces: Sequence[Any]) -> Iterator[Result]:
-        """Yield what comes of each piece, in the order of the pieces.
+    def results(self, work: Work[Any, Result], pieces: Iterable[Any]) -> Iterator[Result]:
+        """Yield what comes of each piece, in the order of the pieces, which are drawn as there is someone to do them.
 
         An exception that a piece raises is raised in its turn, after the results of those before it.
         """
@@ -28,6 +28,6 @@ class Here:
     def __init__(self, lm: LanguageModel) -> None:
         self._lm = lm
 
-    def results(self, work: Work[Any, Result], pieces: Sequence[Any]) -> Iterator[Result]:
+    def results(self, work: Work[Any, Result], pieces: Iterable[Any]) -> Iterator[Result]:
         for piece in pieces:
             yield work(self._lm, piece)

@@ -7,8 +7,8 @@ another one, which loads the model and does the piece again. Results come in the
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from types import TracebackType
 from typing import Any
 
@@ -75,37 +75,44 @@ class OnRay:
         if self._is_ours:
             _ray().shutdown()
 
-    def results(self, work: Work[Any, Result], pieces: Sequence[Any]) -> Iterator[Result]:
+    def results(self, work: Work[Any, Result], pieces: Iterable[Any]) -> Iterator[Result]:
         ray = _ray()
-        if not self._actors and pieces:
-            self._actors = self._started(len(pieces))
-        left = deque(enumerate(pieces))
-        under_way: dict[Any, tuple[int, Any]] = {}  # answer to come → number of the piece, who does it
+        numbered = enumerate(pieces)
+        under_way: dict[Any, tuple[int, int]] = {}  # answer to come → number of the piece, of who does it
         done: dict[int, Any] = {}
+        n_given = 0
 
-        def give(actor: Any) -> None:
-            if left:
-                number, piece = left.popleft()
-                under_way[actor.do.remote(work, piece)] = (number, actor)
+        def give(worker: int) -> None:
+            nonlocal n_given
+            for number, piece in islice(numbered, 1):
+                under_way[self._actor(worker).do.remote(work, piece)] = (number, worker)
+                n_given = number + 1
 
-        for actor in self._actors * _AHEAD:
-            give(actor)
-        for number in range(len(pieces)):
+        for worker in [*range(self._n_there())] * _AHEAD:
+            give(worker)
+        number = 0
+        while number < n_given:
             while number not in done:
                 (ready,), _ = ray.wait(list(under_way), num_returns=1)
-                finished, actor = under_way.pop(ready)
+                finished, worker = under_way.pop(ready)
                 done[finished] = ready
-                give(actor)
+                give(worker)
             yield _answer(done.pop(number))
+            number += 1
 
-    def _started(self, n_pieces: int) -> list[Any]:
-        ray = _ray()
-        has = ray.cluster_resources()
-        needs = {"num_gpus": 1.0} if has.get("GPU", 0) >= 1 else {"num_cpus": 1.0}
-        n_there = int(has["GPU"] if "num_gpus" in needs else has.get("CPU", 1))
-        worker = ray.remote(max_restarts=-1, max_task_retries=-1, **needs)(_Worker)
-        n = max(1, min(self._n_workers or n_there, n_there, n_pieces))
-        return [worker.remote(self._loader) for _ in range(n)]
+    def _needs(self) -> dict[str, float]:
+        return {"num_gpus": 1.0} if _ray().cluster_resources().get("GPU", 0) >= 1 else {"num_cpus": 1.0}
+
+    def _n_there(self) -> int:
+        n_there = int(_ray().cluster_resources().get("GPU" if "num_gpus" in self._needs() else "CPU", 1))
+        return max(1, min(self._n_workers or n_there, n_there))
+
+    def _actor(self, worker: int) -> Any:
+        """Return a worker by its number, started where there was no piece for it before."""
+        if worker == len(self._actors):
+            made = _ray().remote(max_restarts=-1, max_task_retries=-1, **self._needs())(_Worker)
+            self._actors.append(made.remote(self._loader))
+        return self._actors[worker]
 
 
 class _Worker:

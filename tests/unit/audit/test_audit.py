@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 from scipy.stats import binomtest
 
 from sipit import LanguageModel
-from sipit.audit import Plan, Trial, audit, cells_of, defence_named, given_away, wilson
+from sipit.audit import Plan, Trial, audit, cells_of, defence_named, dumps, given_away, wilson
 from sipit.audit.utility import utility_of
 from sipit.errors import OptionError
+from sipit.observations import Observation, read_observation, write_observation
+from sipit.observations.formats import Wanted
 from tests.tiny_models import random_ids, text_model
 
 PROMPTS = [random_ids(8, seed=seed, vocab_size=256) for seed in (1, 2)]
@@ -92,3 +95,27 @@ def test_cells_without_trials_are_left_out() -> None:
     plan = Plan(layer=1, site="block", dtype="float32", defence="none", strength=0.0)
     assert cells_of([plan], []) == []
     assert given_away([]) == 0.0
+
+
+def test_dumps_are_read_as_they_are_come_to_and_refused_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = text_model()
+    names = ["a", "b", "broken", "c", "other", "d"]
+    for name in names:
+        seen = lm.capture(input_ids=random_ids(4, seed=len(name)), layer=2)
+        write_observation(replace(seen, layer=99) if name == "other" else seen, tmp_path / name)
+    (tmp_path / "broken").write_bytes(b"\\0" * 40)
+    read: list[str] = []
+
+    def noted(path: Path) -> Observation:
+        read.append(path.name)
+        return read_observation(path)
+
+    monkeypatch.setattr(dumps, "read_observation", noted)
+    read_at: list[int] = []
+    paths = [tmp_path / name for name in names]
+    found = dumps.audit_dumps(lm, paths, Wanted(), on_trial=lambda _: read_at.append(len(read)))
+    assert [trial.verdict for trial in found.trials] == ["recovered"] * 4
+    assert [name for name, _ in found.refused] == ["broken", "other"]
+    assert read_at == [1, 2, 4, 6]

@@ -39,18 +39,17 @@ from sipit.models import LanguageModel, in_dtype
 from sipit.observations import Cut, Observation
 from sipit.observations.rounding import as_rounded
 
-_WIDE, _WIDEST = 4.0, 16.0  # standard deviations of a coordinate's difference that a row may be off by: as wrong
-# tokens leave room for
+_WIDE, _WIDEST = 4.0, 16.0  # times the measured difference that a coordinate may be off by: as wrong tokens leave room
 _PATIENCE = 512  # candidates tried in vain before the nearest of them is judged by the other dtype's pass
 _USUAL = 0.95  # quantile of the rows' differences: those beyond it amplify roundings, and are judged one by one
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drift:
-    """How far the two passes' states lie apart, over a state's norm, in each coordinate: one standard deviation."""
+    """How far the two passes' states lie apart, over a state's norm, in each coordinate."""
 
-    first: Tensor  # (W,) at position 0
-    rest: Tensor  # (W,)
+    first: Tensor  # (W,) at position 0: the largest seen
+    rest: Tensor  # (W,) at later positions: one standard deviation
 
     def half_steps(self, lm: LanguageModel, seen: Observation) -> Tensor:
         """Return how far each observed value may be off. (T, W) float32."""
@@ -79,7 +78,8 @@ def drift(lm: LanguageModel, other: LanguageModel, cut: Cut, meter: Meter) -> Dr
             meter.spend(2 * len(ids), cut.layer, passes=1)
             firsts.append(gaps[:1])
             rests.append(gaps[1:])
-        return Drift(first=_deviations(torch.cat(firsts)), rest=_deviations(torch.cat(rests)))
+        few = torch.cat(firsts)  # of which the largest errors count, since there are a dozen
+        return Drift(first=few.abs().amax(dim=0).float(), rest=_deviations(torch.cat(rests)))
 
     return lm.derived(("drift", cut, other.dtype), made)
 
