@@ -1,9 +1,9 @@
 """A closed-form inverse from states to tokens, from a few thousand random tokens and some prose run once.
 
-No training: the states of these tokens (anchors) and their embeddings give a ridge regression from
-state to token key. Random tokens cover the vocabulary, prose shows tokens among their like. It is weak
+No training: the states of these tokens (anchors) and their embeddings give a ridge regression, in a kernel's space,
+from state to token key. Random tokens cover the vocabulary, prose shows tokens among their like. It is weak
 beside a fitted inverse and costs seconds instead of minutes. The first position, whose states have
-extreme norms and no context, has a regression of its own.
+extreme norms and no context, has a linear regression of its own.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sipit.corpora import library_prose
 from sipit.errors import StorageError
+from sipit.inversion.inverses.kernel_regression import KernelRegression, kernel_regression
 from sipit.inversion.inverses.restored import restored
 from sipit.inversion.inverses.ridge import Ridge, amended_query, ridge
 from sipit.inversion.inverses.sampled_ids import spread_ids
@@ -34,8 +35,11 @@ _PROMPTS = ((16, 112), (64, 4))  # number and length of the anchor prompts; the 
 _PROSE = (16, 112)  # of prompts of prose, where there is a tokenizer
 _PACKAGES = ("argparse", "collections", "datetime", "logging", "statistics")  # whose docstrings are the prose
 _BATCH = 512  # tokens run at once
-_FORMAT, _VERSION = "sipit.anchors", "2"  # the version is raised with the keys and the recipe
-_PARTS = ("mean", "scale", "weight", "bias")
+_FORMAT, _VERSION = "sipit.anchors", "3"  # the version is raised with the keys and the recipe
+_PARTS = {
+    "first": ("mean", "scale", "weight", "bias"),
+    "rest": ("mean", "scale", "anchors", "coefficients", "bias"),
+}
 _FIRSTS = 256  # anchors of the first position
 
 
@@ -45,7 +49,7 @@ class RidgeInverse:
 
     keys: TokenKeys
     first: Ridge
-    rest: Ridge
+    rest: KernelRegression
     sink_cosine: float  # states nearer than this to the mean first state are read as first ones
     block_tokens: int  # what the anchors cost
     doubtful_weights: tuple[float, float] = (50.0, 1.0)
@@ -113,7 +117,7 @@ def _fit(lm: LanguageModel, cut: Cut) -> RidgeInverse:
     return RidgeInverse(
         keys=keys,
         first=ridge(alone, keys.keys(firsts), strength=1e-3),
-        rest=ridge(torch.cat(states), keys.keys(torch.cat(tokens))),
+        rest=kernel_regression(torch.cat(states), keys.keys(torch.cat(tokens))),
         sink_cosine=sink_cosine(alone, torch.cat(states)),
         block_tokens=(spent + len(firsts)) * cut.layer,
     )
@@ -138,9 +142,10 @@ def _path(lm: LanguageModel, cut: Cut) -> Path:
 
 def _keep(lm: LanguageModel, cut: Cut, inverse: RidgeInverse) -> None:
     """Write an inverse for the next process, where the cache directory can be written."""
-    parts = {"first": inverse.first, "rest": inverse.rest}
     tensors = {
-        f"{name}.{key}": getattr(part, key).float().cpu().contiguous() for name, part in parts.items() for key in _PARTS
+        f"{name}.{key}": getattr(getattr(inverse, name), key).float().cpu().contiguous()
+        for name, keys in _PARTS.items()
+        for key in keys
     }
     numbers = {"sink_cosine": repr(inverse.sink_cosine), "block_tokens": str(inverse.block_tokens)}
     path = _path(lm, cut)
@@ -162,11 +167,14 @@ def _kept(lm: LanguageModel, cut: Cut) -> RidgeInverse | None:
             tensors = {name: stream.get_tensor(name).to(lm.device) for name in stream.keys()}  # noqa: SIM118
         if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
             return None
-        first, rest = (Ridge(**{key: tensors[f"{name}.{key}"] for key in _PARTS}) for name in ("first", "rest"))
+        parts = {name: {key: tensors[f"{name}.{key}"] for key in keys} for name, keys in _PARTS.items()}
+        first, rest = Ridge(**parts["first"]), KernelRegression(**parts["rest"])
         sink, spent = float(metadata["sink_cosine"]), int(metadata["block_tokens"])
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError):
         return None
     keys = token_keys(lm)
-    if first.weight.shape[1] != keys.width or rest.weight.shape != first.weight.shape:
+    width, d_key = first.weight.shape
+    is_whole = rest.anchors.shape == (len(rest.coefficients), width) and rest.coefficients.shape[1] == d_key
+    if d_key != keys.width or not is_whole:
         return None
     return RidgeInverse(keys=keys, first=first, rest=rest, sink_cosine=sink, block_tokens=spent)
