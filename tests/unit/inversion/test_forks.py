@@ -9,6 +9,8 @@ import torch
 
 import sipit
 from sipit import LanguageModel, Observation
+from sipit.inversion.search import prompt_search
+from sipit.inversion.search.trials import Trials
 from tests.tiny_models import FAMILIES, random_ids, tiny_model, twin_model
 
 IDS = random_ids(7, seed=11)
@@ -58,3 +60,15 @@ def test_several_prompts_with_open_rows_share_their_passes() -> None:
     lm = LanguageModel(tiny_model("llama"))
     found = list(sipit.inversion.invert_many(lm, [_opened(lm, (0,)) for _ in range(3)]))
     assert all(one.input_ids == tuple(IDS.tolist()) and one.verdict == "recovered" for one in found)
+
+
+def test_what_the_inverse_expects_behind_a_fork_is_tried_however_far_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, nearest = LanguageModel(tiny_model("llama")), Trials.nearest
+
+    def without_the_truth(self: Trials, n: int) -> list[int]:
+        return [i for i in nearest(self, n + 1) if i != int(IDS[1])][:n]  # as behind a token that makes it a sink
+
+    monkeypatch.setattr(Trials, "nearest", without_the_truth)
+    monkeypatch.setattr(prompt_search, "_DOUBTED_AFTER", 8)
+    found = sipit.invert(lm, _opened(lm, (0,)))
+    assert (found.verdict, found.input_ids) == ("recovered", tuple(IDS.tolist()))
