@@ -47,6 +47,7 @@ _DEMO_OPTIONS = Namespace(
     resume=None,
     shuffled=False,
     permuted=False,
+    pass_dtype=None,
 )
 
 

@@ -87,7 +87,7 @@ def test_values_that_are_no_states_are_refused(site: Site, llama: LanguageModel)
 
 def test_what_an_order_cannot_be_found_with_is_refused(llama: LanguageModel) -> None:
     seen = llama.capture(input_ids=IDS, layer=2)
-    with pytest.raises(OptionError, match="without a hint and without noise"):
+    with pytest.raises(OptionError, match="without a hint, noise or pass_dtype"):
         sipit.invert(llama, seen, is_shuffled=True, hint=[1])
     with pytest.raises(OptionError, match="one is held of every position"):
         sipit.invert(llama, replace(seen, positions=tuple(range(0, 18, 2))), is_shuffled=True)

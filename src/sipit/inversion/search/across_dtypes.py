@@ -118,7 +118,7 @@ def search_across_dtypes(lm: LanguageModel, seen: Observation, dtype: torch.dtyp
     values, _, half = as_rounded(seen.states) if seen.half_step is None else (seen.states, None, seen.half_step)
     half = drift(lm, other, seen.cut, meter).half_steps(lm, seen) + (0.0 if half is None else half.cpu())
     relaxed = replace(seen, states=values, half_step=half.to(values.device), fingerprint=None, model=None)
-    evidence, miss = _sought(lm, other, seen, relaxed, options, meter)
+    evidence, miss = _sought(lm, other, seen, relaxed, options=options, meter=meter)
     ids = [one.token_id for one in evidence]
     verdict: Verdict = "unmatched"
     if miss is None:
@@ -157,6 +157,7 @@ def _sought(
     other: LanguageModel,
     seen: Observation,
     relaxed: Observation,
+    *,
     options: SearchOptions,
     meter: Meter,
 ) -> tuple[list[PositionEvidence], Miss | None]:
