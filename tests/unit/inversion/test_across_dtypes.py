@@ -77,7 +77,10 @@ def test_states_that_differ_by_more_than_usual_are_judged_by_their_own_pass(monk
     assert (found.verdict, found.input_ids) == ("recovered", tuple(IDS.tolist()))
 
 
-def test_a_token_with_the_same_embedding_row_is_named() -> None:
+@pytest.mark.parametrize("width", [4.0, 0.1])  # as the search sees them, and as only their own pass does
+def test_a_token_with_the_same_embedding_row_is_named(width: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(across_dtypes, "_WIDE", width)
+    monkeypatch.setattr(across_dtypes, "_WIDEST", 4 * width)
     lm = LanguageModel(twin_model("llama", 17, 70), name="twins")
     seen = in_dtype(lm, torch.bfloat16).capture(input_ids=IDS, layer=2)
     found = sipit.invert(lm, seen, pass_dtype="bfloat16")

@@ -22,6 +22,7 @@ from sipit.float64 import as_float64
 from sipit.inversion.evidence.cost import cost_of
 from sipit.inversion.evidence.result import (
     MOST_RIVALS,
+    Candidate,
     Inversion,
     Miss,
     PositionEvidence,
@@ -126,10 +127,10 @@ def search_across_dtypes(lm: LanguageModel, seen: Observation, dtype: torch.dtyp
         evidence, verdict = _judged(other, seen, evidence, found, meter), "recovered"
         if any(one.rivals for one in evidence):
             verdict = "ambiguous"
-        worst = int(found.over.argmax())
-        if float(found.over[worst]) > 0:
-            miss, verdict = _missed(evidence[worst], worst, dtype), "unmatched"
-            ids, evidence = ids[:worst], evidence[:worst]
+        wrong = (found.over > 0).nonzero()[:, 0].tolist()
+        if wrong:
+            miss, verdict = _missed(evidence[wrong[0]], seen.positions[wrong[0]], dtype), "unmatched"
+            ids, evidence = ids[: wrong[0]], evidence[: wrong[0]]
     return Inversion(
         model=lm.name,
         fingerprint=other.fingerprint,
@@ -195,11 +196,17 @@ def _sought(
                 tolerance=float(judged.allowed[-1]),
                 runner_up=miss.runner_up,
                 n_checked=miss.n_checked,
-                rivals=(),
+                rivals=_twins_of(lm, miss),
             )
         )
         if len(evidence) == seen.n_sought:
             return evidence, None
+
+
+def _twins_of(lm: LanguageModel, miss: Miss) -> tuple[Candidate, ...]:
+    """Return tokens with nearly the row of one that no search checked others beside, as candidates to be replayed."""
+    twins = lm.embeddings.twins(miss.token_id)
+    return tuple(Candidate(token_id=i, token=lm.decode([i]), distance=miss.distance) for i in twins[:MOST_RIVALS])
 
 
 def _first_rows(half_step: Tensor | None, n: int) -> Tensor | None:
