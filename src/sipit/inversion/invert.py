@@ -156,9 +156,7 @@ def _inverted_in_order(
     rows, columns = arrangement.row_order, arrangement.column_order
     arranged = seen.arranged(row_order=rows, column_order=columns)
     found = search(lm, arranged, replace(options, hint=arrangement.input_ids))
-    meter.block_tokens += found.block_tokens
-    meter.n_checked += found.n_checked
-    meter.n_passes += found.n_passes
+    meter.add(block_tokens=found.block_tokens, n_checked=found.n_checked, n_passes=found.n_passes)
     cost = cost_of(lm, seen, meter, time.perf_counter() - began)
     return replace(found, observation_sha256=seen.digest(), row_order=rows, column_order=columns, **cost)
 

@@ -17,3 +17,9 @@ class Meter:
         """Add n_tokens through n_blocks; a backward pass counts as two passes more."""
         self.block_tokens += n_tokens * n_blocks * passes
         self.n_passes += passes
+
+    def add(self, *, block_tokens: int, n_checked: int, n_passes: int) -> None:
+        """Add the work of a whole search."""
+        self.block_tokens += block_tokens
+        self.n_checked += n_checked
+        self.n_passes += n_passes

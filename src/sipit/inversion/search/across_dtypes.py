@@ -119,8 +119,8 @@ def search_across_dtypes(lm: LanguageModel, seen: Observation, dtype: torch.dtyp
     values, _, half = as_rounded(seen.states) if seen.half_step is None else (seen.states, None, seen.half_step)
     half = drift(lm, other, seen.cut, meter).half_steps(lm, seen) + (0.0 if half is None else half.cpu())
     relaxed = replace(seen, states=values, half_step=half.to(values.device), fingerprint=None, model=None)
-    evidence, miss = _sought(lm, other, seen, relaxed, options=options, meter=meter)
-    ids = [one.token_id for one in evidence]
+    last, evidence = _sought(lm, other, seen, relaxed, options=options, meter=meter)
+    ids, miss = [one.token_id for one in evidence], last.miss
     verdict: Verdict = "unmatched"
     if miss is None:
         found = _replayed(other, seen, ids, meter)
@@ -131,19 +131,15 @@ def search_across_dtypes(lm: LanguageModel, seen: Observation, dtype: torch.dtyp
         if wrong:
             miss, verdict = _missed(evidence[wrong[0]], seen.positions[wrong[0]], dtype), "unmatched"
             ids, evidence = ids[: wrong[0]], evidence[: wrong[0]]
-    return Inversion(
-        model=lm.name,
+    return replace(
+        last,
         fingerprint=other.fingerprint,
-        layer=seen.layer,
-        site=seen.site,
-        policy=options.policy,
         verdict=verdict,
         text=lm.decode(ids),
         input_ids=tuple(ids),
         known_prefix=seen.known_prefix,
         seq_len=seen.n_sought,
         tolerance=decisive_tolerance(evidence, miss),
-        noise=0.0,
         **cost_of(lm, seen, meter, time.perf_counter() - began),
         observation_sha256=seen.digest(),
         observation_dtype=seen.dtype,
@@ -161,8 +157,11 @@ def _sought(
     *,
     options: SearchOptions,
     meter: Meter,
-) -> tuple[list[PositionEvidence], Miss | None]:
-    """Search on the relaxed rows; where it stops, let the other dtype's pass judge the nearest token there."""
+) -> tuple[Inversion, list[PositionEvidence]]:
+    """Search on the relaxed rows; where it stops, let the other dtype's pass judge the nearest token there.
+
+    Returns the last of the searches, which has the miss, if there is one, and the evidence of all of them.
+    """
     evidence: list[PositionEvidence] = []
     patience: int | None = _PATIENCE
     while True:
@@ -171,12 +170,10 @@ def _sought(
         hint = options.hint[len(done) :]
         part = replace(options, hint=hint, on_progress=on_progress, patience=patience, pass_dtype=None)
         found = search(lm, _behind(relaxed, done), part)
-        meter.block_tokens += found.block_tokens
-        meter.n_checked += found.n_checked
-        meter.n_passes += found.n_passes
+        meter.add(block_tokens=found.block_tokens, n_checked=found.n_checked, n_passes=found.n_passes)
         evidence += found.positions
         if found.miss is None:
-            return evidence, None
+            return found, evidence
         miss = found.miss
         ids = [*done, *found.input_ids, miss.token_id]
         ahead = replace(
@@ -184,7 +181,7 @@ def _sought(
         )
         judged = _replayed(other, ahead, ids, meter)
         if float(judged.over[-1]) > 0 and patience is None:
-            return evidence, miss
+            return found, evidence
         if float(judged.over[-1]) > 0:
             patience = None  # from here on the whole vocabulary, where it must be
             continue
@@ -200,7 +197,7 @@ def _sought(
             )
         )
         if len(evidence) == seen.n_sought:
-            return evidence, None
+            return replace(found, miss=None), evidence
 
 
 def _twins_of(lm: LanguageModel, miss: Miss) -> tuple[Candidate, ...]:
