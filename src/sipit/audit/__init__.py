@@ -2,7 +2,7 @@
 
 from sipit.audit.cells import Cell, Plan, Trial, cells_of, given_away, wilson
 from sipit.audit.defences import DEFENCES, Defence, defence_named
-from sipit.audit.run import audit
+from sipit.audit.run import audit, require_undefended
 
 __all__ = [
     "DEFENCES",
@@ -14,5 +14,6 @@ __all__ = [
     "cells_of",
     "defence_named",
     "given_away",
+    "require_undefended",
     "wilson",
 ]

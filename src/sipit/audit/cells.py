@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from statistics import fmean, median
 from typing import Any
 
@@ -20,11 +20,17 @@ class Plan:
     dtype: str
     defence: str
     strength: float
+    pass_dtype: str | None = None  # of the pass that left the rows; None: the attacker's model's
+
+    @property
+    def stored(self) -> str:
+        """What the rows are stored in, and what computed them where that is not the attacker's model."""
+        return self.dtype if self.pass_dtype is None else f"{self.dtype} of a {self.pass_dtype} pass"
 
     @property
     def key(self) -> str:
         """A name that no other cell has."""
-        return f"{self.layer} {self.site} {self.dtype} {self.defence}:{self.strength:g}"
+        return f"{self.layer} {self.site} {self.stored} {self.defence}:{self.strength:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +77,13 @@ class Cell:
     kl: float | None
     agreement: float | None
     seconds: float  # mean over the prompts
+    pass_dtype: str | None = None
     verdicts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def plan(self) -> Plan:
+        """The cell's plan."""
+        return Plan(**{one.name: getattr(self, one.name) for one in fields(Plan)})
 
     @property
     def rate(self) -> float:
@@ -80,7 +92,7 @@ class Cell:
 
     def record(self) -> dict[str, Any]:
         """Return the cell as JSON values."""
-        return asdict(self)
+        return {**asdict(self), "stored_as": self.plan.stored}
 
 
 def cells_of(plans: Sequence[Plan], trials: Iterable[Trial]) -> list[Cell]:

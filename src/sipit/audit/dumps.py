@@ -19,6 +19,7 @@ from sipit.observations.many import holds_many
 from sipit.workers import Here, Workers
 
 _Named = tuple[str, Observation | SipitError, tuple[int, ...] | None]
+_Piece = tuple[Observation, tuple[int, ...] | None, str | None]  # rows, the ids beside them, the dtype of their pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ def audit_dumps(
     paths: Sequence[Path],
     wanted: Wanted,
     *,
+    pass_dtype: str | None = None,
     workers: Workers | None = None,
     on_trial: Callable[[Trial], None] | None = None,
 ) -> DumpAudit:
@@ -47,6 +49,7 @@ def audit_dumps(
         lm: the model.
         paths: observation files, or files and folders of other tools.
         wanted: what the user says of them.
+        pass_dtype: of the pass that left the states, where it is not the model's (`invert`).
         workers: who inverts; None: this process.
         on_trial: told each trial as it is done.
     """
@@ -55,14 +58,14 @@ def audit_dumps(
     refused: list[tuple[int, str, SipitError]] = []  # with the number of the entry: they are told in the files' order
     waiting: deque[tuple[int, str, Plan]] = deque()  # entries that are being inverted, in the order of their results
 
-    def pieces() -> Iterator[tuple[Observation, tuple[int, ...] | None]]:
+    def pieces() -> Iterator[_Piece]:
         entries = (entry for path in paths for entry in _entries(lm, path, wanted))
         for number, (name, seen, truth) in enumerate(entries):
             if isinstance(seen, SipitError):
                 refused.append((number, name, seen))
             else:
-                waiting.append((number, name, _plan(seen)))
-                yield seen, truth
+                waiting.append((number, name, _plan(seen, pass_dtype)))
+                yield seen, truth, pass_dtype
 
     for trial in (workers or Here(lm)).results(_tried, pieces()):
         number, name, plan = waiting.popleft()
@@ -98,16 +101,15 @@ def _of_dump(lm: LanguageModel, path: Path, found: Dump | SipitError) -> _Named:
         return dump.name, error, None
 
 
-def _plan(seen: Observation) -> Plan:
-    return Plan(layer=seen.layer, site=seen.site, dtype=seen.dtype, defence="none", strength=0.0)
+def _plan(seen: Observation, pass_dtype: str | None) -> Plan:
+    return Plan(layer=seen.layer, site=seen.site, dtype=seen.dtype, defence="none", strength=0.0, pass_dtype=pass_dtype)
 
 
-def _tried(lm: LanguageModel, piece: tuple[Observation, tuple[int, ...] | None]) -> Trial | SipitError:
-    """Invert one observation; `truth`, the other half of the piece, is what lay beside it."""
-    seen, truth = piece
+def _tried(lm: LanguageModel, piece: _Piece) -> Trial | SipitError:
+    seen, truth, pass_dtype = piece
     began = time.perf_counter()
     try:
-        found = invert(lm, replace(seen, fingerprint=None))
+        found = invert(lm, replace(seen, fingerprint=None), pass_dtype=pass_dtype)
     except SipitError as error:
         return error
     seconds = time.perf_counter() - began
@@ -124,7 +126,7 @@ def _tried(lm: LanguageModel, piece: tuple[Observation, tuple[int, ...] | None])
         for one, is_right in zip(found.positions, right, strict=False)
     )
     return Trial(
-        cell=_plan(seen).key,
+        cell=_plan(seen, pass_dtype).key,
         prompt=0,  # its number is known once those before it are done
         verdict=found.verdict,
         tokens=seen.n_sought,

@@ -15,9 +15,10 @@ from torch import Tensor
 from sipit.audit.cells import Cell, Plan, Trial, cells_of
 from sipit.audit.defences import Defended, defence_named
 from sipit.audit.utility import Utility, utility_of
+from sipit.errors import OptionError
 from sipit.inversion import invert
 from sipit.inversion.noise.decode import decode, evidence_of, verdict_of
-from sipit.models import LanguageModel
+from sipit.models import LanguageModel, in_dtype
 from sipit.models.plain_pass import plain_seconds
 from sipit.observations import Site, dtype_named
 from sipit.storage import LineLog
@@ -34,6 +35,7 @@ def audit(
     folder: Path,
     dtypes: Sequence[str] = ("float32",),
     defences: Sequence[str] = ("none",),
+    pass_dtype: str | None = None,
     workers: Workers | None = None,
     on_trial: OnTrial | None = None,
 ) -> tuple[list[Cell], list[Trial]]:
@@ -46,16 +48,25 @@ def audit(
         folder: where the log lies, made if it is not there; it holds the prompts, so only its owner may read it.
         dtypes: that rows are stored in.
         defences: each "NAME:STRENGTH", or "none".
+        pass_dtype: of the pass that leaves the states, where it is not the attacker's model's, as on a server.
         workers: who attacks; None: this process. The log and what is returned are the same but for the seconds.
         on_trial: told each trial as it is done.
 
     Raises:
-        OptionError: there is no such layer, site, dtype or defence.
+        OptionError: there is no such layer, site, dtype or defence; or defences are asked of a pass in another dtype.
         StorageError: the log cannot be written.
     """
     named = {text: defence_named(text) for text in defences}
+    require_undefended(pass_dtype, defences)
     plans = {
-        Plan(layer=lm.checked_layer(layer, site), site=site, dtype=dtype, defence=one.name, strength=strength): text
+        Plan(
+            layer=lm.checked_layer(layer, site),
+            site=site,
+            dtype=dtype,
+            defence=one.name,
+            strength=strength,
+            pass_dtype=pass_dtype,
+        ): text
         for layer, site in cuts
         for dtype in dtypes
         for text, (one, strength) in named.items()
@@ -81,6 +92,20 @@ def audit(
     return cells_of(list(plans), used), used
 
 
+def require_undefended(pass_dtype: str | None, defences: Sequence[str]) -> None:
+    """Refuse defences of states that a pass in another dtype left.
+
+    Raises:
+        OptionError: there are some.
+    """
+    defended = [text for text in defences if text != "none"]
+    if pass_dtype is not None and defended:
+        raise OptionError(
+            f"defence {defended[0]!r} is tried on states of a pass in the model's own dtype; leave it or the pass's "
+            "dtype out"
+        )
+
+
 def _trial(record: dict[str, Any]) -> Trial:
     fields = {name: record[name] for name in Trial.__dataclass_fields__}
     return Trial(**{**fields, "shown": tuple(record["shown"])})
@@ -90,7 +115,8 @@ def _tried(lm: LanguageModel, piece: tuple[Plan, str, int, Tensor]) -> Trial:
     """Attack one prompt in one cell: the plan, the defence as it is named, the prompt's number and token ids."""
     plan, text, number, prompt = piece
     site: Any = plan.site
-    seen = lm.capture(input_ids=prompt, layer=plan.layer, site=site)
+    source = lm if plan.pass_dtype is None else in_dtype(lm, dtype_named(plan.pass_dtype))
+    seen = source.capture(input_ids=prompt, layer=plan.layer, site=site)
     defence, strength = defence_named(text)
     generator = torch.Generator().manual_seed(1000 * number + plan.layer)
     stored = replace(seen, states=seen.states.to(dtype_named(plan.dtype)))
@@ -98,7 +124,7 @@ def _tried(lm: LanguageModel, piece: tuple[Plan, str, int, Tensor]) -> Trial:
     if defended.noise is not None:
         sent = defended.seen.states.to(dtype_named(plan.dtype)).float()
         defended = replace(defended, seen=replace(defended.seen, states=sent))
-    utility = utility_of(lm, seen, defended.received or defended.seen)
+    utility = utility_of(source, seen, defended.received or defended.seen)
     return _attacked(lm, plan, number=number, truth=prompt, defended=defended, utility=utility)
 
 
@@ -108,7 +134,13 @@ def _attacked(
     seen = defended.seen
     began = time.perf_counter()
     if defended.noise is None:
-        found = invert(lm, seen, is_shuffled=defended.is_shuffled, is_permuted=defended.is_permuted)
+        found = invert(
+            lm,
+            seen,
+            is_shuffled=defended.is_shuffled,
+            is_permuted=defended.is_permuted,
+            pass_dtype=plan.pass_dtype,
+        )
         verdict, evidence = str(found.verdict), found.positions
         ids = list(found.input_ids)
     else:

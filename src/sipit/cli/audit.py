@@ -32,9 +32,14 @@ def add_audit(command: ArgumentParser, sites: tuple[str, ...], layer_text: Any) 
     command.add_argument("--model", required=True, metavar="M", help="pinned model, folder, .gguf file or hub id")
     command.add_argument("--layer", type=layer_text, action="append", metavar="L", help="blocks run, or 'final'; again")
     command.add_argument("--site", choices=sites, action="append", metavar="S", help="what leaks (default: block)")
-    command.add_argument("--dtype", action="append", metavar="D", help="what rows are stored in (default: float32)")
+    command.add_argument(
+        "--dtype", action="append", metavar="D", help="what rows are stored in (default: --pass-dtype, else float32)"
+    )
     command.add_argument(
         "--defence", action="append", metavar="NAME:STRENGTH", help="what is done to them, beside nothing; repeatable"
+    )
+    command.add_argument(
+        "--pass-dtype", metavar="D", help="dtype of the pass that left the states, where it is not the weights'"
     )
     prompts = command.add_mutually_exclusive_group()
     prompts.add_argument("--prompts", type=_count, metavar="N", help=f"prompts to try (default: {_DEFAULT_PROMPTS})")
@@ -63,7 +68,7 @@ def _count(text: str) -> int:
 
 def audit(options: Namespace) -> int:
     """Run `sipit audit`."""
-    from sipit.audit import given_away
+    from sipit.audit import given_away, require_undefended
     from sipit.audit.defences import defence_named
     from sipit.experiments.record import record_head
     from sipit.models import load
@@ -78,6 +83,9 @@ def audit(options: Namespace) -> int:
         defence_named(text)
     for name in options.dtype or []:
         dtype_named(name)
+    if options.pass_dtype is not None:
+        dtype_named(options.pass_dtype)
+    require_undefended(options.pass_dtype, _defences(options))
     options.out.mkdir(parents=True, exist_ok=True)
     require_writable(options.out / "audit.json")
     lm = load(options.model, device=options.device, dtype=options.weights_dtype)
@@ -128,7 +136,7 @@ def _of_prompts(lm: LanguageModel, options: Namespace, workers: Workers) -> tupl
     from sipit.audit import audit as run
     from sipit.cli.display import CountDisplay
 
-    dtypes, defences, cuts = options.dtype or ["float32"], _defences(options), _cuts(lm, options)
+    dtypes, defences, cuts = options.dtype or [options.pass_dtype or "float32"], _defences(options), _cuts(lm, options)
     prompts = _prompts(lm, options)
     total = len(cuts) * len(dtypes) * len(defences) * len(prompts)
     with CountDisplay(total) as display:
@@ -138,6 +146,7 @@ def _of_prompts(lm: LanguageModel, options: Namespace, workers: Workers) -> tupl
             cuts=cuts,
             dtypes=dtypes,
             defences=defences,
+            pass_dtype=options.pass_dtype,
             folder=options.out,
             workers=workers,
             on_trial=lambda trial: display.step(trial.tokens),
@@ -197,7 +206,12 @@ def _of_dumps(lm: LanguageModel, options: Namespace, workers: Workers) -> tuple[
         raise OptionError("dumps of one place are audited at a time; give one --layer, or none where the files say it")
     with CountDisplay(len(options.files)) as display:
         found = audit_dumps(
-            lm, options.files, wanted, workers=workers, on_trial=lambda trial: display.step(trial.tokens)
+            lm,
+            options.files,
+            wanted,
+            pass_dtype=options.pass_dtype,
+            workers=workers,
+            on_trial=lambda trial: display.step(trial.tokens),
         )
     for name, error in found.refused:
         refuse(name, error)
@@ -207,17 +221,14 @@ def _of_dumps(lm: LanguageModel, options: Namespace, workers: Workers) -> tuple[
 
 
 def _examples_of(cell: Cell, trials: list[Trial]) -> list[Trial]:
-    from sipit.audit import Plan
-
-    key = Plan(layer=cell.layer, site=cell.site, dtype=cell.dtype, defence=cell.defence, strength=cell.strength).key
-    return [trial for trial in trials if trial.cell == key][:_EXAMPLES_OF_A_CELL]
+    return [trial for trial in trials if trial.cell == cell.plan.key][:_EXAMPLES_OF_A_CELL]
 
 
 def _print(cells: list[Cell]) -> None:
     columns = ("layer", "site", "dtype", "defence", "prompts", "interval", "tokens", "s", "KL", "kept")
     rows = [
         [
-            *(str(cell.layer), cell.site, cell.dtype),
+            *(str(cell.layer), cell.site, cell.plan.stored),
             cell.defence + (f":{cell.strength:g}" if cell.strength else ""),
             f"{cell.exact_prompts}/{cell.prompts}",
             f"{100 * cell.low:.0f}-{100 * cell.high:.0f} %",

@@ -73,7 +73,7 @@ def sentence(record: dict[str, Any]) -> str:
 
 def _of_one(cell: dict[str, Any]) -> str:
     return (
-        f"{_place(cell).lower()} in {cell['dtype']} give back {_share(cell)} of prompts whole "
+        f"{_place(cell).lower()} in {cell['stored_as']} give back {_share(cell)} of prompts whole "
         f"({cell['exact_prompts']} of {cell['prompts']}) in {cell['seconds']:.2g} s each"
     )
 
@@ -120,16 +120,16 @@ def _setting(record: dict[str, Any]) -> str:
 
 
 def _heat(cells: Sequence[dict[str, Any]]) -> str:
-    rows = list(dict.fromkeys((cell["site"], cell["layer"], cell["dtype"]) for cell in cells))
+    rows = list(dict.fromkeys((cell["site"], cell["layer"], cell["stored_as"]) for cell in cells))
     columns = list(dict.fromkeys(map(_defence, cells)))
     values = {
-        (rows.index((cell["site"], cell["layer"], cell["dtype"])), columns.index(_defence(cell))): (
+        (rows.index((cell["site"], cell["layer"], cell["stored_as"])), columns.index(_defence(cell))): (
             cell["exact_tokens"] / cell["tokens"],
             f"{100 * cell['exact_tokens'] / cell['tokens']:.0f} %",
         )
         for cell in cells
     }
-    names = [f"{site} {layer}, {dtype}" for site, layer, dtype in rows]
+    names = [f"{site} {layer}, {stored}" for site, layer, stored in rows]
     return f"<p>Share of tokens that came back, by place and defence.</p>{heat_map(names, columns, values)}"
 
 
@@ -140,7 +140,7 @@ def _table(cells: Sequence[dict[str, Any]]) -> str:
     )
     rows = [
         [
-            *(cell["layer"], cell["site"], cell["dtype"], _defence(cell)),
+            *(cell["layer"], cell["site"], cell["stored_as"], _defence(cell)),
             (f"{cell['exact_prompts']} of {cell['prompts']}", cell["exact_prompts"] / cell["prompts"]),
             (f"{100 * cell['low']:.0f} to {100 * cell['high']:.0f} %", cell["low"]),
             (f"{100 * cell['exact_tokens'] / cell['tokens']:.0f} %", cell["exact_tokens"] / cell["tokens"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -95,6 +96,21 @@ def test_cells_without_trials_are_left_out() -> None:
     plan = Plan(layer=1, site="block", dtype="float32", defence="none", strength=0.0)
     assert cells_of([plan], []) == []
     assert given_away([]) == 0.0
+
+
+def test_states_of_a_pass_in_another_dtype_are_a_cell_of_their_own(tmp_path: Path) -> None:
+    lm = text_model()
+    audit(lm, PROMPTS[:1], cuts=[(2, "block")], folder=tmp_path)
+    cells, trials = audit(lm, PROMPTS[:1], cuts=[(2, "block")], folder=tmp_path, pass_dtype="float16")
+    assert [(one.exact_prompts, one.plan.stored) for one in cells] == [(1, "float32 of a float16 pass")]
+    assert [trial.verdict for trial in trials if trial.cell == cells[0].plan.key] == ["recovered"]
+    in_half = LanguageModel(copy.deepcopy(lm.model).half(), lm.tokenizer)
+    write_observation(in_half.capture(input_ids=PROMPTS[0], layer=2), tmp_path / "dump")
+    by_dtype = [dumps.audit_dumps(lm, [tmp_path / "dump"], Wanted(), pass_dtype=dtype) for dtype in ("float16", None)]
+    assert [one.trials[0].verdict for one in by_dtype] == ["recovered", "unmatched"]
+    assert [one.cells[0].plan.stored for one in by_dtype] == ["float16 of a float16 pass", "float16"]
+    with pytest.raises(OptionError, match="dtype out"):
+        audit(lm, PROMPTS, cuts=[(2, "block")], folder=tmp_path, defences=["clipping:3"], pass_dtype="float16")
 
 
 def test_dumps_are_read_as_they_are_come_to_and_refused_in_their_order(
