@@ -61,6 +61,7 @@ def test_layers_and_sites_name_the_cells(
     assert [f"{cell['site']} {cell['layer']}" for cell in cells] == cuts
 
 
+@pytest.mark.thorough
 def test_an_audit_goes_on_where_it_was(text_folder: Path, text: str, tmp_path: Path) -> None:
     more = ("--layer", "2", "--text", text)
     _audit(text_folder, tmp_path / "out", *more)
@@ -74,6 +75,7 @@ def test_an_audit_goes_on_where_it_was(text_folder: Path, text: str, tmp_path: P
     assert cells[1]["agreement"] == 1.0  # whoever has the key undoes it
 
 
+@pytest.mark.thorough
 def test_a_redacted_page_holds_no_prompt(text_folder: Path, text: str, tmp_path: Path) -> None:
     _audit(text_folder, tmp_path / "out", "--layer", "2", "--text", text, "--redact")
     page = (tmp_path / "out" / "audit.html").read_text("utf-8")

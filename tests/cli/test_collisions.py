@@ -294,6 +294,7 @@ def test_real_quantisers_stand_beside_the_simulated_ones(run: Run) -> None:
     assert (code, "bnb-nf4" in err) == (2, True)
 
 
+@pytest.mark.thorough
 def test_survey_of_a_quantised_model_says_so(run: Run) -> None:
     pytest.importorskip("bitsandbytes")
     arguments = ("collisions", "survey", "--folder", "s", *CORPUS, "--layer", "2", "--quantize", "int8")

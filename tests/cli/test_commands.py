@@ -172,6 +172,7 @@ def test_any_model_drops_the_fingerprint(run: Run, text_folder: Path, tmp_path: 
     assert (code, out) in ((0, b"moved"), (1, b""))  # float64 may differ from float32 by more than its own noise
 
 
+@pytest.mark.thorough
 def test_quantised_states_are_inverted_by_the_model_quantised_alike(run: Run, text_folder: Path) -> None:
     pytest.importorskip("bitsandbytes")
     run("capture", "--text", "small", "--layer", "2", "--out", "seen", "--model", text_folder, "--quantize", "nf4")
@@ -311,6 +312,7 @@ def test_misspelt_word_names_its_nearest_neighbour(
     assert help_of in err
 
 
+@pytest.mark.thorough
 def test_values_may_begin_with_dashes(run: Run, text_folder: Path) -> None:
     model = ("--model", text_folder, "--layer", "1", "--out", "seen")
     assert run("capture", "--text=--quoted", *model)[0] == 0

@@ -290,6 +290,7 @@ def test_folder_is_verified_file_by_file(
     assert "3 of 5 hold, refused 1" in err
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("n_before", [0, 3])
 def test_rows_of_zeros_at_either_end_are_padding(
     n_before: int, tmp_path: Path, text_folder: Path, states: tuple[Tensor, ...], capfd: pytest.CaptureFixture[str]

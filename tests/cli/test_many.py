@@ -59,6 +59,7 @@ def test_second_run_goes_on_where_the_first_stopped(
     assert texts == _LINES
 
 
+@pytest.mark.thorough
 def test_redacted_lines_hold_no_prompt_and_are_gone_on_from(
     many_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -72,6 +73,7 @@ def test_redacted_lines_hold_no_prompt_and_are_gone_on_from(
     assert "already holds 3 of 3" in capfd.readouterr().err
 
 
+@pytest.mark.thorough
 def test_line_of_the_output_is_a_certificate(many_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     main(["invert", str(many_file), "--json", str(out)])
@@ -201,6 +203,7 @@ def test_records_of_other_observations_are_not_counted(
         assert "recovered 1 of 2 prompts" in capfd.readouterr().err
 
 
+@pytest.mark.thorough
 def test_equal_observations_count_each(
     text_lm: LanguageModel, text_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -233,6 +236,7 @@ def test_observation_of_another_model_does_not_stop_the_others(
     assert "recovered 1 of 3 prompts, refused 2" in err
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(os.name != "posix", reason="needs file modes")
 def test_files_that_hold_a_prompt_are_their_owners_alone(many_file: Path, tmp_path: Path) -> None:
     log, one, certificate = tmp_path / "log", tmp_path / "one.safetensors", tmp_path / "c.json"

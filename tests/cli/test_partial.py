@@ -60,6 +60,7 @@ def test_positions_are_counted_from_the_start_of_the_prompt_behind_a_known_prefi
     assert (code, out) == (0, TEXT)
 
 
+@pytest.mark.thorough
 def test_own_file_is_placed_too(
     tmp_path: Path, text_folder: Path, text_lm: LanguageModel, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,6 +120,7 @@ def test_what_needs_every_row_refuses_holes(
     assert sentence in err
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

@@ -74,6 +74,7 @@ def test_rows_as_wide_as_the_arithmetic_are_not_blamed_on_a_dtype() -> None:
     assert "--dtype" not in found.miss.diagnosis
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("narrow", NARROW)
 def test_the_command_line_names_the_dtype_and_takes_it(
     narrow: str, text_lm: LanguageModel, text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -92,6 +92,7 @@ def test_certificate_holds_and_rejects_a_swapped_token(lm: LanguageModel, tmp_pa
     assert check.reasons[0].startswith("position ")
 
 
+@pytest.mark.thorough
 def test_special_tokens_with_nearly_equal_rows_are_told_apart_or_named_both(lm: LanguageModel) -> None:
     one, other = (lm.tokenizer.convert_tokens_to_ids(name) for name in ("<gh_stars>", "<issue_start>"))
     for right, wrong in ((one, other), (other, one)):

@@ -44,6 +44,7 @@ def test_noise_makes_the_answer_a_matter_of_chance_and_the_page_says_so(text_lm:
     assert "posterior" in last.tokens
 
 
+@pytest.mark.thorough
 def test_a_file_that_names_no_place_is_of_the_one_that_the_page_names(text_lm: LanguageModel, tmp_path: Path) -> None:
     path = tmp_path / "rows.npy"
     np.save(path, text_lm.capture("from numpy", layer=2).states.numpy())

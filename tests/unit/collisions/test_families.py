@@ -160,6 +160,7 @@ def test_results_are_json_and_progress_reaches_its_end() -> None:
     assert [done for done, _ in steps] == sorted({done for done, _ in steps})
 
 
+@pytest.mark.thorough
 def test_sample_texts_are_prose_of_several_sentences_and_code() -> None:
     texts = sample_texts(n_prose=2, n_code=1)
     assert len(texts) == 3

@@ -72,6 +72,7 @@ def test_closest_pair_equals_scipy_and_faiss() -> None:
     assert sorted((best, int(neighbours[best, 1]))) == [pair.first, pair.second]
 
 
+@pytest.mark.thorough
 def test_boxes_drop_most_pairs_and_none_that_matters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(panel, "_LEAF", 32)
     rows = clustered(1500, 8)

@@ -83,6 +83,7 @@ def test_hole_agrees_with_ordinary_passes_of_every_token() -> None:
     assert int((distances <= found.positions[3].tolerance).sum()) == 1
 
 
+@pytest.mark.thorough
 def test_hole_behind_a_known_prefix_and_before_its_rows() -> None:
     lm = LanguageModel(tiny_model("llama"))
     seen = lm.capture(input_ids=IDS, layer=2)

@@ -28,6 +28,7 @@ def lm() -> LanguageModel:
     return text_model(bos=False)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("layer", [1, 3])
 @pytest.mark.parametrize("text", TEXTS)
 def test_short_prompt_comes_back_from_one_vector(lm: LanguageModel, text: str, layer: int) -> None:
@@ -83,6 +84,7 @@ def _last(lm: LanguageModel, text: str) -> Observation:
     return lm.capture(text, layer=2).last_rows(1)
 
 
+@pytest.mark.thorough
 def test_state_of_a_prompt_one_token_away_is_never_taken(lm: LanguageModel) -> None:
     """What is sought lies outside the lengths allowed; neighbours of it must not do in its place."""
     for text in ("abcd", "bbcd", "xbcd"):

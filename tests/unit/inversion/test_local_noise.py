@@ -37,6 +37,7 @@ def low_floor(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(lm._derived, ("noise floor", Cut(LAYER), 0), floor)
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("low_floor")
 def test_right_token_above_the_noise_floor_is_accepted_by_its_own_noise(lm: LanguageModel) -> None:
     seen = lm.capture(input_ids=IDS, layer=LAYER)

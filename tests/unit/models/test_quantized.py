@@ -135,6 +135,7 @@ def test_int8_models_are_captured_but_not_inverted(folder: Path, quantize: str) 
         survey_margins(lm, PROMPTS[:1], [Cut(2, "block")])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("quantize", FOUR_BIT)
 def test_states_of_a_four_bit_pass_need_its_weights(folder: Path, quantize: str) -> None:
     seen = sipit.load(folder, quantize=quantize).capture(input_ids=PROMPTS[3], layer=3).states
