@@ -8,6 +8,7 @@ CELL: dict[str, Any] = {
     "layer": 5,
     "site": "block",
     "dtype": "float32",
+    "stored_as": "float32",
     "defence": "none",
     "strength": 0.0,
     "prompts": 4,
