@@ -165,7 +165,7 @@ def linear_prompts(lm: LanguageModel, cut: Cut, *, n_windows: int = 768, max_tok
     recipe = PromptRecipe(n_blocks=0, d_hidden=8, max_tokens=max_tokens, n_first=n_windows)
     windows = few_windows(lm, max_tokens)
     network, generator = _untrained(lm, cut, recipe)
-    _solve(network, _captured(lm, cut, windows, n_windows, generator), key_table(lm))
+    _solve(network, _captured(lm, cut, windows, n_windows, generator), key_table(lm), windows.frequencies())
     return network.eval().requires_grad_(False)
 
 
@@ -300,11 +300,12 @@ def _captured(lm: LanguageModel, cut: Cut, windows: _Windows, n: int, generator:
 
 
 @torch.no_grad()
-def _solve(network: PromptNetwork, captured: _Captured, table: Tensor) -> None:
-    """Set the whitening, and the linear maps to the ridge regression of the keys at each distance from the end."""
+def _solve(network: PromptNetwork, captured: _Captured, table: Tensor, frequencies: Tensor) -> None:
+    """Set the whitening, how often tokens come, and the maps to a regression of keys at each distance from the end."""
     windows, states = captured
     device = table.device
     rows = states[:, 1:].reshape(-1, states.shape[2]).to(device).float()
+    network.bias.copy_((frequencies * len(frequencies)).clamp(min=1e-6).log())
     network.mean.copy_(rows.mean(dim=0))
     centred = (rows - network.mean).cpu().double()
     network.whitener.copy_(whitening(centred.T @ centred / len(centred), _WHITENING_FLOOR))
@@ -332,10 +333,10 @@ def _trained(
     network, generator = _untrained(lm, cut, recipe)
     table, device = key_table(lm), lm.device
     pool = _captured(lm, cut, windows, recipe.n_first, generator)
-    _solve(network, pool, table)
+    frequencies = windows.frequencies()
+    _solve(network, pool, table, frequencies)
     optimizer = _optimizer(network, recipe)
     first = resumed(checkpoint, network, optimizer)
-    frequencies = windows.frequencies()
     lengths = _length_shares(recipe.max_tokens)
     losses: list[float] = []
     began = time.perf_counter()

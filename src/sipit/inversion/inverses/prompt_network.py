@@ -63,14 +63,18 @@ class PromptNetwork(nn.Module):
         return len(self.blocks)
 
     def reset(self, generator: torch.Generator) -> None:
-        """Draw what must not start equal; what feeds the logits starts at zero."""
+        """Draw what must not start equal; what feeds the logits, and all biases, start at zero."""
         with torch.no_grad():
             for parameter in self.parameters():
                 if parameter.ndim == 2:
                     std = parameter.shape[1] ** -0.5
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+            for layer in self.modules():
+                if isinstance(layer, nn.Linear):
+                    layer.bias.zero_()
             self.place.mul_(0.02 * self.d_hidden**0.5)
             self.out.weight.zero_()
+            self.end.weight.zero_()
 
     def white(self, states: Tensor) -> Tensor:
         """Return states at unit root mean square, whitened. (B, D) → (B, D)."""
