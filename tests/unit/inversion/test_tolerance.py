@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -203,3 +204,28 @@ def test_largest_vocabulary_id_is_within_reach_of_calibration() -> None:
 def test_noise_ceiling_is_above_what_each_dtype_shows_and_below_what_it_does_not_explain() -> None:
     for dtype, seen in ((torch.float32, 1e-5), (torch.bfloat16, 0.06), (torch.float64, 1e-13)):
         assert 1.4 * seen < noise_module.noise_ceiling(dtype) < 0.1
+
+
+@pytest.mark.parametrize("layer", [1, 3])
+@pytest.mark.parametrize(("most", "closes"), [(1, False), (3, False), (15, True)])
+def test_a_box_said_to_hold_no_other_tokens_state_holds_none(
+    llama: LanguageModel, layer: int, most: int, closes: bool
+) -> None:
+    """Four groups of values, each rounded four times as coarsely as the one before: checked against the vocabulary."""
+    n_closed = 0
+    for seed in range(4):
+        ids = random_ids(6, seed=40 + seed)
+        seen = llama.capture(input_ids=ids, layer=layer)
+        groups = seen.states.unflatten(1, (4, -1))
+        step = groups.abs().amax(dim=2, keepdim=True) / most * torch.tensor([1, 4, 16, 64]).roll(seed)[:, None]
+        values, half = ((groups / step).round() * step).flatten(1), (step / 2).expand_as(groups).flatten(1)
+        tolerance = tolerance_for(llama, replace(seen, states=values, half_step=half))
+        for position in range(1, len(ids)):
+            rows = torch.full((VOCAB,), position)
+            states = llama.cut(seen.cut).row(ids[:position]).run(torch.arange(VOCAB), rows)
+            excess = tolerance.excess(states, values[position].expand_as(states), rows)
+            fits = (excess <= tolerance.noise[position]).nonzero()[:, 0].tolist()
+            if not tolerance.is_open[position]:
+                n_closed += 1
+                assert fits == [int(ids[position])]
+    assert (n_closed == 20) == closes

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sipit.inversion.judging.differences import coordinate_shares
 from sipit.inversion.judging.noise import CLEAR, SAFETY, noise_floor
 from sipit.models import LanguageModel
 from sipit.observations import Observation
@@ -113,7 +114,11 @@ def tolerance_for(lm: LanguageModel, seen: Observation) -> Tolerance:
     gaps = torch.full_like(norms, floor.rest_gap)
     if seen.positions[0] == 0:
         gaps[0] = floor.first_gap
-    is_open = _may_hold_others(half, gaps * norms, lm.vocab_size)
+    is_open = _may_hold_others(_middle(half), gaps * norms, lm.vocab_size)
+    later = is_open & (torch.tensor(seen.positions) > 0)
+    if later.any():  # look closer: the box may be narrow along coordinates in which other tokens' states differ
+        shares = coordinate_shares(lm, seen.cut, seen.n_positions)
+        is_open[later] = _may_hold_others(half[later] / shares.to(half), (gaps * norms)[later], lm.vocab_size)
     total = noise + half.double().masked_fill(half.isinf(), 0.0).norm(dim=1)
     return Tolerance(
         noise=noise,
@@ -125,18 +130,22 @@ def tolerance_for(lm: LanguageModel, seen: Observation) -> Tolerance:
     )
 
 
+def _middle(half_step: Tensor) -> Tensor:
+    """Return boxes whose width is the median one along every coordinate: few coordinates are massive. (T, D)."""
+    held = half_step.double().masked_fill(half_step.isinf(), torch.nan)
+    return held.nanmedian(dim=1, keepdim=True).values.expand_as(held).where(~held.isnan(), torch.inf)
+
+
 def _may_hold_others(half_step: Tensor, gaps: Tensor, vocab_size: int) -> Tensor:
     """Return at which positions the box of a rounding may hold a wrong token's state too. (T, D), (T,) → (T,).
 
     A state a gap d away is off by d / sqrt(D) a coordinate, which a box of half-width h holds with probability
     erf(h sqrt(D / 2) / d), if errors are about normal; it must hold all D of them, for one of V tokens. The box counts
-    as twice as wide, since they are only about normal, and its median width does: few coordinates are massive.
-    Values that are not held have no say.
+    as twice as wide, since they are only about normal. Values that are not held, of infinite width, have no say.
     """
-    n_held = half_step.isfinite().sum(dim=1)  # (T,)
-    widths = half_step.double().masked_fill(half_step.isinf(), torch.nan).nanmedian(dim=1).values * n_held.sqrt()
-    held = torch.erf(2 * widths / (math.sqrt(2) * gaps.clamp(min=1e-300)))
-    return n_held * held.log() + math.log(vocab_size) > math.log(_LUCK)
+    n_held = half_step.isfinite().sum(dim=1, keepdim=True)  # (T, 1)
+    held = torch.erf(2 * half_step.double() * n_held.sqrt() / (math.sqrt(2) * gaps.clamp(min=1e-300)[:, None]))
+    return held.log().sum(dim=1) + math.log(vocab_size) > math.log(_LUCK)
 
 
 def _allowed(noise: float, gap: float) -> float:
