@@ -1,7 +1,8 @@
 """What is done to states before they leave, and what an attacker who knows it, but not its draw, assumes.
 
 Each defence takes the rows of one prompt and a strength and returns other rows with the attack's assumption: rows to
-be inverted exactly (with the rounding they show), or a noise model to decode under. Shapes: T rows, W = their width.
+be inverted exactly (with the rounding they show), a noise model to decode under, or what a secret map leaves as it was.
+Shapes: T rows, W = their width.
 """
 
 from __future__ import annotations
@@ -13,13 +14,26 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sipit.audit.fisher import fisher_diagonal
 from sipit.errors import OptionError
 from sipit.inversion import NoiseModel
+from sipit.inversion.secrets import InSpan, Relation, UpToRotation
+from sipit.models import LanguageModel
 from sipit.observations import Observation
 from sipit.observations.rounding import as_rounded
 
 _DELTA = 1e-5  # of (epsilon, delta)-differential privacy
+_SHIELD = 4.0  # times the usual length of a state that a shield vector has: GELO's are of high energy
 _EXACT_BITS = 6  # from which a rounding leaves so much of a state that tokens are told apart exactly
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scene:
+    """What a defence is given."""
+
+    lm: LanguageModel
+    seen: Observation
+    generator: torch.Generator
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,7 +41,8 @@ class Defended:
     """Rows as they leave, and what the attacker assumes of them."""
 
     seen: Observation
-    noise: NoiseModel | None  # None: nothing but rounding, so they are inverted exactly
+    noise: NoiseModel | None = None  # None: nothing but rounding, so they are inverted exactly
+    relation: Relation | None = None  # what a secret linear map left of them, where there was one
     is_shuffled: bool = False  # the attacker knows that the rows are out of order
     is_permuted: bool = False  # and that the columns are
     received: Observation | None = None  # what the rightful receiver makes of the rows with its key; None: just them
@@ -40,72 +55,106 @@ class Defence:
     name: str
     strength: str  # what the number means
     source: str
-    apply: Callable[[Observation, float, torch.Generator], Defended]
+    apply: Callable[[Scene, float], Defended]
     check: Callable[[float], bool]  # whether a strength is in range
 
 
-def _none(seen: Observation, _: float, __: torch.Generator) -> Defended:
-    return Defended(seen=seen, noise=None)
+def _none(scene: Scene, _: float) -> Defended:
+    return Defended(seen=scene.seen)
 
 
-def _gaussian(seen: Observation, strength: float, generator: torch.Generator) -> Defended:
+def _gaussian(scene: Scene, strength: float) -> Defended:
+    seen = scene.seen
     sigma = strength * _usual_length(seen.states) / math.sqrt(seen.d_model)
-    return _with_noise(seen, seen.states.double(), sigma, generator, longest=None)
+    return _with_noise(scene, seen.states.double(), NoiseModel.gaussian(sigma))
 
 
-def _dp_gaussian(seen: Observation, epsilon: float, generator: torch.Generator) -> Defended:
+def _dp_gaussian(scene: Scene, epsilon: float) -> Defended:
     """Clip rows to twice the usual length, which bounds what one token can change, and add noise for that."""
+    seen = scene.seen
     longest = 2 * _usual_length(seen.states)
     rows = seen.states.double()
     rows = rows * (longest / rows.norm(dim=1, keepdim=True).clamp(min=1e-30)).clamp(max=1)
     sigma = 2 * longest * math.sqrt(2 * math.log(1.25 / _DELTA)) / epsilon
-    return _with_noise(seen, rows, sigma, generator, longest=longest)
+    return _with_noise(scene, rows, replace(NoiseModel.gaussian(sigma), longest=longest))
 
 
-def _with_noise(
-    seen: Observation, rows: Tensor, sigma: float, generator: torch.Generator, *, longest: float | None
-) -> Defended:
-    noise = sigma * torch.randn(rows.shape, generator=generator, dtype=torch.float64)
+def _inverse_fisher(scene: Scene, nats: float) -> Defended:
+    """Add noise to each coordinate by how little it matters: its share of a KL divergence, to first order."""
+    fisher = fisher_diagonal(scene.lm, scene.seen.cut)  # (W,)
+    spread = (2 * nats / (len(fisher) * fisher)).sqrt()
+    return _with_noise(scene, scene.seen.states.double(), NoiseModel.gaussian(spread))
+
+
+def _with_noise(scene: Scene, rows: Tensor, model: NoiseModel) -> Defended:
+    """Add normal noise as a model says. (T, W)."""
+    seen = scene.seen
+    noise = model.spread * torch.randn(rows.shape, generator=scene.generator, dtype=torch.float64)
     sent = (rows.cpu() + noise).to(seen.states.dtype)
-    model = replace(NoiseModel.gaussian(sigma), longest=longest)
     return Defended(seen=replace(seen, states=sent, fingerprint=None), noise=model)
 
 
-def _rounding(seen: Observation, bits: float, __: torch.Generator) -> Defended:
+def _rounding(scene: Scene, bits: float) -> Defended:
+    seen = scene.seen
     levels = 2 ** (int(bits) - 1) - 1
     step = seen.states.double().abs().amax(dim=1, keepdim=True) / levels  # (T, 1)
     rows = ((seen.states.double() / step).round() * step).float()
     values, _, half_step = as_rounded(rows)
     sent = replace(seen, states=values, half_step=half_step, fingerprint=None)
     if bits >= _EXACT_BITS:
-        return Defended(seen=sent, noise=None)
+        return Defended(seen=sent)
     plain = replace(seen, states=rows, fingerprint=None)
     return Defended(seen=plain, noise=NoiseModel.gaussian(float(step.median()) / math.sqrt(12)))
 
 
-def _dropping(seen: Observation, share: float, generator: torch.Generator) -> Defended:
+def _dropping(scene: Scene, share: float) -> Defended:
     """Set a share of the coordinates to 0, each value by a draw of its own."""
-    kept = torch.rand(seen.states.shape, generator=generator) >= share
+    seen = scene.seen
+    kept = torch.rand(seen.states.shape, generator=scene.generator) >= share
     rows = (seen.states.cpu() * kept).float()
     small = 1e-3 * _usual_length(seen.states) / math.sqrt(seen.d_model)
     model = replace(NoiseModel.gaussian(small), drops=True)
     return Defended(seen=replace(seen, states=rows, fingerprint=None), noise=model)
 
 
-def _permuted_rows(seen: Observation, _: float, generator: torch.Generator) -> Defended:
-    order = torch.randperm(seen.seq_len, generator=generator).tolist()
+def _permuted_rows(scene: Scene, _: float) -> Defended:
+    seen = scene.seen
+    order = torch.randperm(seen.seq_len, generator=scene.generator).tolist()
     sent = replace(seen.arranged(row_order=order), fingerprint=None)
-    return Defended(seen=sent, noise=None, is_shuffled=True, received=seen)
+    return Defended(seen=sent, is_shuffled=True, received=seen)
 
 
-def _permuted_columns(seen: Observation, _: float, generator: torch.Generator) -> Defended:
-    order = torch.randperm(seen.d_model, generator=generator).tolist()
+def _permuted_columns(scene: Scene, _: float) -> Defended:
+    seen = scene.seen
+    order = torch.randperm(seen.d_model, generator=scene.generator).tolist()
     sent = replace(seen.arranged(column_order=order), fingerprint=None)
-    return Defended(seen=sent, noise=None, is_permuted=True, received=seen)
+    return Defended(seen=sent, is_permuted=True, received=seen)
 
 
-def _clipping(seen: Observation, most: float, _: torch.Generator) -> Defended:
+def _rotation(scene: Scene, _: float) -> Defended:
+    """Multiply all rows by one secret orthogonal matrix."""
+    seen = scene.seen
+    drawn = torch.randn(seen.d_model, seen.d_model, generator=scene.generator, dtype=torch.float64)
+    turned = (seen.states.cpu().double() @ torch.linalg.qr(drawn).Q).to(seen.states.dtype)
+    sent = replace(seen, states=turned, fingerprint=None)
+    return Defended(seen=sent, relation=UpToRotation(scene.lm, sent), received=seen)
+
+
+def _mixing(scene: Scene, n_shields: float) -> Defended:
+    """Mix the rows, and some rows of random values four times as long, by one secret matrix."""
+    seen, generator = scene.seen, scene.generator
+    rows = seen.states.cpu().double()
+    shields = torch.randn(int(n_shields), rows.shape[1], generator=generator, dtype=torch.float64)
+    shields *= _SHIELD * _usual_length(rows) / math.sqrt(rows.shape[1])
+    both = torch.cat([rows, shields])
+    mixed = torch.randn(len(both), len(both), generator=generator, dtype=torch.float64) @ both
+    sent = replace(seen, states=mixed.to(seen.states.dtype), positions=(), fingerprint=None)
+    return Defended(seen=sent, relation=InSpan(scene.lm, sent), received=seen)
+
+
+def _clipping(scene: Scene, most: float) -> Defended:
     """Cut every value to some times the usual size of one; what was cut is only known to be that large or larger."""
+    seen = scene.seen
     limit = most * _usual_length(seen.states) / math.sqrt(seen.d_model)
     rows = seen.states.float()
     is_cut = rows.abs() > limit
@@ -113,15 +162,16 @@ def _clipping(seen: Observation, most: float, _: torch.Generator) -> Defended:
     sent = torch.where(is_cut, rows.sign() * (limit + longest) / 2, rows)  # the middle of what it may have been
     steps = torch.where(is_cut, (longest - limit) / 2, 0.0).float()
     clipped = replace(seen, states=rows.clamp(-limit, limit), fingerprint=None)
-    return Defended(seen=replace(seen, states=sent, half_step=steps, fingerprint=None), noise=None, received=clipped)
+    return Defended(seen=replace(seen, states=sent, half_step=steps, fingerprint=None), received=clipped)
 
 
-def _sharding(seen: Observation, n_parties: float, _: torch.Generator) -> Defended:
+def _sharding(scene: Scene, n_parties: float) -> Defended:
     """Give each party every n-th row; the attacker is the one that holds the last row."""
+    seen = scene.seen
     n = int(n_parties)
     held = list(range((seen.seq_len - 1) % n, seen.seq_len, n))
     sent = replace(seen, states=seen.states[held], positions=tuple(held), fingerprint=None)
-    return Defended(seen=sent, noise=None, received=seen)
+    return Defended(seen=sent, received=seen)
 
 
 def _usual_length(states: Tensor) -> float:
@@ -188,6 +238,27 @@ DEFENCES: dict[str, Defence] = {
             source="permuted hidden dimensions, as Hidden No More (arXiv 2505.18332) attacks them",
             apply=_permuted_columns,
             check=lambda x: x == 0,
+        ),
+        Defence(
+            name="rotation",
+            strength="nothing: one secret orthogonal matrix for all rows",
+            source="one secret rotation of what leaves; inner products stay, and the prompt is followed by them",
+            apply=_rotation,
+            check=lambda x: x == 0,
+        ),
+        Defence(
+            name="mixing",
+            strength="random shield vectors mixed in",
+            source="a fresh secret mixture of the rows, as GELO makes (arXiv 2603.05035); their span stays as it was",
+            apply=_mixing,
+            check=lambda x: x == int(x) and 0 <= x <= 256,
+        ),
+        Defence(
+            name="inverse-fisher",
+            strength="nats a token that it may cost, to first order",
+            source="the diagonal release of Hidden-State Privacy Has an Empty Middle (arXiv 2605.24042)",
+            apply=_inverse_fisher,
+            check=lambda x: x > 0,
         ),
         Defence(
             name="sharding",

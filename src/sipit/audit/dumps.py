@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sipit.audit.attacks import attack
 from sipit.audit.cells import Cell, Plan, Trial, cells_of
+from sipit.audit.defences import Defended
 from sipit.errors import SipitError
-from sipit.inversion import invert
 from sipit.models import LanguageModel
 from sipit.models.plain_pass import plain_seconds
 from sipit.observations import Observation, read_each, read_observation
@@ -109,31 +110,21 @@ def _tried(lm: LanguageModel, piece: _Piece) -> Trial | SipitError:
     seen, truth, pass_dtype = piece
     began = time.perf_counter()
     try:
-        found = invert(lm, replace(seen, fingerprint=None), pass_dtype=pass_dtype)
+        answer = attack(lm, Defended(seen=replace(seen, fingerprint=None)), seen.n_sought, pass_dtype=pass_dtype)
     except SipitError as error:
         return error
     seconds = time.perf_counter() - began
     known = truth if truth is not None and len(truth) == seen.n_sought else None
-    right = [known is None or a == b for a, b in zip(found.input_ids, known or found.input_ids, strict=False)]
-    shown = tuple(
-        {
-            "token": one.token,
-            "is_right": is_right,
-            "distance": one.distance,
-            "runner_up": one.runner_up,
-            "posterior": None,
-        }
-        for one, is_right in zip(found.positions, right, strict=False)
-    )
+    n_right = sum(a == b for a, b in zip(answer.input_ids, known or answer.input_ids, strict=False))
     return Trial(
         cell=_plan(seen, pass_dtype).key,
         prompt=0,  # its number is known once those before it are done
-        verdict=found.verdict,
+        verdict=answer.verdict,
         tokens=seen.n_sought,
-        exact_tokens=sum(right) if known is not None or found.verdict == "recovered" else 0,
+        exact_tokens=n_right if known is not None or answer.verdict == "recovered" else 0,
         seconds=seconds,
         wall_ratio=seconds / max(plain_seconds(lm, seen.cut, seen.n_positions), 1e-9),
         kl=None,
         agreement=None,
-        shown=shown,
+        shown=answer.shown(lm, known),
     )

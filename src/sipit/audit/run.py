@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sipit.audit.attacks import attack
 from sipit.audit.cells import Cell, Plan, Trial, cells_of
-from sipit.audit.defences import Defended, defence_named
-from sipit.audit.utility import Utility, utility_of
+from sipit.audit.defences import Scene, defence_named
+from sipit.audit.utility import utility_of
 from sipit.errors import OptionError
-from sipit.inversion import invert
-from sipit.inversion.noise.decode import decode, evidence_of, verdict_of
 from sipit.models import LanguageModel, in_dtype
 from sipit.models.plain_pass import plain_seconds
 from sipit.observations import Site, dtype_named
@@ -120,54 +119,24 @@ def _tried(lm: LanguageModel, piece: tuple[Plan, str, int, Tensor]) -> Trial:
     defence, strength = defence_named(text)
     generator = torch.Generator().manual_seed(1000 * number + plan.layer)
     stored = replace(seen, states=seen.states.to(dtype_named(plan.dtype)))
-    defended = defence.apply(stored, strength, generator)
+    defended = defence.apply(Scene(lm=lm, seen=stored, generator=generator), strength)
     if defended.noise is not None:
         sent = defended.seen.states.to(dtype_named(plan.dtype)).float()
         defended = replace(defended, seen=replace(defended.seen, states=sent))
     utility = utility_of(source, seen, defended.received or defended.seen)
-    return _attacked(lm, plan, number=number, truth=prompt, defended=defended, utility=utility)
-
-
-def _attacked(
-    lm: LanguageModel, plan: Plan, *, number: int, truth: Tensor, defended: Defended, utility: Utility | None
-) -> Trial:
-    seen = defended.seen
     began = time.perf_counter()
-    if defended.noise is None:
-        found = invert(
-            lm,
-            seen,
-            is_shuffled=defended.is_shuffled,
-            is_permuted=defended.is_permuted,
-            pass_dtype=plan.pass_dtype,
-        )
-        verdict, evidence = str(found.verdict), found.positions
-        ids = list(found.input_ids)
-    else:
-        decoded = decode(lm, seen, defended.noise)
-        verdict, evidence = str(verdict_of(decoded)[0]), tuple(evidence_of(lm, seen, decoded))
-        ids = decoded.input_ids.tolist()
+    answer = attack(lm, defended, len(prompt), pass_dtype=plan.pass_dtype)
     seconds = time.perf_counter() - began
-    right = [a == b for a, b in zip(ids, truth.tolist(), strict=False)]  # an unmatched search ends early
-    shown = [
-        {
-            "token": one.token,
-            "is_right": right[i],
-            "distance": one.distance,
-            "runner_up": one.runner_up,
-            "posterior": one.posterior,
-        }
-        for i, one in enumerate(evidence)
-    ]
+    truth = prompt.tolist()
     return Trial(
         cell=plan.key,
         prompt=number,
-        verdict=verdict,
+        verdict=answer.verdict,
         tokens=len(truth),
-        exact_tokens=sum(right),
+        exact_tokens=sum(a == b for a, b in zip(answer.input_ids, truth, strict=False)),
         seconds=seconds,
-        wall_ratio=seconds / max(plain_seconds(lm, seen.cut, seen.n_positions), 1e-9),
+        wall_ratio=seconds / max(plain_seconds(lm, seen.cut, len(truth)), 1e-9),
         kl=None if utility is None else utility.kl,
         agreement=None if utility is None else utility.agreement,
-        shown=tuple(shown),
+        shown=answer.shown(lm, truth),
     )

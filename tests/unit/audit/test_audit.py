@@ -13,9 +13,11 @@ from scipy.stats import binomtest
 
 from sipit import LanguageModel
 from sipit.audit import Plan, Trial, audit, cells_of, defence_named, dumps, given_away, wilson
+from sipit.audit.defences import Scene
+from sipit.audit.fisher import fisher_diagonal
 from sipit.audit.utility import utility_of
 from sipit.errors import OptionError
-from sipit.observations import Observation, read_observation, write_observation
+from sipit.observations import Cut, Observation, read_observation, write_observation
 from sipit.observations.formats import Wanted
 from tests.tiny_models import random_ids, text_model
 
@@ -61,15 +63,43 @@ def test_an_audit_goes_on_where_it_stopped(lm: LanguageModel, tmp_path: Path) ->
     assert [json.loads(line)["exact_tokens"] for line in lines] == [8, 8]
 
 
-@pytest.mark.parametrize("text", ["dropping:0.2", "rounding:8", "rounding:3", "dp-gaussian:100", "gaussian:0.1"])
+@pytest.mark.parametrize(
+    "text",
+    ["dropping:0.2", "rounding:8", "rounding:3", "dp-gaussian:100", "gaussian:0.1", "rotation", "inverse-fisher:0.1"],
+)
 def test_each_defence_changes_rows_and_keeps_their_shape(lm: LanguageModel, text: str) -> None:
     seen = lm.capture(input_ids=PROMPTS[0], layer=2)
     defence, strength = defence_named(text)
-    sent = defence.apply(seen, strength, torch.Generator().manual_seed(0)).seen
+    sent, again = (
+        defence.apply(Scene(lm=lm, seen=seen, generator=torch.Generator().manual_seed(0)), strength).seen
+        for _ in range(2)
+    )
     assert sent.states.shape == seen.states.shape
     assert not torch.equal(sent.states.float(), seen.states)
-    again = defence.apply(seen, strength, torch.Generator().manual_seed(0)).seen
     assert torch.equal(sent.states, again.states)
+
+
+@pytest.mark.parametrize("text", ["rotation", "mixing:0", "mixing:3"])
+def test_a_secret_linear_map_hides_nothing(lm: LanguageModel, tmp_path: Path, text: str) -> None:
+    (cell,), (trial,) = audit(lm, PROMPTS[:1], cuts=[(2, "block")], folder=tmp_path, defences=[text])
+    assert (trial.verdict, trial.is_exact, cell.agreement) == ("recovered", True, 1.0)
+    assert "".join(one["token"] for one in trial.shown) == lm.decode(PROMPTS[0].tolist())
+
+
+def test_fisher_information_is_the_curvature_of_the_models_own_answer(lm: LanguageModel) -> None:
+    """Noise that spends a small budget costs about that many nats a token; ten times as much is far off."""
+    cut, generator = Cut(2), torch.Generator().manual_seed(0)
+    spread = (2 * 0.01 / (lm.d_model * fisher_diagonal(lm, cut))).sqrt()
+    costs = []
+    for seed in range(12):
+        seen = lm.capture(input_ids=random_ids(12, seed=seed, vocab_size=256), layer=2)
+        noise = spread * torch.randn(seen.states.shape, generator=generator, dtype=torch.float64)
+        found = utility_of(lm, seen, replace(seen, states=(seen.states + noise).float()))
+        assert found is not None
+        costs.append(found.kl)
+    assert 0.003 < sum(costs) / len(costs) < 0.03
+    with pytest.raises(OptionError, match="site block"):
+        fisher_diagonal(lm, Cut(3, "final"))
 
 
 def test_dropped_states_are_still_read(lm: LanguageModel, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ class BeamPrefixes:
 
     def __init__(self, model: TruncatedModel, known: Tensor, *, max_batch: int) -> None:
         self._row = model.row(known)
+        self.layer = model.layer
         self._continues = torch.ones(1, len(known), dtype=torch.bool)  # (B, kept tokens) those of each prefix
         self._max_batch = max_batch
         self.position = len(known)
