@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import sipit
+from sipit.audit import DEFENCES as KNOWN
 from sipit.cli import main
+from sipit.cli.audit import DEFENCES
 from sipit.observations import write_observation
 
 KEYS = {
@@ -116,3 +118,9 @@ def test_what_cannot_be_audited_is_refused(
 ) -> None:
     assert _audit(text_folder, tmp_path / "out", *more) == 2
     assert reason in capsys.readouterr().err
+
+
+def test_every_defence_is_named_by_the_help_and_explained_in_the_docs() -> None:
+    assert set(DEFENCES) == set(KNOWN)
+    rows = (Path(__file__).parents[2] / "docs" / "defences.md").read_text("utf-8").splitlines()
+    assert {row.split("`")[1] for row in rows if row.startswith("| `") and row[3:7] != "NAME"} == set(KNOWN)

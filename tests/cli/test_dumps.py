@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -313,3 +314,16 @@ def test_top_logits_are_named_where_rows_are_identified(
     code, _, err = _run(capfd, "identify", tmp_path / "a.pt", "--model", text_folder)
     assert code == 2
     assert "'sipit invert' reads it" in err
+
+
+@pytest.mark.parametrize("command", [["invert", "--layer", "2"], ["identify"], ["audit", "--layer", "2"]])
+def test_states_that_were_saved_with_their_graph_are_read_without_a_word(
+    command: list[str], text_folder: Path, tmp_path: Path
+) -> None:
+    """Whoever forgets no_grad saves tensors that require a gradient; torch warns wherever one becomes a number."""
+    states = sipit.load(text_folder).capture("saved so", layer=2).states.requires_grad_()
+    torch.save({"states": states}, tmp_path / "h.pt")
+    more = ["--out", str(tmp_path / "out"), "--fail-above", "1"] if command[0] == "audit" else []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert main([command[0], str(tmp_path / "h.pt"), "--model", str(text_folder), *command[1:], *more]) == 0

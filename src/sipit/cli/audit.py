@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 _EXAMPLES_OF_A_CELL = 1
 _DEFAULT_PROMPTS = 10
+DEFENCES = (  # named here as well, so that --help needs no model library
+    *("none", "gaussian", "dp-gaussian", "inverse-fisher", "rounding", "clipping", "dropping", "permute-rows"),
+    *("permute-columns", "rotation", "mixing", "sharding"),
+)
 
 
 def add_audit(command: ArgumentParser, sites: tuple[str, ...], layer_text: Any) -> None:
@@ -36,7 +40,10 @@ def add_audit(command: ArgumentParser, sites: tuple[str, ...], layer_text: Any) 
         "--dtype", action="append", metavar="D", help="what rows are stored in (default: --pass-dtype, else float32)"
     )
     command.add_argument(
-        "--defence", action="append", metavar="NAME:STRENGTH", help="what is done to them, beside nothing; repeatable"
+        "--defence",
+        action="append",
+        metavar="NAME:STRENGTH",
+        help=f"what is done to them, beside nothing; repeatable: {', '.join(DEFENCES[1:])}",
     )
     command.add_argument(
         "--pass-dtype", metavar="D", help="dtype of the pass that left the states, where it is not the weights'"

@@ -57,7 +57,8 @@ class Observation:
     is_last: bool = False  # whether the rows are those of the prompt's last tokens, and its length is not known
 
     def __post_init__(self) -> None:
-        states = self.states
+        states = self.states.detach()  # a pass that was not told to leave gradients out ties its states to a graph
+        object.__setattr__(self, "states", states)
         if self.site not in SITES:
             raise OptionError(f"site {self.site!r} is unknown; choose one of {', '.join(SITES)}")
         if type(self.layer) is not int:

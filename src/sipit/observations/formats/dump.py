@@ -65,6 +65,9 @@ class Dump:
     columns: Tensor | None = None  # (T, W) coordinate of each value where a row holds some only; -1: none
     notes: tuple[str, ...] = ()  # what was decided, one short line each
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", self.values.detach())  # as in `Observation`
+
 
 class EachInTurn(Iterator[Dump]):
     """Dumps made one at a time: one that cannot be made raises for itself, and the next call goes on.
