@@ -1,4 +1,4 @@
-"""A few of each row's logits decide as all of them do: exact where they tell tokens apart, and nothing false."""
+"""A few values of each row decide as all of them do: exact where they tell tokens apart, and nothing false."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 import sipit
 from sipit import LanguageModel, Observation
 from sipit.cli import main
-from sipit.errors import InputError, OptionError
+from sipit.errors import InputError
 from sipit.inversion import certificate_of, check_certificate
-from sipit.inversion.inverses.linear_head import completed
+from sipit.inversion.inverses.completed import completed
 from sipit.observations import Site, read_observation, write_observation
 from tests.tiny_models import FAMILIES, random_ids, tiny_model
 
@@ -57,18 +57,47 @@ def test_estimates_of_what_is_not_held_keep_what_is(llama: LanguageModel) -> Non
     whole = llama.capture(input_ids=IDS, site="logits")
     seen = _largest(whole, 60)  # more than the states are wide: they are known but for rounding
     assert seen.half_step is not None
-    estimate = completed(llama, seen, seen.states)
+    estimate = completed(llama, seen, seen.states, range(seen.seq_len))
     held = seen.half_step.isfinite()
     assert torch.equal(estimate[held], seen.states[held])
     assert torch.allclose(estimate, whole.states, atol=1e-3)
 
 
-def test_missing_values_of_other_sites_are_refused(llama: LanguageModel) -> None:
+def _dropped(seen: Observation, share: float) -> Observation:
+    kept = torch.rand(seen.states.shape, generator=torch.Generator().manual_seed(4)) >= share
+    kept[:, 0] |= ~kept.any(dim=1)
+    return replace(seen, states=seen.states * kept, half_step=torch.where(kept, 0.0, torch.inf))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("site", ["block", "final", "keys", "kv"])
+def test_rows_of_any_site_may_lack_values(family: str, site: Site) -> None:
+    lm = LanguageModel(tiny_model(family))
+    seen = _dropped(lm.capture(input_ids=IDS, layer=None if site == "final" else 2, site=site), 0.5)
+    found = sipit.invert(lm, seen)
+    assert (found.verdict, found.input_ids) == ("recovered", tuple(IDS.tolist()))
+    assert check_certificate(certificate_of(found), seen, lm).holds
+    estimate = completed(lm, seen, seen.states, range(seen.seq_len))
+    held = torch.as_tensor(seen.half_step).isfinite()
+    assert torch.equal(estimate[held], seen.states[held])
+
+
+@pytest.mark.parametrize("n_held", [1, 2, 4])
+def test_rows_of_few_values_give_nothing_wrong(llama: LanguageModel, n_held: int) -> None:
+    for seed in range(4):
+        ids = random_ids(6, seed=60 + seed)
+        seen = llama.capture(input_ids=ids, layer=2)
+        held = torch.arange(seen.d_model) < n_held
+        rows = replace(seen, states=seen.states * held, half_step=torch.where(held, 0.0, torch.inf).expand(6, -1))
+        found = sipit.invert(llama, rows)
+        if found.verdict == "recovered":
+            assert found.input_ids == tuple(ids.tolist())
+        for token, one in zip(ids.tolist(), found.positions, strict=False):
+            assert token in (one.token_id, *(rival.token_id for rival in one.rivals))
+
+
+def test_rows_that_hold_nothing_are_refused(llama: LanguageModel) -> None:
     seen = llama.capture(input_ids=IDS, layer=2)
-    steps = torch.zeros(seen.states.shape)
-    steps[:, 3] = torch.inf
-    with pytest.raises(OptionError, match="only logits and log_probs"):
-        sipit.invert(llama, replace(seen, half_step=steps))
     with pytest.raises(InputError, match="finite somewhere in each row"):
         replace(seen, half_step=torch.full(seen.states.shape, torch.inf))
 

@@ -111,10 +111,11 @@ def _dropping(scene: Scene, share: float) -> Defended:
     """Set a share of the coordinates to 0, each value by a draw of its own."""
     seen = scene.seen
     kept = torch.rand(seen.states.shape, generator=scene.generator) >= share
-    rows = (seen.states.cpu() * kept).float()
-    small = 1e-3 * _usual_length(seen.states) / math.sqrt(seen.d_model)
-    model = replace(NoiseModel.gaussian(small), drops=True)
-    return Defended(seen=replace(seen, states=rows, fingerprint=None), noise=model)
+    kept[:, 0] |= ~kept.any(dim=1)
+    rows = seen.states.cpu() * kept
+    unknown = torch.where(kept, 0.0, torch.inf)
+    known = replace(seen, states=rows, half_step=unknown, fingerprint=None)
+    return Defended(seen=known, received=replace(seen, states=rows, fingerprint=None))
 
 
 def _permuted_rows(scene: Scene, _: float) -> Defended:

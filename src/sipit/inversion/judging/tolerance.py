@@ -114,11 +114,13 @@ def tolerance_for(lm: LanguageModel, seen: Observation) -> Tolerance:
     gaps = torch.full_like(norms, floor.rest_gap)
     if seen.positions[0] == 0:
         gaps[0] = floor.first_gap
-    is_open = _may_hold_others(_middle(half), gaps * norms, lm.vocab_size)
+    n_held = half.isfinite().sum(dim=1, keepdim=True)  # (T, 1)
+    box = half + noise[:, None] / n_held.sqrt()  # (T, D) float64
+    is_open = _may_hold_others(_middle(box), gaps * norms, lm.vocab_size)
     later = is_open & (torch.tensor(seen.positions) > 0)
     if later.any():  # look closer: the box may be narrow along coordinates in which other tokens' states differ
         shares = coordinate_shares(lm, seen.cut, seen.n_positions)
-        is_open[later] = _may_hold_others(half[later] / shares.to(half), (gaps * norms)[later], lm.vocab_size)
+        is_open[later] = _may_hold_others(box[later] / shares, (gaps * norms)[later], lm.vocab_size)
     total = noise + half.double().masked_fill(half.isinf(), 0.0).norm(dim=1)
     return Tolerance(
         noise=noise,

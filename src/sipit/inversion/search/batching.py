@@ -19,7 +19,7 @@ from torch import Tensor
 from sipit.errors import OptionError
 from sipit.inversion.evidence.cost import cost_of
 from sipit.inversion.evidence.result import Inversion, decisive_tolerance
-from sipit.inversion.inverses.linear_head import completed
+from sipit.inversion.inverses.completed import completed
 from sipit.inversion.judging.check import PackedCheck
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.judging.tolerance import tolerance_for
@@ -187,7 +187,7 @@ class BatchScheduler:
             meter=meter,
             generator=generator,
             price=price,
-            values=completed(lm, whole, check.observed),
+            values=completed(lm, whole, check.observed, range(seen.n_positions)),
             is_held=is_held,
             prefix=prefix,
         )
