@@ -21,10 +21,12 @@ from sipit.inversion.inverses.ridge_inverse import ridge_inverse
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.judging.tolerance import Tolerance, tolerance_for
 from sipit.inversion.proposals.continuations import opening_log_probabilities
+from sipit.inversion.search.first_states import first_states
 from sipit.models import LanguageModel, PackedRow
 from sipit.observations import Observation
 
-_DEPTHS = (1, 8, 64, 512)  # tokens tried of each row, in turn, before the whole vocabulary
+_DEPTHS = (1, 8, 64)  # tokens tried of each row, in turn
+_DEEPER, _DEEPEST = 2, 512  # batches of the likeliest tokens then, and tokens of each row, before the whole vocabulary
 _BATCH = 512  # tokens run at once
 
 
@@ -120,15 +122,24 @@ class _Walk:
             scores = self._inverse.scores(self._inverse.queries(states))  # (R, V)
             for depth in _DEPTHS:
                 yield scores.topk(min(depth, scores.shape[1]), dim=1).indices.flatten().cpu()
-        order = opening_log_probabilities(self.lm, self.meter).argsort(descending=True).cpu()
-        yield from order.split(_BATCH)
+        order = self._likely().argsort(descending=True).cpu()
+        yield from order[: _DEEPER * _BATCH].split(_BATCH)
+        if self._computed or not self.is_permuted:
+            yield scores.topk(min(_DEEPEST, scores.shape[1]), dim=1).indices.flatten().cpu()
+        yield from order[_DEEPER * _BATCH :].split(_BATCH)
+
+    def _likely(self) -> Tensor:
+        """Return log-probabilities of the next token behind the prefix, by the model itself. (V,)."""
+        if not self.prefix:
+            return opening_log_probabilities(self.lm, self.meter)
+        full = self.lm.cut(self.lm.final_cut, seq_len=self.seen.n_positions)
+        finals = full.ordinary(torch.tensor(self.prefix))
+        self.meter.spend(len(self.prefix), full.layer)
+        return self.lm.next_token_logits(finals[-1:])[0].log_softmax(dim=0)
 
     def _try(self, tokens: Tensor, rows: list[int]) -> bool:
         """Check tokens against the rows; keep the nearest that fits. (N,)."""
-        places = torch.full_like(tokens, len(self.prefix))
-        states = self._row.run(tokens, places).float()  # (N, W)
-        self.meter.spend(len(tokens), self.seen.layer)
-        self.meter.n_checked += len(tokens)
+        states = self._states(tokens)  # (N, W)
         limits = self._tolerance.total[rows].float().to(states.device)  # (R,)
         plain = _distances(states, self._observed[rows][:, self.columns])  # (N, R)
         ratios = plain / limits
@@ -139,7 +150,8 @@ class _Walk:
         token, row = divmod(best, len(rows))
         if float(ratios.flatten()[best]) > 1:
             return False
-        self._row.keep([token])
+        self._run(tokens[token][None])  # in the pass that keeps it as the prefix of what follows
+        self._row.keep([0])
         self.prefix.append(int(tokens[token]))
         self._computed.append(states[token])
         self.left.remove(rows[row])
@@ -149,6 +161,21 @@ class _Walk:
         elif len(self._computed) > 1:  # columns found by the earlier rows fit one that they were not found by
             self.columns_are_doubtful = False
         return True
+
+    def _states(self, tokens: Tensor) -> Tensor:
+        """Return the states of tokens behind the prefix; those of a prompt's first one are kept for the next. (N,)."""
+        firsts = None if self.prefix else first_states(self.lm, self.seen.cut, self.seen.n_positions)
+        if firsts is None:
+            return self._run(tokens)
+        fresh = tokens[~torch.isin(tokens, firsts.token_ids)]
+        if len(fresh):
+            firsts.note(fresh, self._run(fresh))
+        return firsts.of(tokens).float()
+
+    def _run(self, tokens: Tensor) -> Tensor:
+        self.meter.spend(len(tokens), self.seen.layer)
+        self.meter.n_checked += len(tokens)
+        return self._row.run(tokens, torch.full_like(tokens, len(self.prefix))).float()
 
     def _matched(self) -> Tensor:
         """Return the column of the observation at each coordinate, by the values of all rows followed. (W,)."""
