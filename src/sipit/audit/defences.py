@@ -154,16 +154,16 @@ def _mixing(scene: Scene, n_shields: float) -> Defended:
 
 
 def _clipping(scene: Scene, most: float) -> Defended:
-    """Cut every value to some times the usual size of one; what was cut is only known to be that large or larger."""
+    """Cut every value to some times the usual size of one; those that were cut count as not held."""
     seen = scene.seen
     limit = most * _usual_length(seen.states) / math.sqrt(seen.d_model)
     rows = seen.states.float()
-    is_cut = rows.abs() > limit
-    longest = float(rows.abs().max())
-    sent = torch.where(is_cut, rows.sign() * (limit + longest) / 2, rows)  # the middle of what it may have been
-    steps = torch.where(is_cut, (longest - limit) / 2, 0.0).float()
     clipped = replace(seen, states=rows.clamp(-limit, limit), fingerprint=None)
-    return Defended(seen=replace(seen, states=sent, half_step=steps, fingerprint=None), received=clipped)
+    is_cut = rows.abs() > limit
+    is_cut[:, 0] &= ~is_cut.all(dim=1)  # of a row that was cut everywhere one value is held, within the widest box
+    unknown = torch.where(is_cut, torch.inf, 0.0)
+    unknown[:, 0] = torch.where(rows[:, 0].abs() > limit, float(rows.abs().max()), unknown[:, 0])
+    return Defended(seen=replace(clipped, half_step=unknown), received=clipped)
 
 
 def _sharding(scene: Scene, n_parties: float) -> Defended:
@@ -222,7 +222,7 @@ DEFENCES: dict[str, Defence] = {
         Defence(
             name="clipping",
             strength="most that a value may be, over the usual size of one",
-            source="bounded activations, as clipping before noise makes them; the attacker guesses the largest value",
+            source="bounded activations, as clipping before noise makes them",
             apply=_clipping,
             check=lambda x: x > 0,
         ),

@@ -102,9 +102,14 @@ def test_fisher_information_is_the_curvature_of_the_models_own_answer(lm: Langua
         fisher_diagonal(lm, Cut(3, "final"))
 
 
-def test_dropped_states_are_still_read(lm: LanguageModel, tmp_path: Path) -> None:
-    cells, _ = audit(lm, PROMPTS[:1], cuts=[(2, "block")], folder=tmp_path, defences=["dropping:0.2"])
-    assert cells[0].exact_tokens == 8
+@pytest.mark.parametrize("text", ["dropping:0.2", "dropping:0.6", "clipping:1", "clipping:0.01"])
+def test_values_that_are_dropped_or_cut_hide_nothing(lm: LanguageModel, tmp_path: Path, text: str) -> None:
+    cells, (trial,) = audit(lm, PROMPTS[:1], cuts=[(2, "block")], folder=tmp_path, defences=[text])
+    if text == "clipping:0.01":  # signs are all that is left
+        assert trial.verdict != "recovered"
+    else:
+        assert (trial.verdict, trial.exact_tokens) == ("recovered", 8)
+    assert cells[0].agreement is not None
 
 
 @pytest.mark.parametrize("text", ["gauss:1", "gaussian", "gaussian:x", "rounding:1", "rounding:2.5", "dropping:1"])
