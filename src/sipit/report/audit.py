@@ -53,7 +53,7 @@ def sentence(record: dict[str, Any]) -> str:
         one for one in idle if all(other in idle for other in defended if _defence(other) == _defence(one))
     ]
     if idle_everywhere:
-        said.append(f"{_named(idle_everywhere)} changed nothing")
+        said.append(f"{_named(idle_everywhere)} hid nothing")
     if hiding:
         cheapest = min(hiding, key=lambda cell: -(cell["agreement"] or 0.0))
         costs = (
@@ -170,7 +170,10 @@ def _frontier(cells: Sequence[dict[str, Any]]) -> str:
         )
         for name in names
     ]
-    caption = "Right and low is best: the model's answers kept, and few tokens given away."
+    caption = (
+        "Right and low is best: the model's answers kept, and few tokens given away. Marks of one place stand side by "
+        "side, the rightmost where it is."
+    )
     return chart(
         series, x="next tokens that stay the same, %", y="tokens given away, %", within=(0, 100), caption=caption
     )

@@ -64,6 +64,7 @@ _RIGHT_SET, _WORDY = ' class="n"', ' class="t"'
 _LONG = 24  # letters: a cell of more gets room
 _MARKS = ("a", "b", "c", "d", "e", "f")  # a colour and a shape for each series, in turn
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 340, 64, 150, 14, 46
+_MARK = 10.0  # a mark and the room around it
 _LEAST_GAP = 14.0  # between the labels of two lines
 
 
@@ -172,11 +173,14 @@ def chart(
     up = _Axis([*within, *(p[1] for one in drawn for p in one.points)], is_log_y, _HEIGHT - _BOTTOM, _TOP)
     parts = [across.lines(is_across=True), up.lines(is_across=False)]
     labels: list[tuple[float, int, str]] = []
+    taken: dict[tuple[int, int], int] = {}  # where marks of single points stand, and how many side by side
     for n, one in enumerate(drawn):
         colour, places = _MARKS[n % len(_MARKS)], [(across.at(p[0]), up.at(p[1])) for p in one.points]
         if one.is_joined and len(places) > 1:
             line = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
             parts.append(f'<polyline points="{line}" fill="none" stroke="var(--{colour})" stroke-width="2"/>')
+        if not one.is_joined:
+            places = [_beside(taken, a, b) for a, b in places]
         parts += [_mark(n, a, b, colour) for a, b in places]
         labels.append((places[-1][1], n, one.name))
     parts += _labels(labels)
@@ -258,7 +262,14 @@ def _mark(n: int, a: float, b: float, colour: str) -> str:
         f'<path d="M{a - 4:.1f} {b - 4:.1f}l8 8m0-8l-8 8" stroke="var(--{colour})" stroke-width="2.5"/>',
         f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4" fill="none" stroke="var(--{colour})" stroke-width="2"/>',
     )
-    return shapes[n % len(shapes)]
+    return shapes[(n + n // len(shapes)) % len(shapes)]  # once the colours are through, each meets another shape
+
+
+def _beside(taken: dict[tuple[int, int], int], a: float, b: float) -> tuple[float, float]:
+    """Return a place left of the marks that stand at one already."""
+    near = (round(a / _MARK), round(b / _MARK))
+    before = taken[near] = taken.get(near, -1) + 1
+    return a - _MARK * before, b
 
 
 def _labels(labels: Sequence[tuple[float, int, str]]) -> list[str]:

@@ -33,7 +33,7 @@ def test_a_redacted_page_holds_no_token() -> None:
 def test_the_sentence_says_what_came_back_what_changed_nothing_and_what_hides() -> None:
     text = sentence({**RECORD, "cells": [CELL, {**CELL, "defence": "rounding", "strength": 8.0}, NOISY, HIDDEN]})
     assert text.startswith("States after block 5 in float32 give back 100 % of prompts whole (4 of 4) in 0.2 s each")
-    assert "rounding 8 changed nothing" in text
+    assert "rounding 8 hid nothing" in text
     assert "gaussian 4 at states after block 5 left at most 1 token in 20 readable" in text
     assert "at the price of another next token at 90 % of positions" in text
     assert "under gaussian 0.5 50 % of tokens still came back" in text
@@ -42,7 +42,7 @@ def test_the_sentence_says_what_came_back_what_changed_nothing_and_what_hides() 
 def test_a_defence_that_hides_something_somewhere_did_not_change_nothing() -> None:
     elsewhere = {**NOISY, "layer": 9, "exact_prompts": 4, "exact_tokens": 80}
     text = sentence({**RECORD, "cells": [CELL, NOISY, elsewhere]})
-    assert "changed nothing" not in text
+    assert "hid nothing" not in text
     assert "under gaussian 0.5 50 % of tokens still came back" in text
 
 
@@ -89,3 +89,13 @@ def test_many_places_are_summed_up_and_the_least_and_the_most_named() -> None:
     assert "at each of 3 places give back 100 % of prompts whole (30 of 30)" in text
     text = sentence({**RECORD, "cells": [*cells, {**cells[0], "layer": 30, "exact_prompts": 4}]})
     assert "at 4 places give back 40 % (states after block 30) to 100 % (states after block" in text
+
+
+def test_many_series_are_told_apart_where_their_points_coincide() -> None:
+    series = [Series(name=f"s{n}", is_joined=False, points=((50.0, 50.0),)) for n in range(9)]
+    text = chart(series, x="x", y="y", within=(0, 100), caption="")
+    marks = re.findall(r"<(?:circle|rect|path) [^>]*var\(--[^>]*>", text)
+    assert len(marks) == 18  # at the point and at the name
+    assert len(set(marks)) == 18
+    places = re.compile(r'(cx|cy|x|y|d)="[^"]*"')
+    assert len({places.sub("", mark) for mark in marks}) >= 9 - 1
