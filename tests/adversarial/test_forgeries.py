@@ -27,6 +27,7 @@ def test_forgery_of_every_kind_holds_for_nothing_false(kind: str) -> None:
         assert kind != "nothing" or case.outcome == "holds"
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["nothing", "a posterior"])
 def test_odd_value_at_any_key_holds_for_nothing_false(kind: str) -> None:

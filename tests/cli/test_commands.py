@@ -221,6 +221,7 @@ def test_interrupt_before_the_search_exits_with_130(
     assert (code, out, err) == (130, b"", b"sipit: interrupted\n")
 
 
+@pytest.mark.thorough
 def test_ctrl_c_prints_the_recovered_prefix_and_exits_with_130(tmp_path: Path, text_folder: Path) -> None:
     text = "x" * 200  # long, and in an order that needs many passes a token
     lm = sipit.load(text_folder)
@@ -361,6 +362,7 @@ def test_check_loads_the_dtype_that_the_record_names(run: Run, text_folder: Path
     assert run("check", "c.json", "seen", "--dtype", "auto")[0] == 1
 
 
+@pytest.mark.thorough
 def test_demo_ends_with_commands_that_run(run: Run, text_folder: Path) -> None:
     _, _, err = run("demo", "--model", text_folder)
     capture, invert = (line.partition("sipit ")[2] for line in err.decode().rstrip("\n").split("\n")[-2:])

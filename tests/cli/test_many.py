@@ -42,6 +42,7 @@ def test_every_line_comes_back(many_file: Path, tmp_path: Path, capfd: pytest.Ca
     assert all(r["verdict"] == "recovered" for r in records)
 
 
+@pytest.mark.thorough
 def test_second_run_goes_on_where_the_first_stopped(
     many_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

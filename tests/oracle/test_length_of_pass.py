@@ -53,6 +53,7 @@ def test_dynamic_rope_is_exact_beyond_its_length(seed: int) -> None:
     assert (found.verdict, found.input_ids) == ("recovered", tuple(ids.tolist()))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("make", "family", "lengths"), [(_dynamic, "llama", (20, 7, 13, 8)), (_long, "phi3", (70, 9))])
 def test_a_long_pass_changes_no_later_one_and_nothing_in_the_callers_model(
     make: Any, family: str, lengths: tuple[int, ...]

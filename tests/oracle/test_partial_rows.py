@@ -38,6 +38,7 @@ def test_the_largest_logits_give_the_prompt_back(family: str, site: Site) -> Non
     assert check_certificate(certificate_of(found), seen, lm).holds
 
 
+@pytest.mark.thorough
 def test_another_model_is_unmatched_and_a_changed_value_breaks_the_certificate(llama: LanguageModel) -> None:
     seen = _largest(llama.capture(input_ids=IDS, site="logits"), 20)
     assert (

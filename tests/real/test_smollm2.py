@@ -112,6 +112,7 @@ def test_bfloat16_model_gives_the_prompt_back() -> None:
     assert found.positions[0].n_checked == coarse.vocab_size  # its tolerance is coarse there
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("layer", [5, 15])
 @pytest.mark.parametrize("token_id", [7, 12, 16])
 def test_hardly_trained_first_tokens_are_named_and_what_follows_them_comes_back(

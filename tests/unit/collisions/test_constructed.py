@@ -58,6 +58,7 @@ def test_every_case_turns_out_as_expected() -> None:
     assert {case.expected for case in _cases().values()} == {"collides", "does not"}
 
 
+@pytest.mark.thorough
 def test_cases_are_what_brute_force_finds() -> None:
     assert list(_constructions()) == list(_cases())
     for name, one in _constructions().items():

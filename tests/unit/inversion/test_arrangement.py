@@ -106,6 +106,7 @@ def test_an_order_and_its_inverse_leave_an_observation_as_it_was(rows: list[int]
     assert back.digest() == seen.digest()
 
 
+@pytest.mark.thorough
 def test_the_command_line_puts_rows_in_order(
     text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -101,6 +101,7 @@ def test_state_of_a_prompt_one_token_away_is_never_taken(lm: LanguageModel) -> N
         assert found.verdict == "unmatched"
 
 
+@pytest.mark.thorough
 def test_last_rows_and_known_lengths(lm: LanguageModel) -> None:
     whole = lm.capture("xyz", layer=2)
     two = invert_last(lm, whole.states[-2:], layer=2, length=3, use_fit=False)

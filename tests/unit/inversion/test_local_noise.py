@@ -55,6 +55,7 @@ def test_without_its_own_noise_it_would_be_refused(lm: LanguageModel, monkeypatc
     assert sipit.invert(lm, lm.capture(input_ids=IDS, layer=LAYER)).verdict == "unmatched"
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("low_floor")
 def test_wrong_states_stay_unmatched_and_a_wrong_claim_does_not_hold(lm: LanguageModel) -> None:
     seen = lm.capture(input_ids=IDS, layer=LAYER)
