@@ -84,6 +84,17 @@ def test_rows_of_any_site_may_lack_values(family: str, site: Site) -> None:
     assert torch.equal(estimate[held], seen.states[held])
 
 
+def test_rows_behind_a_known_prefix_or_a_hole_may_lack_values(llama: LanguageModel) -> None:
+    whole = llama.capture(input_ids=IDS, layer=2)
+    prefix = tuple(IDS[:3].tolist())
+    behind = replace(whole, states=whole.states[3:], known_prefix=prefix, positions=(3, 4, 5, 6, 7))
+    found = sipit.invert(llama, _dropped(behind, 0.5))
+    assert (found.verdict, found.input_ids) == ("recovered", tuple(IDS[3:].tolist()))
+    every_second = replace(whole, states=whole.states[1::2], positions=(1, 3, 5, 7))
+    found = sipit.invert(llama, _dropped(every_second, 0.3))
+    assert (found.verdict, found.input_ids) == ("recovered", tuple(IDS.tolist()))
+
+
 @pytest.mark.parametrize(("n_held", "is_open"), [(1, True), (4, False)])
 def test_rows_of_few_values_give_nothing_wrong(llama: LanguageModel, n_held: int, is_open: bool) -> None:
     """Of one value what arithmetic explains may hold another token's, so all of them are tried."""
