@@ -74,7 +74,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
 def _opened(browser: Chromium, address: str, *, scheme: str = "light") -> Tab:
     tab = Tab(browser, width=1200, scheme=scheme)  # type: ignore[arg-type]
     tab.open(address)
-    _until(tab, "document.querySelector('#recover') !== null")
+    _until(tab, "['#recover', '#text textarea'].every(each => document.querySelector(each) !== null)")
     return tab
 
 
@@ -106,7 +106,9 @@ def test_a_text_comes_back_token_by_token_with_its_certificate(
     assert [row[1] for row in rows[-3:]] == ["/", "b", ">"]
     assert all(float(row[2]) <= float(row[3]) for row in rows)
     browser.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
-    tab.run("document.querySelector('#certificate button, #certificate a').click()")
+    certificate_link = "document.querySelector('#certificate button, #certificate a')"
+    _until(tab, f"{certificate_link} !== null")  # it may come a moment after the verdict
+    tab.run(f"{certificate_link}.click()")
     end = time.monotonic() + _SECONDS
     while not (held := list(tmp_path.glob("*.json"))):
         assert time.monotonic() < end, list(tmp_path.iterdir())
