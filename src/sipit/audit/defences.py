@@ -160,9 +160,8 @@ def _clipping(scene: Scene, most: float) -> Defended:
     rows = seen.states.float()
     clipped = replace(seen, states=rows.clamp(-limit, limit), fingerprint=None)
     is_cut = rows.abs() > limit
-    is_cut[:, 0] &= ~is_cut.all(dim=1)  # of a row that was cut everywhere one value is held, within the widest box
     unknown = torch.where(is_cut, torch.inf, 0.0)
-    unknown[:, 0] = torch.where(rows[:, 0].abs() > limit, float(rows.abs().max()), unknown[:, 0])
+    unknown[is_cut.all(dim=1), 0] = float(rows.abs().max())  # of a row cut everywhere one is held, in the widest box
     return Defended(seen=replace(clipped, half_step=unknown), received=clipped)
 
 

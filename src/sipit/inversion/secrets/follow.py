@@ -1,7 +1,7 @@
 """Follow a prompt token by token through what its rows still say, in the order of the model's own probabilities.
 
-Where several tokens agree with the rows so far, each is followed; the rows behind them settle it. Nothing here proves
-more than the relation does: what is left at the end is all that agrees, and how well.
+Where several tokens of one pass agree with the rows so far, each is followed; the rows behind them settle it. Nothing
+here proves more than the relation does: what is left at the end agrees, and how well; what was not tried may agree too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _BATCH = 256  # tokens in one packed pass
 
 @dataclass(frozen=True, kw_only=True)
 class Followed:
-    """The prompts that agree with all rows, the best first; none where no token does at some position."""
+    """The prompts found that agree with all rows, the best first; none where no token does at some position."""
 
     prompts: tuple[tuple[int, ...], ...]
     position: int  # where the search ended: the number of tokens, or the first one that no token agrees at

@@ -39,16 +39,15 @@ class UpToRotation:
     def __init__(self, lm: LanguageModel, seen: Observation) -> None:
         rows = seen.states.cpu().double()
         self._norms = rows.norm(dim=1)  # (R,)
-        self._axes = _in_turn(rows)  # (R, R) each row's coordinates along those before it, its own length left over
+        self._axes = rows @ _in_turn(rows)  # (R, R) each row along those before it, and what is left of it
         self._first, self._rest = _allowed(lm, seen)
 
     def excess(self, states: Tensor, accepted: Tensor) -> Tensor:
         """As `Relation.excess`."""
         place = len(accepted)
-        basis = torch.linalg.qr(accepted.T).Q if place else accepted.T  # (W, T)
-        signs = (basis * accepted.T).sum(dim=0).sign() if place else accepted.new_zeros(0)
-        along = states @ (basis * signs)  # (N, T)
-        own = (states - along @ (basis * signs).T).norm(dim=1)  # (N,)
+        basis = _in_turn(accepted)  # (W, T)
+        along = states @ basis  # (N, T)
+        own = (states - along @ basis.T).norm(dim=1)  # (N,)
         gap = torch.cat([along - self._axes[place, :place], (own - self._axes[place, place])[:, None]], dim=1)
         allowed = (self._rest if place else self._first) * float(self._norms[place])
         found: Tensor = gap.norm(dim=1) / allowed
@@ -88,16 +87,16 @@ class InSpan:
         allowed = allowed + (along * self._gains).norm(dim=1) * self._error
         found: Tensor = left / allowed
         if len(accepted) and not self._has_repeats:
-            known = torch.linalg.qr(accepted.T).Q  # (W, T)
+            known = _in_turn(accepted)  # (W, T)
             is_old = (states - states @ known @ known.T).norm(dim=1) <= allowed
             found = found.masked_fill(is_old, torch.inf)
         return found
 
 
 def _in_turn(rows: Tensor) -> Tensor:
-    """Return the lower triangular L with L Lᵀ the rows' inner products, by turning the rows. (R, W) → (R, R)."""
-    triangle = torch.linalg.qr(rows.T).R.T[:, : len(rows)]
-    found: Tensor = triangle * triangle.diagonal().sign()
+    """Return the direction of what each row adds to those before it, orthonormal. (R, W) → (W, R)."""
+    basis = torch.linalg.qr(rows.T).Q
+    found: Tensor = basis * (basis * rows.T).sum(dim=0).sign()
     return found
 
 
