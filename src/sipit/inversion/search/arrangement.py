@@ -115,17 +115,18 @@ class _Walk:
 
     def _offered(self, rows: list[int]) -> Iterator[Tensor]:
         """Yield tokens to try, in turn, from what each row reads as; all of them at last."""
-        if self._computed or not self.is_permuted:
+        is_read = bool(self._computed) or not self.is_permuted
+        if is_read:
             states = restored(self.lm, self.seen.cut).rows(
                 self._observed[rows][:, self.columns], torch.full((len(rows),), len(self.prefix))
             )
             scores = self._inverse.scores(self._inverse.queries(states))  # (R, V)
             for depth in _DEPTHS:
-                yield scores.topk(min(depth, scores.shape[1]), dim=1).indices.flatten().cpu()
+                yield _best(scores, depth)
         order = self._likely().argsort(descending=True).cpu()
         yield from order[: _DEEPER * _BATCH].split(_BATCH)
-        if self._computed or not self.is_permuted:
-            yield scores.topk(min(_DEEPEST, scores.shape[1]), dim=1).indices.flatten().cpu()
+        if is_read:
+            yield _best(scores, _DEEPEST)
         yield from order[_DEEPER * _BATCH :].split(_BATCH)
 
     def _likely(self) -> Tensor:
@@ -193,6 +194,11 @@ class _Walk:
             found[place] = column
             free[column] = False
         return found
+
+
+def _best(scores: Tensor, depth: int) -> Tensor:
+    """Return the best tokens of each row. (R, V) → (R · depth,) on the CPU."""
+    return scores.topk(min(depth, scores.shape[1]), dim=1).indices.flatten().cpu()
 
 
 def _distances(rows: Tensor, others: Tensor) -> Tensor:
