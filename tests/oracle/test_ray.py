@@ -50,6 +50,12 @@ def _killed_once(lm: LanguageModel, piece: tuple[Path, int]) -> int:
     return int(lm.encode("a" * (number + 1)).sum())
 
 
+def _marked(lm: LanguageModel, piece: tuple[Path, int]) -> int:
+    folder, number = piece
+    (folder / str(number)).touch()
+    return number
+
+
 def _refused(lm: LanguageModel, number: int) -> int:
     if number == 2:
         raise InputError("the third piece is no good; leave it out")
@@ -125,16 +131,14 @@ def test_what_ray_cannot_do_is_refused(text_folder: Path, tmp_path: Path, capfd:
     assert torch.get_num_threads() == 1
 
 
-def test_pieces_are_drawn_as_there_are_workers_for_them(on_ray: OnRay) -> None:
-    drawn: list[int] = []
+def test_pieces_are_drawn_as_there_are_workers_for_them(on_ray: OnRay, tmp_path: Path) -> None:
+    ends: list[int] = []  # how many pieces had been done when another one was drawn
 
-    def pieces() -> Iterator[int]:
-        for number in range(3, 40):
-            drawn.append(number)
-            yield number
+    def pieces() -> Iterator[tuple[Path, int]]:
+        for number in range(37):
+            ends.append(len(list(tmp_path.iterdir())))
+            yield tmp_path, number
 
-    found = on_ray.results(_refused, pieces())
-    assert next(found) == 3
-    assert len(drawn) <= 2 * 2 + 2  # two for each of two workers, and one for each answer meanwhile
-    assert list(found) == [*range(4, 40)]
+    assert list(on_ray.results(_marked, pieces())) == [*range(37)]
+    assert all(drawn - n_done < 2 * 2 for drawn, n_done in enumerate(ends))  # two for each of two workers
     assert list(on_ray.results(_refused, iter(()))) == []
