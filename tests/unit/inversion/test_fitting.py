@@ -82,7 +82,7 @@ def test_query_of_the_observed_state_in_its_own_place(fitted: LanguageModel, pla
     fit = load_fit(fitted, _CUT)
     assert fit is not None
     states = fitted.capture(input_ids=random_ids(10, seed=2), layer=_CUT[0]).states
-    at_place = fit.network.queries_at(states, place, states[[place, place]])
+    at_place = fit.network.queries_at(states, torch.tensor([place, place]), states[[place, place]])
     torch.testing.assert_close(at_place, fit.network.queries(states)[[place, place]])
 
 

@@ -65,13 +65,15 @@ def test_sharing_neither_exceeds_the_batch_nor_runs_prompts_apart(
 
     monkeypatch.setattr(PackedRow, "run", watched)
     list(search_together(lm, observations, SearchOptions(max_batch=32), n_slots=4))
-    shared = len(rows)
     assert max(n_tokens for n_tokens, _ in rows) <= 32
     assert max(n_prompts for _, n_prompts in rows) > 1
-    rows.clear()
-    list(search_together(lm, observations, SearchOptions(max_batch=32), n_slots=1))
+    n_passes = {}
+    for n_slots in (4, 1):
+        rows.clear()
+        list(search_together(lm, observations, SearchOptions(max_batch=128), n_slots=n_slots))
+        n_passes[n_slots] = len(rows)
     assert {n_prompts for _, n_prompts in rows} == {1}
-    assert shared < len(rows)
+    assert n_passes[4] < n_passes[1]
 
 
 def test_one_prompt_of_another_model_is_unmatched_and_leaves_its_neighbours_alone(

@@ -10,6 +10,7 @@ import torch
 
 import sipit
 from sipit import LanguageModel
+from sipit.inversion.inverses.inverse import queries_of
 from sipit.inversion.inverses.ridge_inverse import ridge_inverse
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.judging.noise import noise_floor
@@ -97,7 +98,7 @@ def test_a_second_process_runs_no_anchors(cache: Path) -> None:
     read = ridge_inverse(LanguageModel(tiny_model("llama")), CUT, second)
     assert (first.block_tokens, second.block_tokens) == (made.block_tokens, 0)
     states = torch.randn(5, made.rest.mean.shape[0])
-    assert torch.equal(made.scores(made.queries(states)), read.scores(read.queries(states)))
+    assert torch.equal(made.scores(queries_of(made, states)), read.scores(queries_of(read, states)))
     _file(cache, "anchors").joinpath("block-2-float32.safetensors").write_bytes(b"broken")
     ridge_inverse(LanguageModel(tiny_model("llama")), CUT, second)
     assert second.block_tokens == made.block_tokens

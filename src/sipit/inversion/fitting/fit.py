@@ -20,6 +20,7 @@ from sipit.inversion.fitting.states import CapturedStates, OnStep, StatesFolder,
 from sipit.inversion.fitting.training import Recipe, train
 from sipit.inversion.fitting.windows import given_windows, held_out_windows, sample_starts
 from sipit.inversion.inverses.fitted_inverse import FittedInverse
+from sipit.inversion.inverses.inverse import queries_of
 from sipit.inversion.inverses.network import InverseNetwork
 from sipit.inversion.inverses.sampled_ids import frequent_and_other_ids
 from sipit.inversion.inverses.sinks import sink_cosine
@@ -214,7 +215,7 @@ def _held_out_scores(
     lm: LanguageModel, raw: FittedInverse, ids: Tensor, states: Tensor, finals: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return scores, log-probabilities and true tokens from position 1 on. (T, V), (T, V), (T,)."""
-    scores = raw.scores(raw.queries(states)[1:])
+    scores = raw.scores(queries_of(raw, states)[1:])
     logs = lm.next_token_logits(finals[:-1]).log_softmax(dim=1)
     return scores, logs, ids[1:].to(scores.device)
 

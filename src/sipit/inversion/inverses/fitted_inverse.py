@@ -7,8 +7,7 @@ from torch import Tensor
 
 from sipit.float64 import as_float64
 from sipit.inversion.inverses.network import KEY_LENGTH
-from sipit.inversion.inverses.ridge import amended_query
-from sipit.inversion.inverses.sinks import alternative_kind, is_sink_like, is_sink_like_at
+from sipit.inversion.inverses.sinks import alternative_kind, are_sink_like
 from sipit.inversion.inverses.store import Fit
 from sipit.inversion.inverses.token_keys import TokenKeys
 
@@ -28,23 +27,24 @@ class FittedInverse:
         calibrated = (1.0, fit.likelihood_weight)  # to all kinds of held-out text at once, random ids among them
         self.weights: tuple[tuple[float, float], ...] = (_NATURAL, calibrated, (1.0, 0.0), (0.6, 0.5), (0.6, 1.0))
 
-    def queries(self, states: Tensor) -> Tensor:
-        """Return one query a position of one prompt. (T, D) → (T, K)."""
-        fit = self.fit
-        queries = fit.network.queries(states.float())
-        is_sink = is_sink_like(states, fit.first_mean, fit.sink_cosine)  # (T,)
-        queries[is_sink] = self._first_queries(states[is_sink])
+    def queries_at(self, observed: Tensor, positions: Tensor, states: Tensor) -> Tensor:
+        """Return the queries of states, were they the prompt's at some positions. (T, D), (N,), (N, D) → (N, K)."""
+        is_first = self.are_first(observed, positions)
+        queries = self.fit.network.queries_at(observed, positions, states)
+        queries[is_first] = self._first_queries(states[is_first])
         return queries
 
-    def amended_query(self, observed: Tensor, position: int, states: Tensor, token_ids: Tensor) -> Tensor:
-        """Return the query at a position, corrected by candidates checked there. (T, D), (N, D), (N,) → (K,)."""
-        fit = self.fit
-        rows = torch.cat([observed[position][None], states]).float()  # (N + 1, D)
-        if is_sink_like_at(observed, position, fit.first_mean, fit.sink_cosine):
-            queries, gain = self._first_queries(rows), self._first_gain
-        else:
-            queries, gain = fit.network.queries_at(observed, position, rows), KEY_LENGTH
-        return amended_query(rows, queries, self.keys.keys(token_ids) * gain)
+    def lengths(self, observed: Tensor, positions: Tensor) -> Tensor:
+        """Return by what a token's key is multiplied in the query wanted at some positions. (T, D), (N,) → (N, 1)."""
+        return torch.where(self.are_first(observed, positions), self._first_gain, KEY_LENGTH)[:, None]
+
+    def are_first(self, observed: Tensor, positions: Tensor) -> Tensor:
+        """Return which positions are read as first ones. (T, D), (N,) → (N,) bool."""
+        return are_sink_like(observed, positions, self.fit.first_mean, self.fit.sink_cosine)
+
+    def features(self, states: Tensor) -> Tensor:
+        """Return whitened states. (N, D) → (N, D)."""
+        return self.fit.network.white(states)
 
     def other_query(self, observed: Tensor, position: int) -> Tensor | None:
         """Return the query of the other reading where a state may be of the other kind. (T, D) → (K,)."""
@@ -52,7 +52,11 @@ class FittedInverse:
         kind = alternative_kind(observed, position, fit.first_mean, fit.sink_cosine)
         if kind is None:
             return None
-        queries = self._first_queries(state) if kind == "first" else fit.network.queries_at(observed, position, state)
+        queries = (
+            self._first_queries(state)
+            if kind == "first"
+            else fit.network.queries_at(observed, torch.tensor([position]), state)
+        )
         return queries[0]
 
     def _first_queries(self, states: Tensor) -> Tensor:

@@ -34,8 +34,11 @@ class KernelRegression:
 
     def predicted(self, states: Tensor) -> Tensor:
         """Return what the map gives, of any length. (N, D) → (N, K)."""
-        standardised = (unit_rms(states) - self.mean) / self.scale
-        return arc_cosine_kernel(standardised, self.anchors) @ self.coefficients + self.bias
+        return arc_cosine_kernel(self.standardised(states), self.anchors) @ self.coefficients + self.bias
+
+    def standardised(self, states: Tensor) -> Tensor:
+        """Return states as the kernel compares them. (N, D) → (N, D)."""
+        return (unit_rms(states) - self.mean) / self.scale
 
 
 def kernel_regression(states: Tensor, keys: Tensor, strength: float = _RIDGE) -> KernelRegression:

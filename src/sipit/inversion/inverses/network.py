@@ -61,12 +61,13 @@ class InverseNetwork(nn.Module):
         return self._fast(beside(white.roll(1, 0), white, white.roll(-1, 0), places, len(states)))
 
     @torch.no_grad()
-    def queries_at(self, states: Tensor, position: int, others: Tensor) -> Tensor:
-        """Return the queries at one position of a prompt, were its state there another. (T, D), (N, D) → (N, K)."""
-        window = self.white(states[[max(position - 1, 0), min(position + 1, len(states) - 1)]])  # before, after
-        before, after = window[:, None].expand(-1, len(others), -1)
-        places = torch.full((len(others),), position, device=states.device)
-        return self._fast(beside(before, self.white(others), after, places, len(states)))
+    def queries_at(self, states: Tensor, positions: Tensor, others: Tensor) -> Tensor:
+        """Return queries were the state at some positions another one. (T, D), (N,), (N, D) → (N, K)."""
+        positions = positions.to(states.device)
+        around = torch.stack([(positions - 1).clamp(min=0), (positions + 1).clamp(max=len(states) - 1)])  # (2, N)
+        places, inverse = around.unique(return_inverse=True)
+        before, after = self.white(states[places])[inverse]
+        return self._fast(beside(before, self.white(others), after, positions, len(states)))
 
     def _fast(self, x: Tensor) -> Tensor:
         """As `forward`, in bfloat16 where that is fast, as in training."""

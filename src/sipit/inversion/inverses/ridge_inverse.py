@@ -22,9 +22,9 @@ from sipit.corpora import library_prose
 from sipit.errors import StorageError
 from sipit.inversion.inverses.kernel_regression import KernelRegression, kernel_regression
 from sipit.inversion.inverses.restored import restored
-from sipit.inversion.inverses.ridge import Ridge, amended_query, ridge
+from sipit.inversion.inverses.ridge import Ridge, ridge
 from sipit.inversion.inverses.sampled_ids import spread_ids
-from sipit.inversion.inverses.sinks import alternative_kind, is_sink_like, is_sink_like_at, sink_cosine
+from sipit.inversion.inverses.sinks import alternative_kind, are_sink_like, sink_cosine
 from sipit.inversion.inverses.token_keys import TokenKeys, token_keys
 from sipit.inversion.judging.meter import Meter
 from sipit.models import LanguageModel
@@ -55,21 +55,26 @@ class RidgeInverse:
     doubtful_weights: tuple[float, float] = (50.0, 1.0)
     echo_reach: float = 0.2
     weights: tuple[tuple[float, float], ...] = (
-        *((50.0, 1.0), (25.0, 1.0), (100.0, 1.0), (200.0, 1.0)),
+        *((25.0, 0.65), (25.0, 1.0), (50.0, 1.0), (100.0, 1.0), (200.0, 1.0)),
         *((25.0, 0.0), (50.0, 0.0), (100.0, 0.0), (200.0, 0.0)),
     )
 
-    def queries(self, states: Tensor) -> Tensor:
-        """Return one unit query a position of one prompt. (T, D) → (T, K)."""
-        states = states.float()
-        is_sink = is_sink_like(states, self.first.mean, self.sink_cosine)  # (T,)
-        return torch.where(is_sink[:, None], self.first(states), self.rest(states))
+    def queries_at(self, observed: Tensor, positions: Tensor, states: Tensor) -> Tensor:
+        """Return the queries of states, were they the prompt's at some positions. (T, D), (N,), (N, D) → (N, K)."""
+        states, is_first = states.float(), self.are_first(observed, positions)
+        return torch.where(is_first[:, None], self.first(states), self.rest(states))
 
-    def amended_query(self, observed: Tensor, position: int, states: Tensor, token_ids: Tensor) -> Tensor:
-        """Return the query at a position, corrected by candidates checked there. (T, D), (N, D), (N,) → (K,)."""
-        is_sink = is_sink_like_at(observed, position, self.first.mean, self.sink_cosine)
-        rows = torch.cat([observed[position][None], states]).float()  # (N + 1, D)
-        return amended_query(rows, (self.first if is_sink else self.rest)(rows), self.keys.keys(token_ids))
+    def lengths(self, observed: Tensor, positions: Tensor) -> Tensor:
+        """Return by what a token's key is multiplied in the query wanted at some positions. (T, D), (N,) → (N, 1)."""
+        return observed.new_ones(len(positions), 1, dtype=torch.float32)
+
+    def are_first(self, observed: Tensor, positions: Tensor) -> Tensor:
+        """Return which positions are read as first ones. (T, D), (N,) → (N,) bool."""
+        return are_sink_like(observed, positions, self.first.mean, self.sink_cosine)
+
+    def features(self, states: Tensor) -> Tensor:
+        """Return standardised states, as the kernel of the later positions compares them. (N, D) → (N, D)."""
+        return self.rest.standardised(states)
 
     def other_query(self, observed: Tensor, position: int) -> Tensor | None:
         """Return the query by the other regression where a state may be of the other kind. (T, D) → (K,)."""

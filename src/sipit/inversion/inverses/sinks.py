@@ -24,16 +24,10 @@ def sink_cosine(firsts: Tensor, rests: Tensor) -> float:
     return low + 0.8 * (high - low) if high > low + 0.1 else 2.0
 
 
-def is_sink_like(states: Tensor, mean: Tensor, least_cosine: float) -> Tensor:
-    """Return which states of one prompt are read as first ones. (T, D), (D,) → (T,) bool."""
-    is_first = cosine_to(states, mean) > least_cosine
-    is_first[0] = True
-    return is_first
-
-
-def is_sink_like_at(states: Tensor, position: int, mean: Tensor, least_cosine: float) -> bool:
-    """Return whether the state at one position of a prompt is read as a first one. (T, D), (D,)."""
-    return position == 0 or float(cosine_to(states[position][None], mean)) > least_cosine
+def are_sink_like(states: Tensor, positions: Tensor, mean: Tensor, least_cosine: float) -> Tensor:
+    """Return which positions of a prompt have states that are read as first ones. (T, D), (N,), (D,) → (N,) bool."""
+    positions = positions.to(states.device)
+    return (positions == 0) | (cosine_to(states[positions], mean) > least_cosine)
 
 
 def alternative_kind(

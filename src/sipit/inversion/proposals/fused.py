@@ -1,10 +1,10 @@
 """Read tokens off the observed states: an inverse's scores, the model's likelihood, what was checked.
 
-Three sources, one order. An inverse (closed-form or fitted) scores every token from the states; the
-model's own next-token probabilities are added where they cost less than they save; once candidates
-were checked at a position without success, a regression on just these, behind this very prefix,
-joins. The weights of the sum follow what proved right at the positions already recovered. The
-order covers the whole vocabulary, so the search always ends.
+Three sources, one order. An inverse (closed-form or fitted) scores every token from the states, corrected
+where it is unsure by all that was run in this prompt; the model's own next-token probabilities are added
+where they cost less than they save; once candidates were checked at a position without success, a
+regression on just these, behind this very prefix, joins. The weights of the sum follow what proved right
+at the positions already recovered. The order covers the whole vocabulary, so the search always ends.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sipit.inversion.inverses.inverse import Inverse
+from sipit.inversion.inverses.correction import Correction
+from sipit.inversion.inverses.inverse import Inverse, queries_of, wanted
+from sipit.inversion.inverses.log_sum import log_sum_exp
 from sipit.inversion.inverses.restored import restored
-from sipit.inversion.inverses.ridge import ridge
+from sipit.inversion.inverses.ridge import amended_query, ridge
 from sipit.inversion.inverses.top import top_of_rows
 from sipit.inversion.judging.check import Checked
 from sipit.inversion.proposals.likely import Likely
@@ -30,7 +32,7 @@ from sipit.inversion.proposals.repeated import RepeatedStates
 
 _BLOCK = 64  # positions scored at a time
 _MAX_SCORES = 1 << 25  # scores held at once, over all positions ahead
-_WIDTH = 16  # guesses kept for each position ahead
+_WIDTH = 32  # guesses kept for each position ahead
 _CORRECT_AFTER = 8  # candidates checked in vain before a regression on them corrects the inverse
 _REFIT_AFTER = 64  # at which another regression on them does without the inverse
 _HOPELESS = 512  # at which the order of all that is left is settled, until twice as many were
@@ -40,11 +42,17 @@ _PRIOR_NATS = 2.0  # evidence needed to leave the first pair of weights
 _MIN_BATCH_SHARE = (
     0.5  # candidates worth checking next, of those checked in vain: fewer are more passes, more are wasted
 )
+_MIN_PASS_SHARE = 0.66  # candidates checked where the first ones were wrong, of what a pass costs in any case
 _BANDS = (0.5, 0.9, 0.99, 0.999)  # guesses of like certainty are judged together by how often they prove right
 _PRIOR_GUESSES = 20.0  # of each band, assumed to have been right as often as they claimed
+_JUDGED = 32  # positions that the weights are judged by: later ones seldom change them
 _SURE = 0.9  # a guess that proves right at this chance teaches nothing
 _NEGLIGIBLE = -6.0  # nats by which tokens must be less likely together to be left out of a sum
 _CERTAIN = 0.999  # a guess by the inverse alone, for which the likelihood is not consulted
+_CORRECTED = 0.99  # chance of a guess up to which the inverse's reading is corrected by what was run elsewhere
+_BLOCK_WEIGHTS = 12  # of a block, over the squared width of the model
+_CORRECTED_ROWS = 64  # positions whose scores cost what a correction does: it has to spare a pass that costs more
+_NOTED = 16  # candidates checked in vain in one pass, the nearest, that other positions learn from
 _ECHO_NATS = 3.0  # for the token of an earlier state nearly like this one, against all others together
 _LOCAL_RIDGE = 1e-3
 _LOCAL_GAIN = 75.0  # of a cosine, beside a log-probability
@@ -82,18 +90,25 @@ class FusedProposal:
         self._restored = restored(view.lm, view.seen.cut)
         places = torch.arange(len(view.values))
         self._observed = self._restored.rows(view.values, places)  # (T, D)
-        self._queries = inverse.queries(self._observed)  # (T, K)
+        self._queries = queries_of(inverse, self._observed)  # (T, K)
+        self._correction = Correction(inverse, self._observed, self._queries)
+        pass_weights = view.price * view.seen.layer * _BLOCK_WEIGHTS * view.lm.d_model
+        self._corrects = pass_weights >= _CORRECTED_ROWS * view.lm.vocab_size
         n_above = view.lm.n_layers - view.seen.layer
         self._patience = view.seen.seq_len * n_above / max(view.seen.layer, 1) if is_cautious else -1.0
         self._n_wasted = 0
         self._nats = torch.zeros(len(inverse.weights))  # negative log-likelihood of what proved right
         self._nats[1:] += _PRIOR_NATS
+        self._n_judged = 0  # positions that the weights were judged by
         self._n_blocks = max(2, _MAX_SCORES // (_BLOCK * view.lm.vocab_size))
         self._scores: dict[int, Tensor] = {}  # first position of a block → (W, V)
         self._logs: dict[int, Tensor] = {}  # position → (V,)
         self._seen = [0.0] * (len(_BANDS) + 1)  # guesses of each band that were settled
         self._right = [0.0] * (len(_BANDS) + 1)  # and that proved right
         self._guesses: dict[int, _Guesses] = {}  # first position of a block → its best tokens
+        self._corrected: dict[int, tuple[list[int], list[float]]] = {}  # position → its best tokens, corrected
+        self._corrected_here = self._queries[0]  # (V,) its scores at this position
+        self._corrected_by = 0  # states that the correction was learned from
         self._checked: list[Checked] = []
         self._overheard = OffPathEvidence(view.values)
         self._echoes = RepeatedStates(self._observed, inverse.echo_reach)
@@ -122,9 +137,14 @@ class FusedProposal:
             return self._rest[untried[self._rest]][:n]
         is_doubtful = n_checked >= _CORRECT_AFTER
         heard = self._overheard.evidence(self.view.position)
+        is_corrected = not is_doubtful and self._is_unsure(self.view.position)
         logits = self._doubtful_logits() if is_doubtful else self._logits(self.view.position)  # (V,)
+        readings = [logits, self._corrected_logits()] if is_corrected else [logits]
         for token_id, nats in heard.items():
-            logits[token_id] += max(nats, _LEAST_HEARD) if is_doubtful else nats
+            for reading in readings:
+                reading[token_id] += max(nats, _LEAST_HEARD) if is_doubtful else nats
+        if is_corrected:  # the mean of both chances: either is sure where it is wrong, the two seldom of one token
+            logits = torch.logaddexp(*(reading - log_sum_exp(reading) for reading in readings))
         if n_checked >= _HOPELESS:
             self._rest, self._settled_until = logits.argsort(descending=True, stable=True).cpu(), 2 * n_checked
             return self._rest[untried[self._rest]][:n]
@@ -132,12 +152,14 @@ class FusedProposal:
         echo = self._echoes.token(self.view.position, self.view.prefix)
         is_echo = echo is not None and bool(here[echo])
         if is_echo:
-            logits[echo] = logits.logsumexp(dim=0) + _ECHO_NATS
+            logits[echo] = log_sum_exp(logits) + _ECHO_NATS
         best, order = top_of_rows(logits[None], min(n, n_left))
-        chances = (best[0] - logits.logsumexp(dim=0)).exp().tolist()
+        chances = (best[0] - log_sum_exp(logits)).exp().tolist()
         order = order[0]
-        n_worth = max(n_worth_checking(chances, self.view.price), int(_MIN_BATCH_SHARE * n_checked))
-        self._here = (chances if heard or is_echo else self._believed(chances))[:n_worth]
+        n_least = max(_MIN_BATCH_SHARE * n_checked, _MIN_PASS_SHARE * self.view.price if n_checked else 0)
+        n_worth = max(n_worth_checking(chances, self.view.price), int(n_least))
+        is_claimed = bool(heard) or is_echo or is_corrected
+        self._here = (chances if is_claimed else self._believed(chances))[:n_worth]
         return order[:n_worth].cpu()
 
     def draft(self) -> Draft | None:
@@ -153,11 +175,45 @@ class FusedProposal:
     def _ahead(self) -> Iterator[Guesses]:
         n_positions = min(self.view.seen.seq_len, self.view.position + self._n_blocks * _BLOCK)
         for position in range(self.view.position + 1, n_positions):
-            guesses = self._guesses_at(position)
-            token_ids, chances = guesses.token_ids[position % _BLOCK], guesses.chances[position % _BLOCK]
-            token_ids, chances = _informed(token_ids, self._believed(chances), self._overheard.evidence(position))
+            token_ids, chances = self._plain_guesses(position)
+            corrected = self._corrected_guesses(position)
+            if corrected is not None:
+                token_ids, chances = _mixed((token_ids, chances), corrected)
             echo = self._echoes.token(position, self.view.prefix)
             yield (token_ids, chances) if echo is None else _echoed(token_ids, chances, echo)
+
+    def _plain_guesses(self, position: int) -> Guesses:
+        """Return a position's best tokens by the inverse as it is, after what was overheard."""
+        guesses, row = self._guesses_at(position), position % _BLOCK
+        believed = self._believed(guesses.chances[row])
+        return _informed(guesses.token_ids[row], believed, self._overheard.evidence(position))
+
+    def _is_unsure(self, position: int) -> bool:
+        """Whether what was run in this prompt may change the guess at a position."""
+        if not self._correction.n_heard or position == 0:
+            return False
+        is_vain = position == self.view.position and self._n_vain > 0
+        return is_vain or self._plain_guesses(position)[1][0] < _CORRECTED
+
+    def _corrected_guesses(self, position: int) -> Guesses | None:
+        """Return a position's best tokens by the corrected inverse; None where the plain one is sure."""
+        if not self._is_unsure(position):
+            return None
+        self._read_again(position)
+        return _informed(*self._corrected[position], self._overheard.evidence(position))
+
+    def _read_again(self, position: int) -> None:
+        """Read a position by the corrected inverse, and with it all the block's unsure ones from there on."""
+        if self._corrected_by != self._correction.n_heard:
+            self._corrected_by, self._corrected = self._correction.n_heard, {}
+        if position in self._corrected:
+            return
+        stop = position - position % _BLOCK + _BLOCK
+        unsure = [p for p in range(position, min(stop, len(self._queries))) if self._is_unsure(p)]
+        scores = self._inverse.scores(self._correction.queries(unsure))  # (N, V)
+        self._corrected.update(zip(unsure, zip(*self._best(scores, unsure), strict=True), strict=True))
+        if position == self.view.position:
+            self._corrected_here = scores[0].clone()
 
     def _guesses_at(self, position: int) -> _Guesses:
         """Return the best tokens of the block of positions that holds this one, by today's weights."""
@@ -166,46 +222,66 @@ class FusedProposal:
         known = self._guesses.get(start)
         if known is None or known.weights != weights or known.has_logs != has_logs:
             scores = self._block(start)
-            token_ids, chances = _best(scores, weights[0])  # (W, K) each
-            unsure = (chances[:, 0] < _CERTAIN).nonzero()[:, 0]
-            if has_logs and len(unsure):
-                logs = self._log_rows([start + row for row in unsure.tolist()])
-                token_ids[unsure], chances[unsure] = _best(_fused(weights, scores[unsure], logs))
-            known = _Guesses(weights, has_logs, token_ids.tolist(), chances.tolist())
+            known = _Guesses(weights, has_logs, *self._best(scores, range(start, start + len(scores))))
             self._guesses[start] = known
         return known
+
+    def _best(self, scores: Tensor, positions: Sequence[int]) -> tuple[list[list[int]], list[list[float]]]:
+        """Return the best tokens of some positions and their chances, by scores and what likelihood is used. (N, K)."""
+        token_ids, chances = _best(scores, self._weights[0])
+        unsure = (chances[:, 0] < _CERTAIN).nonzero()[:, 0]
+        if self._uses_likelihood and len(unsure):
+            logs = self._log_rows([positions[row] for row in unsure.tolist()])
+            token_ids[unsure], chances[unsure] = _best(_fused(self._weights, scores[unsure], logs))
+        return token_ids.tolist(), chances.tolist()
 
     def learn(self, checked: Checked) -> None:
         self._n_vain += len(checked.token_ids)
         if self._n_vain <= _MOST_LEARNED:  # else nothing is learned any more, and their states need no memory
             rows = self._restored.rows(checked.states, torch.full((len(checked.states),), self.view.position))
             self._checked.append(replace(checked, states=rows))
+            if self._corrects:
+                nearest = checked.distances.argsort()[:_NOTED].tolist()
+                self._correction.note(self.view.position, checked.token_ids[nearest].tolist(), rows[nearest])
         self._n_wasted += len(checked.token_ids)
 
     def overhear(self, position: int, checked: Checked) -> None:
         self._overheard.note(position, checked)
+        if self._corrects:
+            rows = self._restored.rows(checked.states, torch.full((len(checked.states),), position))
+            self._correction.note(position, checked.token_ids.tolist(), rows)
 
     def _believed(self, chances: list[float]) -> list[float]:
         """Return chances of the best tokens, best first, as far as guesses of like certainty bore them out."""
         claimed = chances[0]
         band = bisect(_BANDS, claimed)
         rate = (self._right[band] + _PRIOR_GUESSES * claimed) / (self._seen[band] + _PRIOR_GUESSES)
-        return [chance * (rate / max(claimed, 1e-9)) for chance in chances]
+        others = (1 - rate) / max(1 - claimed, 1e-9)
+        return [rate, *(min(rate, chance * others) for chance in chances[1:])]
 
     def settle(self, token_id: int) -> None:
         position = self.view.position
         self._overheard.settle(position, token_id)
+        if self._corrects:
+            self._correction.accept(position, token_id)
         guesses = self._guesses.get(position - position % _BLOCK)
         if guesses is not None:
             band = bisect(_BANDS, guesses.chances[position % _BLOCK][0])
             self._seen[band] += 1
             self._right[band] += guesses.token_ids[position % _BLOCK][0] == token_id
-        if position == 0 or (guesses is not None and guesses.was_sure_of(position % _BLOCK, token_id)):
-            return  # says nothing about the weights
+        is_sure = guesses is not None and guesses.was_sure_of(position % _BLOCK, token_id)
+        if position == 0 or is_sure or self._n_judged == _JUDGED:
+            return  # says nothing about the weights, or nothing new
+        self._n_judged += 1
         row, logs = self._rows(position)
         for i, weights in enumerate(self._inverse.weights):
             logits = _fused(weights, row, logs)
-            self._nats[i] += float(logits.logsumexp(dim=0) - logits[token_id])
+            self._nats[i] += float(log_sum_exp(logits) - logits[token_id])
+
+    def _corrected_logits(self) -> Tensor:
+        """Return the corrected inverse's scores and the log-probabilities at this position, as one sum. (V,)."""
+        self._read_again(self.view.position)
+        return _fused(self._weights, self._corrected_here, self._rows(self.view.position)[1])
 
     def _logits(self, position: int) -> Tensor:
         return _fused(self._weights, *self._rows(position))  # (V,)
@@ -257,7 +333,10 @@ class FusedProposal:
         inverse, view = self._inverse, self.view
         states = torch.cat([c.states for c in self._checked]).float()  # (N, D)
         tokens = torch.cat([c.token_ids for c in self._checked])  # (N,)
-        query = inverse.amended_query(self._observed, view.position, states, tokens)
+        rows = torch.cat([self._observed[view.position][None].float(), states])  # (N + 1, D)
+        places = torch.full((len(rows),), view.position, device=rows.device)
+        queries = inverse.queries_at(self._observed, places, rows)
+        query = amended_query(rows, queries, wanted(inverse, self._observed, places[1:], tokens))
         _, logs = self._rows(view.position)
         readings = [inverse.scores(query[None])[0]]
         if logs is not None:
@@ -280,7 +359,7 @@ def _best(logits: Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:
     total = values.logsumexp(dim=1)  # (N,)
     # All others together weigh at most as much as the last of the best, times the vocabulary.
     is_open = values[:, -1] + math.log(logits.shape[1]) - total > _NEGLIGIBLE
-    total[is_open] = (weight * logits[is_open]).logsumexp(dim=1)
+    total[is_open] = log_sum_exp(weight * logits[is_open])
     return token_ids, (values - total[:, None]).exp()
 
 
@@ -293,6 +372,16 @@ def _informed(token_ids: list[int], chances: list[float], evidence: dict[int, fl
     total = sum(weighed) + rest
     order = sorted(range(len(weighed)), key=lambda k: -weighed[k])
     return [token_ids[k] for k in order], [weighed[k] / total for k in order]
+
+
+def _mixed(one: Guesses, other: Guesses) -> Guesses:
+    """Return the tokens of two readings of a position by the mean of their chances, the best first."""
+    mean: dict[int, float] = {}
+    for token_ids, chances in (one, other):
+        for token_id, chance in zip(token_ids, chances, strict=True):
+            mean[token_id] = mean.get(token_id, 0.0) + chance / 2
+    order = sorted(mean, key=lambda token_id: -mean[token_id])
+    return order, [mean[token_id] for token_id in order]
 
 
 def _echoed(token_ids: list[int], chances: list[float], echo: int) -> Guesses:

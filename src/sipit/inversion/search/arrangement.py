@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sipit.errors import OptionError
-from sipit.inversion.inverses.inverse import Inverse
+from sipit.inversion.inverses.inverse import Inverse, queries_of
 from sipit.inversion.inverses.restored import restored
 from sipit.inversion.inverses.ridge_inverse import ridge_inverse
 from sipit.inversion.judging.meter import Meter
@@ -120,7 +120,7 @@ class _Walk:
             states = restored(self.lm, self.seen.cut).rows(
                 self._observed[rows][:, self.columns], torch.full((len(rows),), len(self.prefix))
             )
-            scores = self._inverse.scores(self._inverse.queries(states))  # (R, V)
+            scores = self._inverse.scores(queries_of(self._inverse, states))  # (R, V)
             for depth in _DEPTHS:
                 yield _best(scores, depth)
         order = self._likely().argsort(descending=True).cpu()

@@ -214,12 +214,13 @@ class BatchScheduler:
     def step(self) -> dict[int, Inversion]:
         """Run one packed pass; return the searches that came to their end, by number."""
         found = {}
+        room = max(1, self._options.max_batch // len(self._slots)) if self._slots else None  # so that all share a pass
         for slot in list(self._slots):
             with _timed(slot):
-                slot.tree = slot.tree or slot.run.plan()
+                slot.tree = slot.tree or slot.run.plan(room)
                 while slot.tree is None and slot.run.is_aside:
                     slot.run.step_aside()
-                    slot.tree = slot.run.plan()
+                    slot.tree = slot.run.plan(room)
             if slot.tree is None:
                 self._slots.remove(slot)
                 slot.run.view.check.row.drop(slot.lane)

@@ -189,10 +189,11 @@ class PromptSearch:
         self._begin()
         self._queued = torch.tensor([best.next_id])
 
-    def plan(self) -> Tree | None:
+    def plan(self, room: int | None = None) -> Tree | None:
         """Return the next packed pass: candidates for the next position, and guesses behind the best of them.
 
-        None once the search is done, or where passes of its own come next: `is_aside`.
+        Guesses fill the room that there is for them, a whole pass by default; candidates may take more. None once the
+        search is done, or where passes of its own come next: `is_aside`.
         """
         while not (self.is_done or self.is_aside):
             if self._is_in_doubt:
@@ -214,7 +215,7 @@ class PromptSearch:
                 batch,
                 self.view.position,
                 draft,
-                max_tokens=self.max_batch,
+                max_tokens=max(len(batch), room or self.max_batch),
                 price=self.view.price,
                 beside=self._rule.beside.of_guesses,
             )

@@ -17,7 +17,7 @@ from sipit.inversion.proposals.proposal import Draft, Guesses
 
 _SETTLED = (12.0, 64.0)  # positions that a pass settles, at least and at most: one is worth that part of a pass
 _FAR = 64  # positions ahead that are looked at for what their distances tell
-_TOLD = 0.8  # of a pass, what it is worth to have checked a right token behind a path that may be wrong
+_TOLD = 1.6  # passes that it is worth to have run a right token behind a path that may be wrong
 _UNLIKELY = 0.05  # chance of a run of guesses from which on its length is not followed
 _GROWN = 0.6  # of a pass, the most that guesses may fill: what must be checked beside them is to find room too
 _LIKELY = 0.25  # chance of a guess from which what has to be checked beside it is worth asking for
