@@ -107,8 +107,8 @@ class FusedProposal:
         self._right = [0.0] * (len(_BANDS) + 1)  # and that proved right
         self._guesses: dict[int, _Guesses] = {}  # first position of a block → its best tokens
         self._corrected: dict[int, tuple[list[int], list[float]]] = {}  # position → its best tokens, corrected
-        self._corrected_here = self._queries[0]  # (V,) its scores at this position
-        self._corrected_by = 0  # states that the correction was learned from
+        self._corrected_rows: dict[int, Tensor] = {}  # position → its scores, corrected, of the one stood at. (V,)
+        self._corrected_by = 0  # states that both were learned from
         self._checked: list[Checked] = []
         self._overheard = OffPathEvidence(view.values)
         self._echoes = RepeatedStates(self._observed, inverse.echo_reach)
@@ -205,15 +205,15 @@ class FusedProposal:
     def _read_again(self, position: int) -> None:
         """Read a position by the corrected inverse, and with it all the block's unsure ones from there on."""
         if self._corrected_by != self._correction.n_heard:
-            self._corrected_by, self._corrected = self._correction.n_heard, {}
-        if position in self._corrected:
+            self._corrected_by, self._corrected, self._corrected_rows = self._correction.n_heard, {}, {}
+        if position in (self._corrected_rows if position == self.view.position else self._corrected):
             return
         stop = position - position % _BLOCK + _BLOCK
         unsure = [p for p in range(position, min(stop, len(self._queries))) if self._is_unsure(p)]
         scores = self._inverse.scores(self._correction.queries(unsure))  # (N, V)
         self._corrected.update(zip(unsure, zip(*self._best(scores, unsure), strict=True), strict=True))
         if position == self.view.position:
-            self._corrected_here = scores[0].clone()
+            self._corrected_rows = {position: scores[0].clone()}
 
     def _guesses_at(self, position: int) -> _Guesses:
         """Return the best tokens of the block of positions that holds this one, by today's weights."""
@@ -281,7 +281,7 @@ class FusedProposal:
     def _corrected_logits(self) -> Tensor:
         """Return the corrected inverse's scores and the log-probabilities at this position, as one sum. (V,)."""
         self._read_again(self.view.position)
-        return _fused(self._weights, self._corrected_here, self._rows(self.view.position)[1])
+        return _fused(self._weights, self._corrected_rows[self.view.position], self._rows(self.view.position)[1])
 
     def _logits(self, position: int) -> Tensor:
         return _fused(self._weights, *self._rows(position))  # (V,)
