@@ -354,6 +354,7 @@ def test_no_time_left_is_told_before_something_is_done(capfd: pytest.CaptureFixt
     assert Shown.lines == ["capture: 0 %", "capture: 10 %, about 27 s left"]
 
 
+@pytest.mark.thorough
 def test_check_loads_the_dtype_that_the_record_names(run: Run, text_folder: Path) -> None:
     run("capture", "--text", "wide", "--layer", "1", "--out", "seen", "--model", text_folder, "--dtype", "float64")
     assert run("invert", "seen", "--dtype", "float64", "--json", "c.json")[0] == 0

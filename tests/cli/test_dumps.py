@@ -162,6 +162,7 @@ def test_float8_rows_with_their_scales_come_back(
     assert "float8_e4m3fn with a scale a row" in err
 
 
+@pytest.mark.thorough
 def test_answer_of_sglang_comes_back(
     tmp_path: Path, text_folder: Path, states: tuple[Tensor, ...], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,6 +175,7 @@ def test_answer_of_sglang_comes_back(
     assert (code, out.strip()) == (0, TEXT)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("site", ["kv", "keys", "values"])
 def test_session_of_llama_cpp_comes_back(
     tmp_path: Path, text_folder: Path, text_lm: LanguageModel, capfd: pytest.CaptureFixture[str], site: str
@@ -194,6 +196,7 @@ def test_session_of_llama_cpp_comes_back(
     assert _run(capfd, "verify", path, *told)[0] == 0
 
 
+@pytest.mark.thorough
 def test_prompt_cache_of_mlx_comes_back(
     tmp_path: Path, text_folder: Path, text_lm: LanguageModel, capfd: pytest.CaptureFixture[str]
 ) -> None:

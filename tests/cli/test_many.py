@@ -185,6 +185,7 @@ def test_bench_refuses_bad_options(text_folder: Path, extra: list[str], capsys: 
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.thorough
 def test_records_of_other_observations_are_not_counted(
     text_lm: LanguageModel, text_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

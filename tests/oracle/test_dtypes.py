@@ -32,6 +32,7 @@ def _in(model: nn.Module, dtype: str) -> nn.Module:
     return copy.deepcopy(model).to(getattr(torch, dtype))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("narrow", NARROW)
 @pytest.mark.parametrize("layer", [1, 3])

@@ -38,6 +38,7 @@ def _left(kind: str, model: Path, folder: Path) -> Path:
     return next(folder.glob(f"{kind}.*"))
 
 
+@pytest.mark.thorough
 def test_embeddings_of_each_token_come_back(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file = _left("embedding", model, tmp_path)
     assert main(["invert", str(file), "--model", str(model), "--no-fit"]) == 0
@@ -55,6 +56,7 @@ def test_values_of_a_slot_come_back(model: Path, tmp_path: Path, capfd: pytest.C
     assert main(["verify", str(file), *told]) == 0
 
 
+@pytest.mark.thorough
 def test_values_that_attention_read_in_float16_need_a_declared_noise(
     model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -102,6 +102,7 @@ def test_fisher_information_is_the_curvature_of_the_models_own_answer(lm: Langua
         fisher_diagonal(lm, Cut(3, "final"))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("text", ["dropping:0.2", "dropping:0.6", "clipping:1", "clipping:0.01"])
 def test_values_that_are_dropped_or_cut_hide_nothing(lm: LanguageModel, tmp_path: Path, text: str) -> None:
     cells, (trial,) = audit(lm, PROMPTS[:1], cuts=[(2, "block")], folder=tmp_path, defences=[text])
@@ -133,6 +134,7 @@ def test_cells_without_trials_are_left_out() -> None:
     assert given_away([]) == 0.0
 
 
+@pytest.mark.thorough
 def test_states_of_a_pass_in_another_dtype_are_a_cell_of_their_own(tmp_path: Path) -> None:
     lm = text_model()
     audit(lm, PROMPTS[:1], cuts=[(2, "block")], folder=tmp_path)

@@ -111,6 +111,7 @@ def test_last_rows_and_known_lengths(lm: LanguageModel) -> None:
     assert (again.verdict, again.text, again.seq_len) == ("recovered", "xyz", 3)
 
 
+@pytest.mark.thorough
 def test_invert_takes_the_way_of_last_rows(lm: LanguageModel) -> None:
     seen = _last(lm, "ab")
     assert sipit.invert(lm, seen, use_fit=False).text == "ab"
