@@ -105,6 +105,21 @@ def test_what_an_inverse_gets_wrong_is_learned_from_wrong_tokens_elsewhere() -> 
     assert torch.equal(correction.queries([0]), queries_of(inverse, observed)[:1])  # read by a reading of its own
 
 
+def test_the_latest_states_alone_are_learned_from() -> None:
+    lm, cut = LanguageModel(tiny_model("llama"), name="llama"), Cut(2)
+    observed = lm.capture(input_ids=random_ids(6, seed=3), layer=2).states
+    inverse = ridge_inverse(lm, cut, Meter())
+    corrections = [Correction(inverse, observed, queries_of(inverse, observed)) for _ in range(2)]
+    generator = torch.Generator().manual_seed(2)
+    for number in range(20):
+        states = observed[2] + torch.randn(64, observed.shape[1], generator=generator)
+        for correction in corrections[: 2 if number >= 12 else 1]:  # one hears all, the other the last 512
+            correction.note(2, random_ids(64, seed=number).tolist(), states)
+    all_heard, latest = (correction.queries([1, 2, 5]) for correction in corrections)
+    assert torch.equal(all_heard, latest)
+    assert not torch.equal(latest, queries_of(inverse, observed)[[1, 2, 5]])
+
+
 @pytest.mark.parametrize("scale", [1.0, 300.0])
 def test_sums_of_exponentials_are_those_of_torch(scale: float) -> None:
     logits = scale * torch.randn(5, 1000, generator=torch.Generator().manual_seed(1))

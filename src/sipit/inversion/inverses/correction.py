@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from sipit.inversion.inverses.inverse import Inverse, wanted
-from sipit.inversion.inverses.kernel_regression import arc_cosine_kernel
+from sipit.inversion.inverses.kernel_regression import arc_cosine_kernel, kernel_coefficients
 
 _MOST = 512  # states that are learned from, those of the latest passes: a regression on more costs what it saves
 _RIDGE = 0.1  # of the mean of the kernel's diagonal
-_TINY = 1e-12
 
 
 class Correction:
@@ -32,6 +31,7 @@ class Correction:
         self._observed = observed
         self._queries = queries
         self._new: list[tuple[list[int], list[int], Tensor]] = []  # positions, tokens, states (N, D)
+        self._n_new = 0  # states among them
         self._accepted: list[tuple[int, int]] = []  # (position, token), whose states are those observed
         self._features = observed.new_empty(0, dtype=torch.float32)  # (N, F) of what is learned from
         self._missing = observed.new_empty(0, dtype=torch.float32)  # (N, K) what its queries lack
@@ -41,6 +41,9 @@ class Correction:
     def note(self, position: int, token_ids: list[int], states: Tensor) -> None:
         """Take note of the states of tokens that were run at a position, as the inverse reads them. (N, D)."""
         self._new.append(([position] * len(token_ids), token_ids, states))
+        self._n_new += len(token_ids)
+        while self._n_new - len(self._new[0][0]) >= _MOST:  # where nobody asks, memory stays bounded all the same
+            self._n_new -= len(self._new.pop(0)[0])
         self.n_heard += len(token_ids)
 
     def accept(self, position: int, token_id: int) -> None:
@@ -71,7 +74,7 @@ class Correction:
         positions = torch.tensor([place for places, _, _ in self._new for place in places], device=device)
         token_ids = torch.tensor([token_id for _, tokens, _ in self._new for token_id in tokens], device=device)
         states = torch.cat([part.float() for _, _, part in self._new])
-        self._new = []
+        self._new, self._n_new = [], 0
         is_of_use = states.isfinite().all(dim=1) & ~self._inverse.are_first(self._observed, positions)
         if not bool(is_of_use.any()):
             return
@@ -80,6 +83,4 @@ class Correction:
         missing = wanted(inverse, observed, positions, token_ids) - inverse.queries_at(observed, positions, states)
         self._features = torch.cat([self._features.view(-1, states.shape[1]), inverse.features(states)])[-_MOST:]
         self._missing = torch.cat([self._missing.view(-1, missing.shape[1]), missing])[-_MOST:]
-        gram = arc_cosine_kernel(self._features, self._features).cpu()
-        gram.diagonal().add_(_RIDGE * gram.diagonal().mean() + _TINY)
-        self._coefficients = torch.cholesky_solve(self._missing.cpu(), torch.linalg.cholesky(gram)).to(missing)
+        self._coefficients = kernel_coefficients(self._features, self._missing, _RIDGE)

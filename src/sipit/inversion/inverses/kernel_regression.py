@@ -48,10 +48,21 @@ def kernel_regression(states: Tensor, keys: Tensor, strength: float = _RIDGE) ->
     scale = scale + 1e-3 * scale.max() + _TINY
     anchors = (states - mean) / scale
     bias = keys.mean(dim=0)
+    coefficients = kernel_coefficients(anchors, keys - bias, strength)
+    return KernelRegression(mean=mean, scale=scale, anchors=anchors, coefficients=coefficients, bias=bias)
+
+
+def kernel_coefficients(anchors: Tensor, wanted: Tensor, strength: float) -> Tensor:
+    """Return by what the kernel's values at the anchors are multiplied to give what is wanted. (N, D), (N, K) → (N, K).
+
+    Args:
+        anchors: (N, D)
+        wanted: (N, K) at each of them.
+        strength: of the ridge, over the mean of the kernel's diagonal.
+    """
     gram = arc_cosine_kernel(anchors, anchors).cpu()
     gram.diagonal().add_(strength * gram.diagonal().mean() + _TINY)
-    coefficients = torch.cholesky_solve((keys - bias).cpu(), torch.linalg.cholesky(gram)).to(keys).contiguous()
-    return KernelRegression(mean=mean, scale=scale, anchors=anchors, coefficients=coefficients, bias=bias)
+    return torch.cholesky_solve(wanted.cpu(), torch.linalg.cholesky(gram)).to(wanted).contiguous()
 
 
 def arc_cosine_kernel(a: Tensor, b: Tensor) -> Tensor:
