@@ -20,7 +20,8 @@ from sipit.inversion.judging.noise_model import NoiseModel
 from sipit.inversion.noise.posterior import Candidates, TokenPosteriors
 from sipit.inversion.noise.prefixes import BeamPrefixes
 from sipit.inversion.noise.prior import TokenPrior, anywhere_log_probabilities
-from sipit.inversion.noise.token_map import Ranking, first_rows_of_all, token_map, with_unmapped
+from sipit.inversion.noise.token_map import first_rows_of_all, token_map
+from sipit.inversion.noise.token_ranking import TokenRanking, with_unmapped
 from sipit.models import LanguageModel
 from sipit.observations import Observation
 
@@ -29,9 +30,9 @@ _TEMPER = (
 )
 _ROWS = 4096  # of candidates compared at once
 _OF_EACH = 3  # tokens run behind every beam, to know the map's offset there
-_DRAWN = 1.0  # tokens that the offset behind all beams counts as
+_LIKELY = 8192  # tokens whose errors of the map are learned from those of the tokens run
 _MORE = 1024  # tokens run at a time where nothing fits
-_SURPRISE = 6.0  # standard deviations that the best state's residual is too large by where nothing fits
+_SURPRISE = 4.0  # standard deviations that the best state's residual is too large by where nothing fits
 _LEAST = 48  # candidates run at a position, however sure the ranking is
 _LEFT_OUT = 1e-4  # of the mass at a position: beams and candidates beyond it are not worth their price
 
@@ -44,7 +45,7 @@ class Effort:
 
     n_beams: int = 64
     n_shown: int = 96  # tokens run at each position to know what the map misses there
-    n_candidates: int = 384  # more that are run, the likeliest over all beams
+    n_candidates: tuple[int, ...] = (128, 256)  # more that are run in turn, the likeliest over all beams
     n_surprised: int = 8192  # run in all at positions where nothing fits
     max_batch: int = 256  # in one packed pass
 
@@ -83,9 +84,7 @@ class BeamSearch:
         self._prefixes = BeamPrefixes(self._model, known, max_batch=batch)
         self._prior = TokenPrior(lm, known, meter, max_batch=batch, seq_len=seen.n_positions)
         self._clean = self._map.compared(self._filled())  # (T, S)
-        variances = noise.variances(seen.d_model)
-        self._far = Ranking(self._map, variances, knows_offset=False)
-        self._near = Ranking(self._map, variances, knows_offset=True)
+        self._ranking = TokenRanking(self._map, noise.variances(seen.d_model))
         self._seen = seen
         self._unigram = anywhere_log_probabilities(lm, meter).cpu().double()  # (V,)
         self._n_surprised = self._effort.n_surprised
@@ -99,15 +98,26 @@ class BeamSearch:
             return clean
         return torch.where(noise.kept(self._observed), clean, self._map.centre.to(clean))
 
-    def run(self, on_position: OnPosition | None = None) -> Beams:
-        """Return the prompts that are left; `on_position` is told the best tokens so far after every position."""
+    def run(self, on_position: OnPosition | None = None, *, hint: Tensor | None = None) -> Beams:
+        """Return the prompts that are left.
+
+        Args:
+            on_position: told the best tokens so far after every position.
+            hint: (T,) a prompt that is followed to the end, however unlikely its beginning is.
+        """
         n_rows = len(self._observed)
         scores = torch.zeros(1, dtype=torch.float64)  # (B,)
         tokens = torch.zeros(1, 0, dtype=torch.long)  # (B, t)
         posteriors = TokenPosteriors(n_rows, self._lm.vocab_size)
+        followed: int | None = None if hint is None else 0  # the beam that is the hint so far
         for row in range(n_rows):
-            found = self._candidates(row, scores)
+            wanted = None if hint is None or followed is None else (int(hint[row]), followed)
+            found = self._candidates(row, scores, wanted)
             kept = self._kept(found)
+            if wanted is not None:
+                place = int(((found.token_ids == wanted[0]) & (found.beams == wanted[1])).nonzero()[0, 0])
+                kept = kept if bool((kept == place).any()) else torch.cat([kept, torch.tensor([place])])
+                followed = int((kept == place).nonzero()[0, 0])
             posteriors.leave_out(row, tokens, found, kept)
             token_ids, beams, scores = found.token_ids[kept], found.beams[kept], found.log_scores[kept]
             tokens = torch.cat([tokens[beams], token_ids[:, None]], dim=1)
@@ -132,24 +142,32 @@ class BeamSearch:
         enough = int((shares.cumsum(dim=0) < 1 - _LEFT_OUT).sum()) + 1
         return ordered.indices[: min(enough, self._effort.n_beams)]
 
-    def _candidates(self, row: int, scores: Tensor) -> Candidates:
-        """Return the best continuations of all beams at one row, with their exact scores."""
+    def _candidates(self, row: int, scores: Tensor, wanted: tuple[int, int] | None) -> Candidates:
+        """Return the best continuations of all beams at one row, with their exact scores.
+
+        Args:
+            row: which.
+            scores: (B,) of the beams.
+            wanted: a token and its beam that are among them in any case.
+        """
         prior = self._prior.log_probabilities.cpu().double() + scores[:, None]  # (B, V)
         if self._prefixes.position == 0:
-            return self._first_candidates(prior)
+            return self._first_candidates(prior, wanted)
         expected = torch.logaddexp((prior - scores.logsumexp(dim=0)).logsumexp(dim=0), self._unigram)  # (V,)
-        clean = self._clean[row][None]  # (1, S)
-        likelihoods = self._far.scores(clean).cpu().double()  # (1, V)
-        ids, beams = _best_of_each(prior + _TEMPER * likelihoods, _OF_EACH, self._effort.n_shown)
+        clean = self._clean[row]  # (S,)
+        likelihoods = self._ranking.at_first(clean).cpu().double()  # (V,)
+        guessed = expected + _TEMPER * likelihoods
+        likely = guessed.topk(min(_LIKELY, len(guessed))).indices
+        ids, beams = _with(wanted, *_best_of_each(prior + _TEMPER * likelihoods, _OF_EACH, self._effort.n_shown))
         states = self._states(ids, beams)
-        offsets = self._offsets(ids, beams, states, len(scores))
-        likelihoods = self._near.scores(clean, offsets).cpu().double()  # (B, V)
+        for n in self._effort.n_candidates:
+            likelihoods = self._ranking.sharpened(clean, ids, beams, states, likely).cpu().double()  # (B, V)
+            ranked = prior + likelihoods
+            more = prior + with_unmapped(likelihoods)
+            new_ids, new_beams = self._more(ranked, more, ids, beams, n)
+            ids, beams = torch.cat([ids, new_ids]), torch.cat([beams, new_beams])
+            states = torch.cat([states, self._states(new_ids, new_beams)])
         self._local.append((likelihoods[0] + expected).log_softmax(dim=0))
-        ranked = prior + likelihoods
-        more = prior + with_unmapped(likelihoods)
-        new_ids, new_beams = self._more(ranked, more, ids, beams)
-        states = torch.cat([states, self._states(new_ids, new_beams)])
-        ids, beams = torch.cat([ids, new_ids]), torch.cat([beams, new_beams])
         exact = prior[beams, ids] + self._likelihoods(row, states)  # (N,)
         while self._n_surprised > 0 and self._is_surprising(row, states[exact.argmax()]):
             more[beams, ids] = -math.inf
@@ -167,13 +185,13 @@ class BeamSearch:
         rest = ranked.flatten().logsumexp(dim=0)
         return Candidates(token_ids=ids, beams=beams, log_scores=exact, log_rest=rest, log_others=ranked)
 
-    def _more(self, ranked: Tensor, unmapped: Tensor, ids: Tensor, beams: Tensor) -> tuple[Tensor, Tensor]:
-        """Return candidates beside those run: half as the map ranks, half as if it were wrong. (B, V), (B, V), (N,)."""
+    def _more(self, ranked: Tensor, unmapped: Tensor, ids: Tensor, beams: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """Return up to n candidates beside those run: half as the map ranks, half as if it were wrong. (B, V) each."""
         chosen = torch.zeros_like(ranked, dtype=torch.bool)
         for scores in (ranked, unmapped):
             left = scores.clone()
             left[beams, ids] = -math.inf
-            more_ids, more_beams = _best(left, scores.flatten().logsumexp(dim=0), self._effort.n_candidates // 2)
+            more_ids, more_beams = _best(left, scores.flatten().logsumexp(dim=0), n // 2)
             chosen[more_beams, more_ids] = True
         places = chosen.flatten().nonzero()[:, 0]
         return places % ranked.shape[1], places // ranked.shape[1]
@@ -192,27 +210,18 @@ class BeamSearch:
         n = min(_MORE, self._n_surprised, int(ranked[best].isfinite().sum()))
         return ranked[best].topk(n).indices, torch.full((n,), best)
 
-    def _first_candidates(self, prior: Tensor) -> Candidates:
+    def _first_candidates(self, prior: Tensor, wanted: tuple[int, int] | None) -> Candidates:
         """Return candidates for a prompt's first position: the whole vocabulary, whose rows there are made once."""
         states = first_rows_of_all(self._lm, self._seen.cut, self._meter)
         likelihoods = self._likelihoods(0, states)  # (V,)
         self._local.append((likelihoods + self._unigram).log_softmax(dim=0))
         scores = prior + likelihoods  # (1, V)
-        ids, beams = _best(scores, scores.flatten().logsumexp(dim=0), self._lm.vocab_size)
+        ids, beams = _with(wanted, *_best(scores, scores.flatten().logsumexp(dim=0), self._lm.vocab_size))
         self._note_distances(0, ids, states[ids.to(states.device)])
         others = scores.clone()
         others[beams, ids] = -math.inf
         rest = others.flatten().logsumexp(dim=0)
         return Candidates(token_ids=ids, beams=beams, log_scores=scores[0, ids], log_rest=rest, log_others=others)
-
-    def _offsets(self, ids: Tensor, beams: Tensor, states: Tensor, n_beams: int) -> Tensor:
-        """Return the mean error of the map behind each beam, drawn towards that behind all of them. (B, S)."""
-        errors = self._map.errors(states, ids)  # (N, S)
-        common = errors.mean(dim=0)
-        beams = beams.to(errors.device)
-        sums = torch.zeros(n_beams, errors.shape[1], device=errors.device).index_add_(0, beams, errors)
-        counts = torch.bincount(beams, minlength=n_beams)[:, None]
-        return (sums + _DRAWN * common) / (counts + _DRAWN)
 
     def _note_distances(self, row: int, ids: Tensor, states: Tensor) -> None:
         """Note how far the row lies from what tokens lead to, the nearest behind any beam. (N,), (N, W)."""
@@ -252,3 +261,10 @@ def _best_of_each(scores: Tensor, n_each: int, n: int) -> tuple[Tensor, Tensor]:
     own = scores.topk(n_each, dim=1).indices + torch.arange(len(scores))[:, None] * scores.shape[1]  # (B, n_each)
     places = torch.cat([own.flatten(), scores.flatten().topk(min(n, scores.numel())).indices]).unique()
     return places % scores.shape[1], places // scores.shape[1]
+
+
+def _with(wanted: tuple[int, int] | None, ids: Tensor, beams: Tensor) -> tuple[Tensor, Tensor]:
+    """Return tokens and beams, a wanted pair among them. (N,), (N,)."""
+    if wanted is None or bool(((ids == wanted[0]) & (beams == wanted[1])).any()):
+        return ids, beams
+    return torch.cat([ids, torch.tensor(wanted[:1])]), torch.cat([beams, torch.tensor(wanted[1:])])

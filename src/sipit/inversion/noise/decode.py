@@ -18,6 +18,7 @@ from sipit.inversion.judging.replay import replay
 from sipit.inversion.judging.residuals import PROBABLE, Residuals, residuals_of
 from sipit.inversion.judging.tolerance import tolerance_for
 from sipit.inversion.noise.beam_search import Beams, BeamSearch, Effort, OnPosition
+from sipit.inversion.noise.revision import Revision
 from sipit.inversion.noise.start import first_guess
 from sipit.inversion.noise.token_map import token_map
 from sipit.inversion.search.batching import search
@@ -26,7 +27,9 @@ from sipit.inversion.search.options import OnProgress, Progress, SearchOptions
 from sipit.models import LanguageModel
 from sipit.observations import Observation
 
-_QUICK = Effort(n_beams=16, n_shown=64, n_candidates=128, n_surprised=2048)  # while the noise is still being estimated
+_QUICK = Effort(
+    n_beams=16, n_shown=64, n_candidates=(64, 64), n_surprised=2048
+)  # while the noise is still being estimated
 _ROUNDS = 3  # of estimating the noise and decoding again
 _MOST_GROWTH = 1.2  # times the first guess that the estimated noise may be
 _SETTLED = 0.04  # relative change of the noise below which it counts as known
@@ -81,9 +84,12 @@ def decode(
     _require_whole(seen)
     meter, effort = meter or Meter(), effort or Effort()
     if noise is None:
-        noise = _estimated(lm, seen, meter, on_position)
-    noise.require_width(seen.d_model)
-    beams = BeamSearch(lm, seen, noise, meter, effort).run(on_position)
+        noise, quick = _estimated(lm, seen, meter, on_position)
+    else:
+        noise.require_width(seen.d_model)
+        quick = BeamSearch(lm, seen, noise, meter, _QUICK).run(on_position)
+    hint = Revision(lm, seen, noise, meter).likeliest(quick)
+    beams = BeamSearch(lm, seen, noise, meter, effort).run(on_position, hint=hint)
     residuals = residuals_of(lm, seen, _whole(seen, beams.input_ids[0]), noise, meter)
     held_out = None
     if float(beams.posteriors[0]) >= PROBABLE and residuals.is_noise:
@@ -111,8 +117,10 @@ def _whole(seen: Observation, input_ids: Tensor) -> Tensor:
     return torch.cat([torch.tensor(seen.known_prefix, dtype=torch.long), input_ids])
 
 
-def _estimated(lm: LanguageModel, seen: Observation, meter: Meter, on_position: OnPosition | None) -> NoiseModel:
-    """Return the noise under which rows and prompt are likeliest, found in turn."""
+def _estimated(
+    lm: LanguageModel, seen: Observation, meter: Meter, on_position: OnPosition | None
+) -> tuple[NoiseModel, Beams]:
+    """Return the noise under which rows and prompt are likeliest, found in turn, and the last prompts."""
     noise = first_guess(token_map(lm, seen.cut, meter), seen)
     most = _MOST_GROWTH * noise.sigma  # what a wrong prompt leaves of the rows is more than lies along quiet directions
     for _ in range(_ROUNDS):
@@ -124,7 +132,7 @@ def _estimated(lm: LanguageModel, seen: Observation, meter: Meter, on_position: 
         noise = replace(noise, spread=noise.spread * min(1.0, most / noise.sigma))
         if abs(noise.sigma / before.sigma - 1) < _SETTLED:
             break
-    return noise
+    return noise, beams
 
 
 def _held_out_slope(lm: LanguageModel, seen: Observation, noise: NoiseModel, meter: Meter, effort: Effort) -> float:

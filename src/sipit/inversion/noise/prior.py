@@ -40,8 +40,7 @@ class TokenPrior:
             self.log_probabilities = self._grown(known[-1:], torch.zeros(1, dtype=torch.long))  # (B, V)
         else:
             self._prefixes = BeamPrefixes(model, known, max_batch=max_batch)
-            both = torch.stack([opening_log_probabilities(lm, meter), anywhere_log_probabilities(lm, meter)])
-            self.log_probabilities = _widened(both.logsumexp(dim=0) - math.log(2), _ANY_FIRST)[None]
+            self.log_probabilities = _first(lm, meter)[None]
 
     def grow(self, token_ids: Tensor, beams: Tensor) -> None:
         """Make new beams of tokens behind old ones. (B',), (B',)."""
@@ -50,7 +49,27 @@ class TokenPrior:
     def _grown(self, token_ids: Tensor, beams: Tensor) -> Tensor:
         finals = self._prefixes.grow(token_ids, beams)  # (B', D)
         self._meter.spend(len(token_ids), self._n_blocks)
-        return _widened(self._lm.next_token_logits(finals).log_softmax(dim=1), _ANY)
+        return log_probabilities_behind(self._lm, finals)
+
+
+def log_probabilities_behind(lm: LanguageModel, finals: Tensor) -> Tensor:
+    """Return log-probabilities of the token behind each of some final states. (N, D) → (N, V)."""
+    return _widened(lm.next_token_logits(finals).log_softmax(dim=1), _ANY)
+
+
+def log_probabilities_along(lm: LanguageModel, input_ids: Tensor, n_known: int, meter: Meter) -> Tensor:
+    """Return log-probabilities at every position of a prompt behind its known prefix. (P + T,) → (T, V) float64."""
+    finals = lm.cut(lm.final_cut, seq_len=len(input_ids)).ordinary(input_ids)
+    meter.spend(len(input_ids), lm.n_layers)
+    behind = log_probabilities_behind(lm, finals[max(n_known - 1, 0) : -1])
+    logs = behind if n_known else torch.cat([_first(lm, meter)[None].to(behind), behind])
+    return logs.cpu().double()
+
+
+def _first(lm: LanguageModel, meter: Meter) -> Tensor:
+    """Return log-probabilities of a first token, of a whole text as likely as of one cut out of the middle. (V,)."""
+    both = torch.stack([opening_log_probabilities(lm, meter), anywhere_log_probabilities(lm, meter)])
+    return _widened(both.logsumexp(dim=0) - math.log(2), _ANY_FIRST)
 
 
 def _widened(logs: Tensor, share: float) -> Tensor:

@@ -1,17 +1,16 @@
-"""From tokens to the states they may have: a linear map with its errors, which ranks all tokens by a noisy row.
+"""From tokens to the states they may have: a map with its errors, by which a noisy row ranks all tokens.
 
 An inverse from states to tokens is thrown off by noise; a map in the other direction is not, for the noise and the
 map's own error add up to one normal law. What it maps is the row that each token has behind one short text, run once:
-behind another prefix most of the row is the same, but for an offset that a few tokens run there show.
-It proposes; whoever asks runs the best tokens through the model.
+behind other text it is another, which a linear map and a kernel regression learn from some thousand tokens behind
+texts that the model writes. It proposes; whoever asks runs the best tokens through the model.
 
 Shapes: W = width of a row, S = width of the rows as compared (W, or fewer where W is the vocabulary's), V = vocab_size.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -20,16 +19,22 @@ from sipit.float64 import as_float64
 from sipit.inversion.inverses.sampled_ids import spread_ids
 from sipit.inversion.judging.calibration import calibration_prompts
 from sipit.inversion.judging.meter import Meter
+from sipit.inversion.noise.kernel_errors import kernel_errors, standard_of
+from sipit.inversion.noise.prior import TokenPrior
 from sipit.models import LanguageModel
+from sipit.models.kept import kept_tensors
 from sipit.observations import Cut
 
 _TEXT = 4  # tokens of the short text
-_PREFIXES, _BEHIND = (2, 5, 9, 14, 19, 24, 29, 34), 192  # lengths of random prefixes, and tokens run behind each
+_WRITINGS, _LENGTHS = 16, (2, 6, 14, 30)  # texts that the model writes, and where tokens are run behind each
+_LIKELY, _ANY = 40, 32  # tokens run behind a text: such as the model expects there, and any
+_WARM = 1.5  # temperature at which the expected ones are drawn
+_STRENGTH = 1.0  # of the ridge of what the linear map misses: few tokens of many prefixes show it
+_ROWS = 4096  # of the vocabulary a time
 _PROMPTS, _LENGTH = 24, 48  # random prompts that show how rows differ
 _BATCH = 256  # tokens in one packed pass
 _RIDGE = 1e-2  # of the mean squared length of a row in the table
 _SINK = 3.0  # times the median length: rows beyond it are of another kind, and shape no covariance
-_UNMAPPED = 5e-4  # chance that a token's row is nothing like the map says: pieces of words, tokens taken for sinks
 _WIDEST = 2048  # rows wider than this are compared by a random projection to half of it
 
 
@@ -57,13 +62,48 @@ class TokenMap:
 
 def first_rows_of_all(lm: LanguageModel, cut: Cut, meter: Meter) -> Tensor:
     """Return the rows of every token as a prompt's first one, made once. (V, W) float32."""
-    key = ("noise, first rows", cut)
-    return lm.derived(key, lambda: _behind(lm, cut, torch.empty(0, dtype=torch.long), meter))
+
+    def made() -> dict[str, Tensor]:
+        return {"rows": _behind(lm, cut, torch.empty(0, dtype=torch.long), meter)}
+
+    def read() -> Tensor:
+        found = kept_tensors(lm, "first-rows", _file_name(cut), made, version=1)
+        rows = found.get("rows")
+        return rows if rows is not None and rows.shape == (lm.vocab_size, lm.width(cut)) else made()["rows"]
+
+    return lm.derived(("noise, first rows", cut), read)
 
 
 def token_map(lm: LanguageModel, cut: Cut, meter: Meter) -> TokenMap:
     """Return the map of a cut, made once; the search that needs it first pays for it."""
-    return lm.derived(("token map", cut), lambda: _made(lm, cut, meter))
+
+    def made() -> dict[str, Tensor]:
+        tensors = vars(_made(lm, cut, meter))
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    def read() -> TokenMap:
+        found = kept_tensors(lm, "token-maps", _file_name(cut), made, version=2)
+        known = _restored(lm, found)
+        return known if known is not None else _made(lm, cut, meter)
+
+    return lm.derived(("token map", cut), read)
+
+
+def _file_name(cut: Cut) -> str:
+    return f"{cut.site}-{cut.layer}"
+
+
+def _restored(lm: LanguageModel, tensors: dict[str, Tensor]) -> TokenMap | None:
+    """Return the map that a file holds, or None where its tensors are no map of this vocabulary."""
+    known = dict(tensors)
+    projection = known.pop("projection", None)
+    if set(known) | {"projection"} != {field.name for field in fields(TokenMap)}:
+        return None
+    found = TokenMap(**known, projection=projection)
+    width = found.mean.numel()
+    shapes = {"table": (lm.vocab_size, width), "mean": (width,), "centre": (width,)}
+    shapes |= dict.fromkeys(("error", "within", "covariance"), (width, width))
+    return found if all(getattr(found, name).shape == shape for name, shape in shapes.items()) else None
 
 
 def _behind(lm: LanguageModel, cut: Cut, prefix: Tensor, meter: Meter, ids: Tensor | None = None) -> Tensor:
@@ -90,37 +130,84 @@ def _made(lm: LanguageModel, cut: Cut, meter: Meter) -> TokenMap:
     text = calibration_prompts(lm)[-1][: min(_TEXT, longest - 1)]
     table = compared(_behind(lm, cut, text, meter))  # (V, S)
     table -= table.mean(dim=0)
-    groups, rows_of_groups = [], []
-    for length in _PREFIXES:
-        prefix = spread_ids(lm.vocab_size, min(length, longest - 1), generator)
-        groups.append(spread_ids(lm.vocab_size, _BEHIND, generator))
-        rows_of_groups.append(compared(_behind(lm, cut, prefix, meter, groups[-1])))
-    x, y = table[torch.stack(groups)], torch.stack(rows_of_groups)  # (G, N, S)
-    x, y = x - x.mean(dim=1, keepdim=True), y - y.mean(dim=1, keepdim=True)
-    weight = _ridge(x.flatten(0, 1), y.flatten(0, 1))  # (S, S)
-    left = _ordinary((y - x @ weight).flatten(0, 1))
+    samples = _samples(lm, cut, meter, generator)
+    ids, rows = samples.token_ids.to(table.device), compared(samples.rows)
+    usual = _are_ordinary(rows)
+    ids, rows, groups = ids[usual], rows[usual], samples.groups[usual.cpu()].to(table.device)
+    # What a prefix adds to the rows of all tokens is no property of a token, so the maps are made without it.
+    y = rows - _means(rows, groups)[groups]
+    x = table[ids] - _means(table[ids], groups)[groups]
+    weight = _ridge(x, y)  # (S, S)
+    features = standard_of(table)(table)
     table = table @ weight
+    errors = rows - table[ids]
+    learned = kernel_errors(features[ids], errors - _means(errors, groups)[groups], strength=_STRENGTH)
+    for part in torch.arange(lm.vocab_size, device=table.device).split(_ROWS):
+        table[part] += learned.predicted(features[part])
+    offsets = _means(rows - table[ids], groups)  # (G, S)
+    mean = offsets.mean(dim=0)
+    within = _covariance(learned.left_out)
     prompts = spread_ids(lm.vocab_size, _PROMPTS * min(_LENGTH, longest), generator).view(_PROMPTS, -1)
     meter.spend(prompts.numel(), cut.layer)
-    rows = compared(torch.cat([lm.cut(cut).ordinary(ids)[1:] for ids in prompts]))
-    misses = rows - table[prompts[:, 1:].flatten()]
-    mean = misses.median(dim=0).values
-    usual = _ordinary(rows)
+    later = compared(torch.cat([lm.cut(cut).ordinary(ids)[1:] for ids in prompts]))
+    later = later[_are_ordinary(later)]
     return TokenMap(
         table=table,
         mean=mean,
-        error=_covariance(_ordinary(misses - mean)),
-        within=_covariance(left),
+        error=within + _covariance(offsets - mean),
+        within=within,
         projection=projection,
-        centre=usual.mean(dim=0),
-        covariance=torch.cov(as_float64(usual.T)).to(usual).reshape(len(mean), -1),
+        centre=later.mean(dim=0),
+        covariance=torch.cov(as_float64(later.T)).to(later).reshape(len(mean), -1),
     )
 
 
-def _ordinary(rows: Tensor) -> Tensor:
-    """Return rows without those that are far longer than the others. (N, S) → (N', S)."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Samples:
+    """Tokens that were run behind prefixes of several kinds. N tokens."""
+
+    token_ids: Tensor  # (N,)
+    rows: Tensor  # (N, W) float32
+    groups: Tensor  # (N,) the prefix of each
+
+
+def _samples(lm: LanguageModel, cut: Cut, meter: Meter, generator: torch.Generator) -> _Samples:
+    """Run tokens behind texts that the model writes: such as it expects there, and such as the vocabulary holds."""
+    longest = (lm.max_positions or _LENGTH) - 1
+    prior = TokenPrior(lm, torch.empty(0, dtype=torch.long), meter, max_batch=_BATCH, seq_len=longest + 1)
+    model = lm.cut(cut)
+    texts = torch.empty(_WRITINGS, 0, dtype=torch.long)
+    tokens: list[Tensor] = []
+    rows: list[Tensor] = []
+    groups: list[Tensor] = []
+    for length in range(min(_LENGTHS[-1], longest) + 1):
+        chances = prior.log_probabilities.float().cpu().expand(_WRITINGS, -1)  # (B, V)
+        if length in _LENGTHS:
+            likely = (chances / _WARM).softmax(dim=1)
+            for text, share in zip(texts, likely, strict=True):
+                drawn = torch.multinomial(share, min(_LIKELY, lm.vocab_size), generator=generator)
+                ids = torch.cat([drawn, spread_ids(lm.vocab_size, _ANY, generator)]).unique()
+                tokens.append(ids)
+                rows.append(_behind(lm, cut, text, meter, ids))
+                groups.append(torch.full_like(ids, len(groups)))
+        drawn = torch.multinomial(chances.exp(), 1, generator=generator)
+        texts = torch.cat([texts, drawn], dim=1)
+        prior.grow(drawn[:, 0], torch.zeros(_WRITINGS, dtype=torch.long) if not length else torch.arange(_WRITINGS))
+        meter.spend(_WRITINGS, model.layer)
+    return _Samples(token_ids=torch.cat(tokens), rows=torch.cat(rows), groups=torch.cat(groups))
+
+
+def _means(rows: Tensor, groups: Tensor) -> Tensor:
+    """Return the mean row of each group. (N, S), (N,) → (G, S)."""
+    n = int(groups.max()) + 1
+    counts = torch.bincount(groups, minlength=n).clamp(min=1)[:, None]
+    return torch.zeros(n, rows.shape[1]).to(rows).index_add_(0, groups, rows) / counts
+
+
+def _are_ordinary(rows: Tensor) -> Tensor:
+    """Return which rows are not far longer than the others. (N, S) → (N,) bool."""
     lengths = rows.norm(dim=1)
-    usual: Tensor = rows[lengths <= _SINK * lengths.median()]
+    usual: Tensor = lengths <= _SINK * lengths.median()
     return usual
 
 
@@ -136,39 +223,3 @@ def _covariance(errors: Tensor) -> Tensor:
     found = as_float64(errors.T @ errors / max(len(errors), 1))
     found.diagonal().mul_(1.1).add_(1e-12 + 1e-9 * float(found.diagonal().mean()))
     return found.to(errors)
-
-
-class Ranking:
-    """Log-likelihoods of noisy rows for every token, by a map whose error and the noise are added up.
-
-    Args:
-        mapped: of the cut.
-        variances: of the noise on each coordinate: (W,).
-        knows_offset: whether the mean error of the map behind the prefix is known.
-    """
-
-    def __init__(self, mapped: TokenMap, variances: Tensor, *, knows_offset: bool) -> None:
-        self._mean = mapped.mean
-        total = as_float64(mapped.within if knows_offset else mapped.error)
-        if mapped.projection is not None:  # the projection mixes all coordinates
-            variances = variances.mean().expand(len(total))
-        total = total + variances.to(total).diag()
-        # total⁻¹ = L⁻ᵀ L⁻¹ with total = L Lᵀ: rows times L⁻ᵀ are white
-        lower = torch.linalg.cholesky(total)
-        inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
-        self._whitening = inverse.T.to(mapped.mean)
-        self._image = mapped.table @ self._whitening  # (V, S)
-        self._penalty = 0.5 * self._image.square().sum(dim=1)  # (V,)
-        self._constant = -0.5 * len(lower) * math.log(2 * math.pi) - float(lower.diagonal().log().sum())
-
-    def scores(self, rows: Tensor, offsets: Tensor | None = None) -> Tensor:
-        """Return log-likelihoods of rows as compared, less known offsets. (N, S), (N, S) → (N, V)."""
-        left = (rows - self._mean - (0 if offsets is None else offsets)) @ self._whitening  # (N, S)
-        own = 0.5 * left.square().sum(dim=1, keepdim=True)
-        found: Tensor = left @ self._image.T - self._penalty - own + self._constant
-        return found
-
-
-def with_unmapped(scores: Tensor) -> Tensor:
-    """Return scores in which no token is as unlikely as the map says: its row may be nothing like that. (N, V)."""
-    return torch.logaddexp(scores, scores.amax(dim=1, keepdim=True) + math.log(_UNMAPPED))

@@ -1,0 +1,162 @@
+"""A decoded prompt with one token replaced, wherever that makes it likelier: what a beam search lost too early.
+
+A beam search sees the rows one after the other. A token of which its own row tells little (a prompt's first, whose
+state hardly differs from others') is lost before the rows that would speak for it. Here the whole prompt is there:
+tokens are replaced one at a time, first judged by their row and the next, the best of them by more and more rows.
+Shapes: T tokens of the prompt without its known prefix, N replacements, V = vocab_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sipit.inversion.judging.meter import Meter
+from sipit.inversion.judging.noise_model import NoiseModel
+from sipit.inversion.noise.beam_search import Beams
+from sipit.inversion.noise.prior import log_probabilities_along, log_probabilities_behind
+from sipit.models import LanguageModel, TruncatedModel
+from sipit.models.packed_row import PackedRow, in_turn
+from sipit.observations import Observation
+
+_FIRST, _EACH = 1024, 16  # replacements judged of a prompt's first token, and of each other
+_LEAST = 1e-6  # posterior from which a token is worth a look
+_HALVING = ((1, 128), (4, 48))  # rows behind a replacement that it is judged by, and how many go on from there
+_SWEEPS = 4  # replacements made in turn
+_TOKENS = 256  # in one packed pass
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Chains:
+    """Replaced tokens with what follows them in the prompt. Q tokens in all."""
+
+    of: Tensor  # (Q,) the replacement that each token belongs to
+    places: Tensor  # (Q,) in the whole prompt
+    values: Tensor  # (Q, W) at them
+
+
+class Revision:
+    """Replaces tokens of one prompt.
+
+    Args:
+        lm: the model.
+        seen: the rows, complete behind their known prefix.
+        noise: what happened to them.
+        meter: charged for every token run.
+    """
+
+    def __init__(self, lm: LanguageModel, seen: Observation, noise: NoiseModel, meter: Meter) -> None:
+        self._lm, self._noise, self._meter = lm, noise, meter
+        self._n_known = len(seen.known_prefix)
+        self._model = lm.cut(seen.cut, seq_len=seen.n_positions)
+        self._full = lm.cut(lm.final_cut, seq_len=seen.n_positions)
+        self._observed = seen.states.to(self._model.device).float()  # (T, W)
+        self._known = torch.tensor(seen.known_prefix, dtype=torch.long)
+
+    def likeliest(self, beams: Beams) -> Tensor:
+        """Return the best prompt of a search, with tokens replaced as long as that makes it likelier. (T,)."""
+        best = beams.input_ids[0]
+        rows, tokens = _replacements(best, beams.token_posteriors, is_first=not self._n_known)
+        for sweep in range(_SWEEPS):
+            differs = tokens != best[rows]
+            rows, tokens = rows[differs], tokens[differs]
+            if not len(rows):
+                break
+            better, kept = self._replaced(best, rows, tokens, is_first_sweep=not sweep)
+            if better is None:
+                break
+            best, rows, tokens = better, rows[kept], tokens[kept]
+        return best
+
+    def _replaced(
+        self, prompt: Tensor, rows: Tensor, tokens: Tensor, *, is_first_sweep: bool
+    ) -> tuple[Tensor | None, Tensor]:
+        """Replace the token of a prompt that makes it likeliest. (T,), (N,), (N,).
+
+        Returns:
+            the prompt, None where no replacement makes it likelier, and which replacements are worth another look.
+        """
+        ids = torch.cat([self._known, prompt])
+        before = log_probabilities_along(self._lm, ids, self._n_known, self._meter)  # (T, V)
+        own = before[torch.arange(len(prompt)), prompt]  # (T,)
+        row, full = self._model.row(ids), self._full.row(ids)
+        likely = self._likelihoods(
+            self._model.ordinary(ids)[self._n_known :].float(), torch.arange(len(prompt))
+        )  # (T,)
+        self._meter.spend(2 * len(ids), self._model.layer)
+        self._meter.spend(len(ids), self._full.layer)
+        gains = before[rows, tokens] - own[rows]  # (N,)
+        left = worth = torch.arange(len(rows))
+        for n_more, n_kept in _HALVING if is_first_sweep else _HALVING[1:]:
+            near = gains[left] + self._likelihood_gains(row, ids, rows[left], tokens[left], likely, n_more=n_more)
+            left = left[near.topk(min(n_kept, len(near))).indices]
+            worth = left if n_more == _HALVING[0][0] else worth
+        rows, tokens, gains = rows[left], tokens[left], gains[left]
+        gains = gains + self._likelihood_gains(row, ids, rows, tokens, likely, n_more=len(prompt))
+        gains = gains + self._prior_gains(full, ids, rows, tokens, own)
+        best = int(gains.argmax())
+        if not float(gains[best]) > 0:
+            return None, worth
+        return prompt.index_fill(0, rows[best], int(tokens[best])), worth
+
+    def _likelihoods(self, states: Tensor, rows: Tensor) -> Tensor:
+        """Return how likely rows are given their states. (N, W), (N,) → (N,) float64."""
+        return self._noise.log_likelihood(self._observed[rows.to(self._observed.device)], states).cpu()
+
+    def _likelihood_gains(
+        self, row: PackedRow, ids: Tensor, rows: Tensor, tokens: Tensor, likely: Tensor, *, n_more: int
+    ) -> Tensor:
+        """Return what replacements add to the log-likelihood of their row and some more. (N,) each → (N,)."""
+        gains = torch.zeros(len(rows), dtype=torch.float64)
+        for chains in self._chains(self._model, row, ids, rows, tokens, n_more):
+            at = chains.places - self._n_known
+            gains.index_add_(0, chains.of, self._likelihoods(chains.values.float(), at) - likely[at])
+        return gains
+
+    def _prior_gains(self, row: PackedRow, ids: Tensor, rows: Tensor, tokens: Tensor, own: Tensor) -> Tensor:
+        """Return what replacements add to the log-probability of the tokens behind them. (N,) each → (N,)."""
+        gains = torch.zeros(len(rows), dtype=torch.float64)
+        for chains in self._chains(self._full, row, ids, rows, tokens, len(ids)):
+            goes_on = chains.places + 1 < len(ids)
+            after = chains.places[goes_on] + 1
+            logs = log_probabilities_behind(self._lm, chains.values[goes_on.to(chains.values.device)]).cpu().double()
+            found = logs[torch.arange(len(after)), ids[after]]
+            gains.index_add_(0, chains.of[goes_on], found - own[after - self._n_known])
+        return gains
+
+    def _chains(
+        self, model: TruncatedModel, row: PackedRow, ids: Tensor, rows: Tensor, tokens: Tensor, n_more: int
+    ) -> Iterator[_Chains]:
+        """Run replacements and up to n_more tokens behind each, in passes that hold some of them."""
+        first = rows + self._n_known
+        lengths = (len(ids) - first).clamp(max=1 + n_more)  # (N,)
+        begin = 0
+        while begin < len(rows):
+            end = begin + max(1, int((lengths[begin:].cumsum(dim=0) <= _TOKENS).sum()))
+            of = torch.arange(begin, end).repeat_interleave(lengths[begin:end])  # (Q,)
+            starts = lengths[begin:end].cumsum(dim=0) - lengths[begin:end]
+            steps = torch.arange(len(of)) - starts[of - begin]  # (Q,) behind the replaced token
+            places = first[of] + steps
+            packed = torch.where(steps == 0, tokens[of], ids[places])
+            continues = torch.arange(len(ids))[None] < first[of][:, None]  # (Q, P)
+            attends = in_turn(len(of)) & (of[:, None] == of[None])
+            values = row.run(packed, places, attends, continues=continues)
+            self._meter.spend(len(of), model.layer)
+            yield _Chains(of=of, places=places, values=values)
+            begin = end
+
+
+def _replacements(prompt: Tensor, posteriors: Tensor, *, is_first: bool) -> tuple[Tensor, Tensor]:
+    """Return where tokens may be replaced, and by what: the likeliest of each position. (T,), (T, V) → (N,), (N,)."""
+    rows, tokens = [], []
+    for row, token in enumerate(prompt.tolist()):
+        n = _FIRST if is_first and row == 0 else _EACH
+        others = posteriors[row].index_fill(0, torch.tensor([token]), 0.0)
+        best = others.topk(min(n, len(others) - 1))
+        found = best.indices[best.values >= _LEAST]
+        tokens.append(found)
+        rows.append(torch.full_like(found, row))
+    return torch.cat(rows), torch.cat(tokens)

@@ -1,0 +1,112 @@
+"""Which tokens a noisy row may be of: log-likelihoods by the token map, sharpened by what was run at the position.
+
+Rows are compared along directions in which the noise and the map's error are independent of one another. There what
+the map misses of the tokens run shows what it will miss of others.
+Shapes: B beams, N tokens run, M likely ones, S = width of rows as compared, V = vocab_size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sipit.float64 import as_float64
+from sipit.inversion.noise.kernel_errors import kernel_errors, standard_of
+from sipit.inversion.noise.token_map import TokenMap
+
+_STRENGTH = 0.05  # of the ridge behind one prefix: its tokens' errors are alike
+_DRAWN = 1.0  # tokens that the offset behind all beams counts as
+_PRIOR = 32.0  # tokens that the map's own error counts as beside that of those run
+_UNMAPPED = 5e-4  # chance that a token's row is nothing like the map says: pieces of words, tokens taken for sinks
+
+
+class TokenRanking:
+    """Log-likelihoods of noisy rows for every token.
+
+    Args:
+        mapped: of the cut.
+        variances: of the noise on each coordinate: (W,).
+    """
+
+    def __init__(self, mapped: TokenMap, variances: Tensor) -> None:
+        self._mapped = mapped
+        within = as_float64(mapped.within)
+        if mapped.projection is not None:  # the projection mixes all coordinates
+            variances = variances.mean().expand(len(within))
+        by_noise = as_float64(variances.to(within)).rsqrt()
+        values, vectors = torch.linalg.eigh(by_noise[:, None] * within * by_noise)
+        total = 1 + values.clamp(min=0)  # (S,) variances along the directions, in those of the noise
+        whitening = by_noise[:, None] * vectors * total.rsqrt()  # (S, S)
+        error = (whitening.T @ as_float64(mapped.error) @ whitening).diagonal()
+        self._noise = total.reciprocal().to(mapped.mean)  # (S,) shares of the variance
+        self._far = error.to(mapped.mean) + self._noise  # (S,)
+        self._whitening = whitening.to(mapped.mean)
+        self._density = float(by_noise.log().sum() - 0.5 * total.log().sum())  # of the whitened space
+        self._image = mapped.table @ self._whitening  # (V, S)
+        self._penalty = 0.5 * self._image.square().sum(dim=1)  # (V,)
+        self._far_penalty = 0.5 * self._image.square() @ self._far.reciprocal()  # (V,)
+        self._standard = standard_of(mapped.table)
+
+    def at_first(self, row: Tensor) -> Tensor:
+        """Return log-likelihoods of a row as compared before anything was run behind its prefix. (S,) → (V,)."""
+        left = (row - self._mapped.mean) @ self._whitening  # (S,)
+        found = self._image @ (left / self._far) - self._far_penalty
+        own = 0.5 * float((left.square() / self._far).sum())
+        scores: Tensor = found - own + self._constant(self._far)
+        return scores
+
+    def sharpened(self, row: Tensor, ids: Tensor, beams: Tensor, states: Tensor, likely: Tensor) -> Tensor:
+        """Return log-likelihoods of a row behind each beam, given tokens that were run there.
+
+        Args:
+            row: (S,) as compared.
+            ids: (N,) tokens run.
+            beams: (N,) behind which; every beam has one at least.
+            states: (N, W) theirs.
+            likely: (M,) tokens whose errors are learned from those of the others.
+
+        Returns:
+            (B, V)
+        """
+        errors = self._mapped.errors(states, ids) @ self._whitening  # (N, S)
+        offsets = self._offsets(errors, beams.to(errors.device))  # (B, S)
+        left = (row - self._mapped.mean) @ self._whitening - offsets  # (B, S)
+        own = 0.5 * left.square().sum(dim=1, keepdim=True)
+        found: Tensor = left @ self._image.T - self._penalty - own + self._constant(torch.ones_like(self._noise))
+        likely = likely.to(found.device)
+        found[:, likely] = self._learned(left, errors - offsets[beams.to(errors.device)], ids, likely)
+        return found
+
+    def _learned(self, left: Tensor, errors: Tensor, ids: Tensor, likely: Tensor) -> Tensor:
+        """Return log-likelihoods of likely tokens, the errors of others taken into account. (B, S), (N, S) → (B, M)."""
+        learned = kernel_errors(self._features(ids), errors, strength=_STRENGTH)
+        usual = 1 - self._noise  # (S,) what the map's own error is
+        missed = learned.left_out.square().sum(dim=0) + _PRIOR * usual
+        variances = missed / (len(errors) + _PRIOR) + self._noise  # (S,)
+        image = self._image[likely] + learned.predicted(self._features(likely))  # (M, S)
+        penalty = 0.5 * image.square() @ variances.reciprocal()  # (M,)
+        own = 0.5 * (left.square() / variances).sum(dim=1, keepdim=True)
+        scores: Tensor = (left / variances) @ image.T - penalty - own + self._constant(variances)
+        return scores
+
+    def _features(self, ids: Tensor) -> Tensor:
+        """Return by what tokens are compared. (N,) → (N, S)."""
+        return self._standard(self._mapped.table[ids.to(self._image.device)])
+
+    def _offsets(self, errors: Tensor, beams: Tensor) -> Tensor:
+        """Return the mean error of the map behind each beam, drawn towards that behind all of them. (B, S)."""
+        n_beams = int(beams.max()) + 1
+        sums = torch.zeros(n_beams, errors.shape[1]).to(errors).index_add_(0, beams, errors)
+        counts = torch.bincount(beams, minlength=n_beams)[:, None]
+        return (sums + _DRAWN * errors.mean(dim=0)) / (counts + _DRAWN)
+
+    def _constant(self, variances: Tensor) -> float:
+        """Return the log-density at the mean, with these variances along the directions. (S,)."""
+        return self._density - 0.5 * float((2 * math.pi * variances).log().sum())
+
+
+def with_unmapped(scores: Tensor) -> Tensor:
+    """Return scores in which no token is as unlikely as the map says: its row may be nothing like that. (N, V)."""
+    return torch.logaddexp(scores, scores.amax(dim=1, keepdim=True) + math.log(_UNMAPPED))
