@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import sipit
 from sipit import LanguageModel
@@ -14,7 +16,8 @@ from sipit.inversion.inverses.inverse import queries_of
 from sipit.inversion.inverses.ridge_inverse import ridge_inverse
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.judging.noise import noise_floor
-from sipit.models.kept import kept
+from sipit.inversion.noise.token_map import token_map
+from sipit.models.kept import kept, kept_tensors
 from sipit.models.pass_cost import _STEPS, tokens_a_pass
 from sipit.observations import Cut
 from tests.tiny_models import random_ids, tiny_model
@@ -118,3 +121,71 @@ def test_a_pass_costs_some_tokens_and_the_answer_does_not_depend_on_how_many(
     assert {(f.verdict, f.input_ids) for f in found} == {("recovered", tuple(random_ids(30, seed=1).tolist()))}
     assert found[0].n_passes > found[2].n_passes
     assert found[0].n_checked < found[2].n_checked
+
+
+def _tensors(lm: LanguageModel, calls: list[int], *, version: int = 1, size: int = 3) -> dict[str, torch.Tensor]:
+    def make() -> dict[str, torch.Tensor]:
+        calls.append(1)
+        return {"a": torch.arange(size).float(), "b": torch.full((2, 2), float(len(calls)))}
+
+    return kept_tensors(lm, "tables", "block-2", make, version=version)
+
+
+def test_tensors_are_made_once_for_all_processes(cache: Path) -> None:
+    calls: list[int] = []
+    made = _tensors(LanguageModel(tiny_model("llama")), calls)
+    read = _tensors(LanguageModel(tiny_model("llama")), calls)
+    assert len(calls) == 1
+    assert set(read) == set(made)
+    assert all(torch.equal(read[name], made[name]) for name in made)
+    _tensors(LanguageModel(tiny_model("llama", seed=3)), calls)
+    _tensors(LanguageModel(tiny_model("llama").bfloat16()), calls)
+    _tensors(LanguageModel(tiny_model("llama")), calls, version=2)
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("damage", ["broken", "not finite", "another format", "a folder"])
+def test_tensors_that_cannot_be_used_are_made_anew(damage: str, cache: Path) -> None:
+    calls: list[int] = []
+    lm = LanguageModel(tiny_model("llama"))
+    _tensors(lm, calls)
+    (path,) = _file(cache, "tables").iterdir()
+    if damage == "broken":
+        path.write_bytes(path.read_bytes()[:-3])
+    elif damage == "a folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        with safe_open(path, framework="pt") as stream:
+            metadata = stream.metadata()
+        bad = torch.tensor([1.0, torch.nan, 2.0]) if damage == "not finite" else torch.arange(3.0)
+        metadata |= {"format": "sipit.others"} if damage == "another format" else {}
+        save_file({"a": bad, "b": torch.ones(2, 2)}, path, metadata=metadata)
+    assert _tensors(lm, calls)["a"].tolist() == [0.0, 1.0, 2.0]
+    assert len(calls) == 2
+
+
+def test_tensors_too_large_for_a_cache_are_made_each_time(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sipit.models.kept._MOST_BYTES", 20)
+    calls: list[int] = []
+    for _ in range(2):
+        _tensors(LanguageModel(tiny_model("llama")), calls)
+    assert len(calls) == 2
+    assert not (cache / "tables").exists()
+
+
+def test_a_second_process_runs_no_tokens_for_a_token_map(cache: Path) -> None:
+    first, second = Meter(), Meter()
+    made = token_map(LanguageModel(tiny_model("llama")), CUT, first)
+    read = token_map(LanguageModel(tiny_model("llama")), CUT, second)
+    assert first.block_tokens > 0
+    assert second.block_tokens == 0
+    assert torch.equal(made.table, read.table)
+    (path,) = _file(cache, "token-maps").iterdir()
+    with safe_open(path, framework="pt") as stream:
+        metadata = stream.metadata()
+        tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    save_file({**tensors, "table": tensors["table"][1:].contiguous()}, path, metadata=metadata)
+    again = token_map(LanguageModel(tiny_model("llama")), CUT, second)  # a table of fewer tokens is no map
+    assert torch.equal(again.table, made.table)
+    assert second.block_tokens == first.block_tokens

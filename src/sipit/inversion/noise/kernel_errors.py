@@ -5,6 +5,7 @@ Shapes: N tokens that were run, M others, S = width of rows as compared.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,17 +29,23 @@ class KernelErrors:
         return arc_cosine_kernel(features, self.features) @ self.coefficients
 
 
-def kernel_errors(features: Tensor, errors: Tensor, *, strength: float) -> KernelErrors:
-    """Return the ridge regression from features to errors.
+def kernel_errors(features: Tensor, errors: Tensor, *, strengths: Sequence[float]) -> KernelErrors:
+    """Return the ridge regression from features to errors, of the strength that misses least of what it leaves out.
 
     Args:
         features: (N, S), standardised.
         errors: (N, S), their mean taken away.
-        strength: of the ridge, over the mean of the kernel's diagonal.
+        strengths: of the ridge, over the mean of the kernel's diagonal.
     """
     gram = arc_cosine_kernel(features, features).cpu()
-    gram.diagonal().add_(strength * gram.diagonal().mean() + _TINY)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram)).to(errors)
+    tried = [_solved(gram, features, errors, strength) for strength in strengths]
+    return min(tried, key=lambda one: float(one.left_out.square().sum()))
+
+
+def _solved(gram: Tensor, features: Tensor, errors: Tensor, strength: float) -> KernelErrors:
+    ridged = gram.clone()
+    ridged.diagonal().add_(strength * gram.diagonal().mean() + _TINY)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(ridged)).to(errors)
     coefficients = inverse @ errors
     left_out = coefficients / inverse.diagonal()[:, None]
     return KernelErrors(features=features, coefficients=coefficients, left_out=left_out)

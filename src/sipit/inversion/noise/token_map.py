@@ -141,7 +141,7 @@ def _made(lm: LanguageModel, cut: Cut, meter: Meter) -> TokenMap:
     features = standard_of(table)(table)
     table = table @ weight
     errors = rows - table[ids]
-    learned = kernel_errors(features[ids], errors - _means(errors, groups)[groups], strength=_STRENGTH)
+    learned = kernel_errors(features[ids], errors - _means(errors, groups)[groups], strengths=[_STRENGTH])
     for part in torch.arange(lm.vocab_size, device=table.device).split(_ROWS):
         table[part] += learned.predicted(features[part])
     offsets = _means(rows - table[ids], groups)  # (G, S)

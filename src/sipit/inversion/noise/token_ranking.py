@@ -16,7 +16,7 @@ from sipit.float64 import as_float64
 from sipit.inversion.noise.kernel_errors import kernel_errors, standard_of
 from sipit.inversion.noise.token_map import TokenMap
 
-_STRENGTH = 0.05  # of the ridge behind one prefix: its tokens' errors are alike
+_STRENGTHS = (0.05, 0.5, 5.0)  # of the ridge: behind one prefix errors are alike, unless the model is a random one
 _DRAWN = 1.0  # tokens that the offset behind all beams counts as
 _PRIOR = 32.0  # tokens that the map's own error counts as beside that of those run
 _UNMAPPED = 5e-4  # chance that a token's row is nothing like the map says: pieces of words, tokens taken for sinks
@@ -81,7 +81,7 @@ class TokenRanking:
 
     def _learned(self, left: Tensor, errors: Tensor, ids: Tensor, likely: Tensor) -> Tensor:
         """Return log-likelihoods of likely tokens, the errors of others taken into account. (B, S), (N, S) → (B, M)."""
-        learned = kernel_errors(self._features(ids), errors, strength=_STRENGTH)
+        learned = kernel_errors(self._features(ids), errors, strengths=_STRENGTHS)
         usual = 1 - self._noise  # (S,) what the map's own error is
         missed = learned.left_out.square().sum(dim=0) + _PRIOR * usual
         variances = missed / (len(errors) + _PRIOR) + self._noise  # (S,)

@@ -1,0 +1,160 @@
+"""Which tokens a noisy row may be of, and tokens replaced in a decoded prompt, against brute force and float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from sipit import LanguageModel, Observation
+from sipit.inversion import NoiseModel
+from sipit.inversion.inverses.kernel_regression import arc_cosine_kernel
+from sipit.inversion.judging.meter import Meter
+from sipit.inversion.noise.beam_search import Beams, BeamSearch, Effort
+from sipit.inversion.noise.kernel_errors import kernel_errors, standard_of
+from sipit.inversion.noise.prior import TokenPrior, log_probabilities_along
+from sipit.inversion.noise.revision import Revision
+from sipit.inversion.noise.token_map import TokenMap
+from sipit.inversion.noise.token_ranking import TokenRanking
+from tests.tiny_models import random_ids, text_model
+
+LAYER = 2
+IDS = random_ids(8, seed=3, vocab_size=256)
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    return text_model()
+
+
+def _noisy(lm: LanguageModel, sigma: float) -> Observation:
+    seen = lm.capture(input_ids=IDS, layer=LAYER)
+    noise = torch.randn(seen.states.shape, generator=torch.Generator().manual_seed(0))
+    return replace(seen, states=seen.states + sigma * noise)
+
+
+def test_what_is_left_out_is_what_the_others_do_not_predict() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features, errors = torch.randn(12, 5, generator=generator), torch.randn(12, 5, generator=generator)
+    found = kernel_errors(features, errors, strengths=[0.3])
+    ridge = 0.3 * float(arc_cosine_kernel(features, features).diagonal().mean())
+    for one in range(12):
+        others = torch.arange(12) != one
+        gram = arc_cosine_kernel(features[others], features[others]).double() + ridge * torch.eye(11).double()
+        cross = arc_cosine_kernel(features[one : one + 1], features[others]).double()
+        predicted = cross @ torch.linalg.solve(gram, errors[others].double())
+        assert torch.allclose(found.left_out[one], (errors[one] - predicted[0]).float(), atol=1e-3)
+
+
+def test_standard_rows_have_mean_zero_and_like_spread() -> None:
+    rows = torch.randn(500, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 5.0, 9.0, 2.0]) + 3
+    got = standard_of(rows)(rows)
+    assert torch.allclose(got.mean(dim=0), torch.zeros(4), atol=1e-4)
+    assert torch.allclose(got.std(dim=0), torch.ones(4), atol=0.02)
+
+
+def _map(n_tokens: int, width: int) -> TokenMap:
+    generator = torch.Generator().manual_seed(1)
+    table, spread = torch.randn(n_tokens, width, generator=generator), torch.randn(width, width, generator=generator)
+    within = spread @ spread.T / width
+    return TokenMap(
+        table=table,
+        mean=torch.randn(width, generator=generator),
+        error=within + 0.5 * torch.eye(width),
+        within=within,
+        projection=None,
+        centre=torch.zeros(width),
+        covariance=torch.eye(width),
+    )
+
+
+def test_scores_behind_a_known_offset_are_normal_log_densities() -> None:
+    mapped, variances = _map(9, 6), torch.tensor([0.3, 0.5, 1.0, 2.0, 0.1, 0.4])
+    row, offset = torch.randn(6, generator=torch.Generator().manual_seed(2)), torch.linspace(-1, 1, 6)
+    ids = torch.tensor([4, 4])
+    states = (mapped.table[4] + mapped.mean + offset).expand(2, -1)  # of one beam: the offset is known exactly
+    ranking = TokenRanking(mapped, variances)
+    got = ranking.sharpened(row, ids, torch.zeros(2, dtype=torch.long), states, torch.tensor([], dtype=torch.long))
+    for token in range(9):
+        centre = mapped.table[token] + mapped.mean + offset
+        law = torch.distributions.MultivariateNormal(centre.double(), (mapped.within + variances.diag()).double())
+        assert float(got[0, token]) == pytest.approx(float(law.log_prob(row.double())), abs=1e-3)
+
+
+@pytest.mark.parametrize("are_alike", [True, False])
+def test_errors_of_tokens_run_sharpen_those_of_others(*, are_alike: bool) -> None:
+    """Where errors follow from what the map says, a token that was not run ranks higher; else as high."""
+    generator, n, width = torch.Generator().manual_seed(4), 400, 6
+    mapped = _map(n, width)
+    turn = torch.randn(width, width, generator=generator)
+    free = torch.randn(n, width, generator=generator)
+    errors = (mapped.table @ turn).relu() if are_alike else free * mapped.within.diagonal().sqrt()
+    states = mapped.table + mapped.mean + errors - errors.mean(dim=0)
+    run, others = torch.arange(n)[::2], torch.arange(n)[1::2]
+    ranking = TokenRanking(mapped, torch.full((width,), 0.01))
+    known: dict[bool, float] = {}
+    for learns in (False, True):
+        likely = torch.arange(n if learns else 0)
+        scores = [
+            ranking.sharpened(states[token], run, torch.zeros_like(run), states[run], likely)[0] for token in others
+        ]
+        known[learns] = sum(float(s.log_softmax(dim=0)[token]) for s, token in zip(scores, others, strict=True)) / n
+    if are_alike:
+        assert known[True] > known[False] + 0.5
+    else:
+        assert known[True] > known[False] - 0.1
+
+
+def _log_posterior(lm: LanguageModel, seen: Observation, ids: Tensor, sigma: float) -> float:
+    logs = log_probabilities_along(lm, ids, 0, Meter())
+    states = lm.cut(seen.cut).ordinary(ids).double()
+    return float(logs[torch.arange(len(ids)), ids].sum() - 0.5 * ((states - seen.states) / sigma).square().sum())
+
+
+def _beams(lm: LanguageModel, prompt: Tensor) -> Beams:
+    flat = torch.full((len(prompt), lm.vocab_size), 1 / lm.vocab_size, dtype=torch.float64)
+    return Beams(input_ids=prompt[None], posteriors=torch.ones(1), token_posteriors=flat, distances=[])
+
+
+@pytest.mark.parametrize("wrong", [(0,), (4,), (7,), (0, 5)])
+def test_wrong_tokens_are_replaced(lm: LanguageModel, wrong: tuple[int, ...]) -> None:
+    sigma = 0.05
+    seen, prompt = _noisy(lm, sigma), IDS.clone()
+    beams = _beams(lm, prompt)
+    for place in wrong:
+        prompt[place] = (prompt[place] + 40) % lm.vocab_size
+        beams.token_posteriors[place] *= 1e-3  # among many, what was right is likely enough to be tried
+        beams.token_posteriors[place, IDS[place]] = 1e-2
+    found = Revision(lm, seen, NoiseModel.gaussian(sigma), Meter()).likeliest(replace(beams, input_ids=prompt[None]))
+    assert found.tolist() == IDS.tolist()
+
+
+def test_a_replacement_is_one_that_makes_the_prompt_likelier(lm: LanguageModel) -> None:
+    """Where noise hides tokens, what the revision gains is what ordinary passes of both prompts say."""
+    sigma = 2.0
+    seen = _noisy(lm, sigma)
+    prompt = random_ids(8, seed=11, vocab_size=256)
+    found = Revision(lm, seen, NoiseModel.gaussian(sigma), Meter()).likeliest(_beams(lm, prompt))
+    assert found.tolist() != prompt.tolist()
+    assert _log_posterior(lm, seen, found, sigma) > _log_posterior(lm, seen, prompt, sigma)
+
+
+def test_log_probabilities_along_a_prompt_are_those_of_its_beams(lm: LanguageModel) -> None:
+    along = log_probabilities_along(lm, IDS, 0, Meter())
+    prior = TokenPrior(lm, torch.empty(0, dtype=torch.long), Meter(), max_batch=8, seq_len=len(IDS))
+    for place, token in enumerate(IDS.tolist()):
+        assert torch.allclose(along[place], prior.log_probabilities[0].double(), atol=1e-3)
+        prior.grow(torch.tensor([token]), torch.tensor([0]))
+    behind = log_probabilities_along(lm, IDS, 3, Meter())
+    assert torch.allclose(behind, along[3:], atol=1e-6)
+
+
+def test_a_hint_is_followed_to_the_end(lm: LanguageModel) -> None:
+    """A prompt that no beam would keep is among those left, at its own small share."""
+    sigma, odd = 0.3, random_ids(8, seed=21, vocab_size=256)
+    narrow = Effort(n_beams=1, n_shown=1, n_candidates=(1,), n_surprised=0)
+    beams = BeamSearch(lm, _noisy(lm, sigma), NoiseModel.gaussian(sigma), Meter(), narrow).run(hint=odd)
+    assert odd.tolist() in beams.input_ids.tolist()
+    assert odd.tolist() != beams.input_ids[0].tolist()
