@@ -17,7 +17,7 @@ from sipit.inversion.noise.kernel_errors import kernel_errors, standard_of
 from sipit.inversion.noise.prior import TokenPrior, log_probabilities_along
 from sipit.inversion.noise.revision import Revision
 from sipit.inversion.noise.token_map import TokenMap
-from sipit.inversion.noise.token_ranking import TokenRanking
+from sipit.inversion.noise.token_ranking import Shown, TokenRanking
 from tests.tiny_models import random_ids, text_model
 
 LAYER = 2
@@ -76,7 +76,8 @@ def test_scores_behind_a_known_offset_are_normal_log_densities() -> None:
     ids = torch.tensor([4, 4])
     states = (mapped.table[4] + mapped.mean + offset).expand(2, -1)  # of one beam: the offset is known exactly
     ranking = TokenRanking(mapped, variances)
-    got = ranking.sharpened(row, ids, torch.zeros(2, dtype=torch.long), states, torch.tensor([], dtype=torch.long))
+    shown = Shown(token_ids=ids, beams=torch.zeros(2, dtype=torch.long), states=states, n_beams=1)
+    got = ranking.sharpened(row, shown, torch.tensor([], dtype=torch.long))
     for token in range(9):
         centre = mapped.table[token] + mapped.mean + offset
         law = torch.distributions.MultivariateNormal(centre.double(), (mapped.within + variances.diag()).double())
@@ -97,9 +98,8 @@ def test_errors_of_tokens_run_sharpen_those_of_others(*, are_alike: bool) -> Non
     known: dict[bool, float] = {}
     for learns in (False, True):
         likely = torch.arange(n if learns else 0)
-        scores = [
-            ranking.sharpened(states[token], run, torch.zeros_like(run), states[run], likely)[0] for token in others
-        ]
+        shown = Shown(token_ids=run, beams=torch.zeros_like(run), states=states[run], n_beams=1)
+        scores = [ranking.sharpened(states[token], shown, likely)[0] for token in others]
         known[learns] = sum(float(s.log_softmax(dim=0)[token]) for s, token in zip(scores, others, strict=True)) / n
     if are_alike:
         assert known[True] > known[False] + 0.5

@@ -21,7 +21,7 @@ from sipit.inversion.noise.posterior import Candidates, TokenPosteriors
 from sipit.inversion.noise.prefixes import BeamPrefixes
 from sipit.inversion.noise.prior import TokenPrior, anywhere_log_probabilities
 from sipit.inversion.noise.token_map import first_rows_of_all, token_map
-from sipit.inversion.noise.token_ranking import TokenRanking, with_unmapped
+from sipit.inversion.noise.token_ranking import Shown, TokenRanking, with_unmapped
 from sipit.models import LanguageModel
 from sipit.observations import Observation
 
@@ -31,9 +31,13 @@ _TEMPER = (
 _ROWS = 4096  # of candidates compared at once
 _OF_EACH = 3  # tokens run behind every beam, to know the map's offset there
 _LIKELY = 8192  # tokens whose errors of the map are learned from those of the tokens run
-_MORE = 1024  # tokens run at a time where nothing fits
+_MORE = 256  # tokens run at a time where nothing fits
+_TEACHERS = 512  # tokens run, those whose rows are nearest, that others' errors are learned from where nothing fits
 _SURPRISE = 4.0  # standard deviations that the best state's residual is too large by where nothing fits
-_LEAST = 48  # candidates run at a position, however sure the ranking is
+_DOUBTED = (
+    0.3  # of the prior's log-probabilities, by which a third of the candidates is chosen: an early token may be wrong
+)
+_LEAST = 32  # candidates run at a position, however sure the ranking is
 _LEFT_OUT = 1e-4  # of the mass at a position: beams and candidates beyond it are not worth their price
 
 OnPosition = Callable[[Sequence[int]], None]
@@ -161,40 +165,43 @@ class BeamSearch:
         ids, beams = _with(wanted, *_best_of_each(prior + _TEMPER * likelihoods, _OF_EACH, self._effort.n_shown))
         states = self._states(ids, beams)
         for n in self._effort.n_candidates:
-            likelihoods = self._ranking.sharpened(clean, ids, beams, states, likely).cpu().double()  # (B, V)
-            ranked = prior + likelihoods
-            more = prior + with_unmapped(likelihoods)
-            new_ids, new_beams = self._more(ranked, more, ids, beams, n)
+            likelihoods = (
+                self._ranking.sharpened(
+                    clean, Shown(token_ids=ids, beams=beams, states=states, n_beams=len(prior)), likely
+                )
+                .cpu()
+                .double()
+            )
+            ranked = prior + likelihoods  # (B, V)
+            rankings = ranked, prior + with_unmapped(likelihoods), _DOUBTED * prior + likelihoods
+            new_ids, new_beams = _more(rankings, ids, beams, n)
             ids, beams = torch.cat([ids, new_ids]), torch.cat([beams, new_beams])
             states = torch.cat([states, self._states(new_ids, new_beams)])
         self._local.append((likelihoods[0] + expected).log_softmax(dim=0))
-        exact = prior[beams, ids] + self._likelihoods(row, states)  # (N,)
-        while self._n_surprised > 0 and self._is_surprising(row, states[exact.argmax()]):
+        fits = self._likelihoods(row, states)  # (N,)
+        best = int(scores.argmax())
+        while self._n_surprised > 0 and self._is_surprising(row, states[(prior[beams, ids] + fits).argmax()]):
+            near = torch.cat([(beams == best).nonzero()[:, 0], fits.topk(min(_TEACHERS, len(fits))).indices]).unique()
+            shown = Shown(token_ids=ids[near], beams=beams[near], states=states[near], n_beams=len(prior))
+            likely = likelihoods[best].topk(len(likely)).indices
+            likelihoods = self._ranking.sharpened(clean, shown, likely).cpu().double()
+            ranked = prior + likelihoods
+            more = prior + with_unmapped(likelihoods)
             more[beams, ids] = -math.inf
-            new_ids, new_beams = self._unmapped(more, scores)
-            if not len(new_ids):
+            n = min(_MORE, self._n_surprised, int(more[best].isfinite().sum()))
+            if not n:
                 break
-            self._n_surprised -= len(new_ids)
+            self._n_surprised -= n
+            new_ids, new_beams = more[best].topk(n).indices, torch.full((n,), best)
             new_states = self._states(new_ids, new_beams)
-            new_exact = prior[new_beams, new_ids] + self._likelihoods(row, new_states)
             ids, beams = torch.cat([ids, new_ids]), torch.cat([beams, new_beams])
-            states, exact = torch.cat([states, new_states]), torch.cat([exact, new_exact])
+            states, fits = torch.cat([states, new_states]), torch.cat([fits, self._likelihoods(row, new_states)])
+        exact = prior[beams, ids] + fits
         self._note_distances(row, ids, states)
         ranked += exact.logsumexp(dim=0) - ranked[beams, ids].logsumexp(dim=0)  # noise that is not normal is off
         ranked[beams, ids] = -math.inf
         rest = ranked.flatten().logsumexp(dim=0)
         return Candidates(token_ids=ids, beams=beams, log_scores=exact, log_rest=rest, log_others=ranked)
-
-    def _more(self, ranked: Tensor, unmapped: Tensor, ids: Tensor, beams: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        """Return up to n candidates beside those run: half as the map ranks, half as if it were wrong. (B, V) each."""
-        chosen = torch.zeros_like(ranked, dtype=torch.bool)
-        for scores in (ranked, unmapped):
-            left = scores.clone()
-            left[beams, ids] = -math.inf
-            more_ids, more_beams = _best(left, scores.flatten().logsumexp(dim=0), n // 2)
-            chosen[more_beams, more_ids] = True
-        places = chosen.flatten().nonzero()[:, 0]
-        return places % ranked.shape[1], places // ranked.shape[1]
 
     def _is_surprising(self, row: int, state: Tensor) -> bool:
         """Whether even the best state leaves more of a row than the noise explains: the right token was not run."""
@@ -203,12 +210,6 @@ class BeamSearch:
         z = as_float64((self._observed[row] - self._noise.expected(state[None])[0]) * kept / spread)
         n = float(kept.sum())
         return float(z.square().sum()) > n + _SURPRISE * math.sqrt(2 * n)
-
-    def _unmapped(self, ranked: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Return more candidates behind the best beam alone, at most those left to be tried. (B, V), (B,)."""
-        best = int(scores.argmax())
-        n = min(_MORE, self._n_surprised, int(ranked[best].isfinite().sum()))
-        return ranked[best].topk(n).indices, torch.full((n,), best)
 
     def _first_candidates(self, prior: Tensor, wanted: tuple[int, int] | None) -> Candidates:
         """Return candidates for a prompt's first position: the whole vocabulary, whose rows there are made once."""
@@ -244,6 +245,18 @@ class BeamSearch:
         self._meter.spend(len(ids), self._model.layer)
         self._meter.n_checked += len(ids)
         return states
+
+
+def _more(rankings: Sequence[Tensor], ids: Tensor, beams: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Return up to n candidates beside those run, as many by each ranking. (B, V) each."""
+    chosen = torch.zeros_like(rankings[0], dtype=torch.bool)
+    for scores in rankings:
+        left = scores.clone()
+        left[beams, ids] = -math.inf
+        more_ids, more_beams = _best(left, scores.flatten().logsumexp(dim=0), n // len(rankings))
+        chosen[more_beams, more_ids] = True
+    places = chosen.flatten().nonzero()[:, 0]
+    return places % chosen.shape[1], places // chosen.shape[1]
 
 
 def _best(scores: Tensor, total: Tensor, n: int) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ Shapes: B beams, N tokens run, M likely ones, S = width of rows as compared, V =
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +21,16 @@ _STRENGTHS = (0.05, 0.5, 5.0)  # of the ridge: behind one prefix errors are alik
 _DRAWN = 1.0  # tokens that the offset behind all beams counts as
 _PRIOR = 32.0  # tokens that the map's own error counts as beside that of those run
 _UNMAPPED = 5e-4  # chance that a token's row is nothing like the map says: pieces of words, tokens taken for sinks
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Shown:
+    """Tokens that were run at one position. N of them."""
+
+    token_ids: Tensor  # (N,)
+    beams: Tensor  # (N,) behind which each was run
+    states: Tensor  # (N, W)
+    n_beams: int  # of them all
 
 
 class TokenRanking:
@@ -57,26 +68,25 @@ class TokenRanking:
         scores: Tensor = found - own + self._constant(self._far)
         return scores
 
-    def sharpened(self, row: Tensor, ids: Tensor, beams: Tensor, states: Tensor, likely: Tensor) -> Tensor:
+    def sharpened(self, row: Tensor, shown: Shown, likely: Tensor) -> Tensor:
         """Return log-likelihoods of a row behind each beam, given tokens that were run there.
 
         Args:
             row: (S,) as compared.
-            ids: (N,) tokens run.
-            beams: (N,) behind which; every beam has one at least.
-            states: (N, W) theirs.
+            shown: the tokens run.
             likely: (M,) tokens whose errors are learned from those of the others.
 
         Returns:
             (B, V)
         """
-        errors = self._mapped.errors(states, ids) @ self._whitening  # (N, S)
-        offsets = self._offsets(errors, beams.to(errors.device))  # (B, S)
+        ids, beams = shown.token_ids, shown.beams.to(self._image.device)
+        errors = self._mapped.errors(shown.states, ids) @ self._whitening  # (N, S)
+        offsets = self._offsets(errors, beams, shown.n_beams)  # (B, S)
         left = (row - self._mapped.mean) @ self._whitening - offsets  # (B, S)
         own = 0.5 * left.square().sum(dim=1, keepdim=True)
         found: Tensor = left @ self._image.T - self._penalty - own + self._constant(torch.ones_like(self._noise))
         likely = likely.to(found.device)
-        found[:, likely] = self._learned(left, errors - offsets[beams.to(errors.device)], ids, likely)
+        found[:, likely] = self._learned(left, errors - offsets[beams], ids, likely)
         return found
 
     def _learned(self, left: Tensor, errors: Tensor, ids: Tensor, likely: Tensor) -> Tensor:
@@ -95,9 +105,8 @@ class TokenRanking:
         """Return by what tokens are compared. (N,) → (N, S)."""
         return self._standard(self._mapped.table[ids.to(self._image.device)])
 
-    def _offsets(self, errors: Tensor, beams: Tensor) -> Tensor:
+    def _offsets(self, errors: Tensor, beams: Tensor, n_beams: int) -> Tensor:
         """Return the mean error of the map behind each beam, drawn towards that behind all of them. (B, S)."""
-        n_beams = int(beams.max()) + 1
         sums = torch.zeros(n_beams, errors.shape[1]).to(errors).index_add_(0, beams, errors)
         counts = torch.bincount(beams, minlength=n_beams)[:, None]
         return (sums + _DRAWN * errors.mean(dim=0)) / (counts + _DRAWN)
