@@ -158,3 +158,28 @@ def test_a_hint_is_followed_to_the_end(lm: LanguageModel) -> None:
     beams = BeamSearch(lm, _noisy(lm, sigma), NoiseModel.gaussian(sigma), Meter(), narrow).run(hint=odd)
     assert odd.tolist() in beams.input_ids.tolist()
     assert odd.tolist() != beams.input_ids[0].tolist()
+
+
+def test_what_lies_beside_a_prompt_is_as_likely_as_ordinary_passes_say(lm: LanguageModel) -> None:
+    sigma = 1.0
+    seen, prompt = _noisy(lm, sigma), IDS.clone()
+    beams, named = _beams(lm, prompt), [(0, 7), (3, 90), (6, 200), (6, 201)]
+    beams.token_posteriors.zero_()
+    for place, token in named:
+        beams.token_posteriors[place, token] = 0.1
+    ended = torch.stack([prompt, prompt.index_fill(0, torch.tensor([6]), 201)])  # the search ended with one of them
+    own = _log_posterior(lm, seen, prompt, sigma)
+    expected = 0.0
+    for place, token in named[:3]:
+        other = prompt.index_fill(0, torch.tensor([place]), token)
+        expected += float(torch.tensor(_log_posterior(lm, seen, other, sigma) - own).double().exp())
+    revision = Revision(lm, seen, NoiseModel.gaussian(sigma), Meter())
+    assert revision.beside(replace(beams, input_ids=ended)) == pytest.approx(expected, rel=1e-2)
+
+
+def test_nothing_to_replace_leaves_the_prompt(lm: LanguageModel) -> None:
+    beams = _beams(lm, IDS)
+    beams.token_posteriors.zero_()
+    revision = Revision(lm, _noisy(lm, 0.1), NoiseModel.gaussian(0.1), Meter())
+    assert revision.likeliest(beams).tolist() == IDS.tolist()
+    assert revision.beside(beams) == 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -88,13 +88,31 @@ def decode(
     else:
         noise.require_width(seen.d_model)
         quick = BeamSearch(lm, seen, noise, meter, _QUICK).run(on_position)
-    hint = Revision(lm, seen, noise, meter).likeliest(quick)
-    beams = BeamSearch(lm, seen, noise, meter, effort).run(on_position, hint=hint)
+    revision = Revision(lm, seen, noise, meter)
+
+    def beams_with(hint: Tensor) -> Beams:
+        return BeamSearch(lm, seen, noise, meter, effort).run(on_position, hint=hint)
+
+    beams = beams_with(revision.likeliest(quick))
+    if float(beams.posteriors[0]) >= PROBABLE:
+        beams = _looked_at_again(beams, revision, beams_with)
     residuals = residuals_of(lm, seen, _whole(seen, beams.input_ids[0]), noise, meter)
     held_out = None
     if float(beams.posteriors[0]) >= PROBABLE and residuals.is_noise:
         held_out = _held_out_slope(lm, seen, noise, meter, effort)
     return Decoded(noise=noise, beams=beams, residuals=residuals, held_out_slope=held_out)
+
+
+def _looked_at_again(beams: Beams, revision: Revision, search_for: Callable[[Tensor], Beams]) -> Beams:
+    """Return beams whose posteriors count the prompts that differ from the best in one token and were not among them.
+
+    Where such a prompt is likelier, the search is made again with it.
+    """
+    better = revision.likeliest(beams)
+    if not torch.equal(better, beams.input_ids[0]):
+        beams = search_for(better)
+    share = 1 / (1 + float(beams.posteriors[0]) * revision.beside(beams))
+    return replace(beams, posteriors=beams.posteriors * share)
 
 
 def _require_whole(seen: Observation) -> None:

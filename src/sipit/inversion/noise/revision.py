@@ -8,7 +8,8 @@ Shapes: T tokens of the prompt without its known prefix, N replacements, V = voc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ _LEAST = 1e-6  # posterior from which a token is worth a look
 _HALVING = ((1, 128), (4, 48))  # rows behind a replacement that it is judged by, and how many go on from there
 _SWEEPS = 4  # replacements made in turn
 _TOKENS = 256  # in one packed pass
+_MOST_GAIN = 50.0  # nats: more makes no difference, and would overflow
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,6 +38,16 @@ class _Chains:
     of: Tensor  # (Q,) the replacement that each token belongs to
     places: Tensor  # (Q,) in the whole prompt
     values: Tensor  # (Q, W) at them
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Judged:
+    """Replacements that were judged by all rows. N of them."""
+
+    rows: Tensor  # (N,) where
+    tokens: Tensor  # (N,) by what
+    gains: Tensor  # (N,) float64: what each adds to the log-probability of prompt and rows
+    worth: tuple[Tensor, Tensor]  # rows and tokens of those worth another look once one was made
 
 
 class Revision:
@@ -59,48 +71,62 @@ class Revision:
     def likeliest(self, beams: Beams) -> Tensor:
         """Return the best prompt of a search, with tokens replaced as long as that makes it likelier. (T,)."""
         best = beams.input_ids[0]
-        rows, tokens = _replacements(best, beams.token_posteriors, is_first=not self._n_known)
+        rows, tokens = self._replacements(best, beams.token_posteriors)
         for sweep in range(_SWEEPS):
             differs = tokens != best[rows]
             rows, tokens = rows[differs], tokens[differs]
-            if not len(rows):
+            tried = self._judged(best, rows, tokens, _HALVING[min(sweep, 1) :])
+            if not bool((tried.gains > 0).any()):
                 break
-            better, kept = self._replaced(best, rows, tokens, is_first_sweep=not sweep)
-            if better is None:
-                break
-            best, rows, tokens = better, rows[kept], tokens[kept]
+            first = int(tried.gains.argmax())
+            best = best.index_fill(0, tried.rows[first], int(tried.tokens[first]))
+            rows, tokens = tried.worth
         return best
 
-    def _replaced(
-        self, prompt: Tensor, rows: Tensor, tokens: Tensor, *, is_first_sweep: bool
-    ) -> tuple[Tensor | None, Tensor]:
-        """Replace the token of a prompt that makes it likeliest. (T,), (N,), (N,).
+    def beside(self, beams: Beams) -> float:
+        """Return how likely replacements are that a search did not end with, over its best prompt: the sum of all."""
+        best = beams.input_ids[0]
+        tried = self._judged(best, *self._replacements(best, beams.token_posteriors), _HALVING)
+        known = {tuple(prompt) for prompt in beams.input_ids.tolist()}
+        sums = 0.0
+        for row, token, gain in zip(tried.rows.tolist(), tried.tokens.tolist(), tried.gains.tolist(), strict=True):
+            prompt = best.index_fill(0, torch.tensor([row]), token)
+            if tuple(prompt.tolist()) not in known:
+                sums += math.exp(min(gain, _MOST_GAIN))
+        return sums
 
-        Returns:
-            the prompt, None where no replacement makes it likelier, and which replacements are worth another look.
-        """
+    def _replacements(self, prompt: Tensor, posteriors: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where tokens may be replaced, and by what: the likeliest of each position. (T,), (T, V) → (N,)."""
+        rows, tokens = [], []
+        for row, token in enumerate(prompt.tolist()):
+            n = _EACH if row or self._n_known else _FIRST
+            others = posteriors[row].index_fill(0, torch.tensor([token]), 0.0)
+            best = others.topk(min(n, len(others) - 1))
+            found = best.indices[best.values >= _LEAST]
+            tokens.append(found)
+            rows.append(torch.full_like(found, row))
+        return torch.cat(rows), torch.cat(tokens)
+
+    def _judged(self, prompt: Tensor, rows: Tensor, tokens: Tensor, halving: Sequence[tuple[int, int]]) -> _Judged:
+        """Judge replacements by more and more rows, fewer each time, and those left by all. (T,), (N,), (N,)."""
         ids = torch.cat([self._known, prompt])
         before = log_probabilities_along(self._lm, ids, self._n_known, self._meter)  # (T, V)
         own = before[torch.arange(len(prompt)), prompt]  # (T,)
         row, full = self._model.row(ids), self._full.row(ids)
-        likely = self._likelihoods(
-            self._model.ordinary(ids)[self._n_known :].float(), torch.arange(len(prompt))
-        )  # (T,)
+        states = self._model.ordinary(ids)[self._n_known :].float()
+        likely = self._likelihoods(states, torch.arange(len(prompt)))  # (T,)
         self._meter.spend(2 * len(ids), self._model.layer)
         self._meter.spend(len(ids), self._full.layer)
         gains = before[rows, tokens] - own[rows]  # (N,)
-        left = worth = torch.arange(len(rows))
-        for n_more, n_kept in _HALVING if is_first_sweep else _HALVING[1:]:
-            near = gains[left] + self._likelihood_gains(row, ids, rows[left], tokens[left], likely, n_more=n_more)
-            left = left[near.topk(min(n_kept, len(near))).indices]
-            worth = left if n_more == _HALVING[0][0] else worth
-        rows, tokens, gains = rows[left], tokens[left], gains[left]
+        worth: tuple[Tensor, Tensor] | None = None
+        for n_more, n_kept in halving:
+            near = gains + self._likelihood_gains(row, ids, rows, tokens, likely, n_more=n_more)
+            left = near.topk(min(n_kept, len(near))).indices
+            rows, tokens, gains = rows[left], tokens[left], gains[left]
+            worth = worth or (rows, tokens)
         gains = gains + self._likelihood_gains(row, ids, rows, tokens, likely, n_more=len(prompt))
         gains = gains + self._prior_gains(full, ids, rows, tokens, own)
-        best = int(gains.argmax())
-        if not float(gains[best]) > 0:
-            return None, worth
-        return prompt.index_fill(0, rows[best], int(tokens[best])), worth
+        return _Judged(rows=rows, tokens=tokens, gains=gains, worth=worth or (rows, tokens))
 
     def _likelihoods(self, states: Tensor, rows: Tensor) -> Tensor:
         """Return how likely rows are given their states. (N, W), (N,) → (N,) float64."""
@@ -147,16 +173,3 @@ class Revision:
             self._meter.spend(len(of), model.layer)
             yield _Chains(of=of, places=places, values=values)
             begin = end
-
-
-def _replacements(prompt: Tensor, posteriors: Tensor, *, is_first: bool) -> tuple[Tensor, Tensor]:
-    """Return where tokens may be replaced, and by what: the likeliest of each position. (T,), (T, V) → (N,), (N,)."""
-    rows, tokens = [], []
-    for row, token in enumerate(prompt.tolist()):
-        n = _FIRST if is_first and row == 0 else _EACH
-        others = posteriors[row].index_fill(0, torch.tensor([token]), 0.0)
-        best = others.topk(min(n, len(others) - 1))
-        found = best.indices[best.values >= _LEAST]
-        tokens.append(found)
-        rows.append(torch.full_like(found, row))
-    return torch.cat(rows), torch.cat(tokens)
