@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -18,6 +19,15 @@ if TYPE_CHECKING:
 _Kept = TypeVar("_Kept")
 
 _MOST_BYTES = 1 << 28  # of the tensors of one file
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptFile:
+    """A file of tensors that are kept of each model."""
+
+    kind: str  # what they are: the name of their folder
+    name: str  # of the file, dtype and ending left out
+    version: int  # of their making, raised with it
 
 
 def kept(
@@ -57,36 +67,43 @@ def kept(
 
 
 def kept_tensors(
-    lm: LanguageModel, kind: str, name: str, make: Callable[[], dict[str, Tensor]], *, version: int
-) -> dict[str, Tensor]:
-    """Return named tensors that are kept of a model, on its device, or make and keep them.
+    lm: LanguageModel,
+    file: KeptFile,
+    make: Callable[[], _Kept],
+    *,
+    to_tensors: Callable[[_Kept], dict[str, Tensor]],
+    from_tensors: Callable[[dict[str, Tensor]], _Kept | None],
+) -> _Kept:
+    """Return what is kept of a model in a file of tensors, or make it and keep it.
 
-    Kept apart for each dtype; not at all where they are larger than a cache should hold. A file that is damaged, of
-    another model or version, or holds values that are not finite is passed over. The caller checks names and shapes.
+    Kept apart for each dtype; not at all where it is larger than a cache should hold. A file that is damaged, of
+    another model or version, or holds values that are not finite is passed over.
 
     Args:
-        kind: what they are: the name of their folder.
-        name: of the file, its ending left out.
-        version: of their making, raised with it.
+        file: which.
+        from_tensors: from what the file holds, on the CPU; None where that cannot be such a thing.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    folder = cache_dir() / kind / lm.fingerprint.removeprefix("sha256:")[:16]
-    path = folder / f"{name}-{str(lm.dtype).removeprefix('torch.')}.safetensors"
-    metadata = {"format": f"sipit.{kind}", "version": str(version), "fingerprint": lm.fingerprint}
-    unusable = (SafetensorError, StorageError, OSError, ValueError, RuntimeError)
+    folder = cache_dir() / file.kind / lm.fingerprint.removeprefix("sha256:")[:16]
+    path = folder / f"{file.name}-{str(lm.dtype).removeprefix('torch.')}.safetensors"
+    metadata = {"format": f"sipit.{file.kind}", "version": str(file.version), "fingerprint": lm.fingerprint}
+    unusable = (SafetensorError, StorageError, OSError, KeyError, ValueError, RuntimeError)
     with contextlib.suppress(*unusable), open_tensors(path) as stream:
         if (stream.metadata() or {}) == metadata:
-            found = {key: stream.get_tensor(key).to(lm.device) for key in stream.keys()}  # noqa: SIM118
-            if all(bool(tensor.isfinite().all()) for tensor in found.values()):
-                return found
+            tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
+            if all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+                found = from_tensors(tensors)
+                if found is not None:
+                    return found
     made = make()
-    if sum(tensor.nbytes for tensor in made.values()) <= _MOST_BYTES:
+    tensors = {key: value.cpu().contiguous() for key, value in to_tensors(made).items()}
+    if sum(tensor.nbytes for tensor in tensors.values()) <= _MOST_BYTES:
         with contextlib.suppress(StorageError, OSError):
             folder.mkdir(parents=True, exist_ok=True)
             with whole_file(path) as temporary:
-                save_file({key: value.cpu().contiguous() for key, value in made.items()}, temporary, metadata=metadata)
+                save_file(tensors, temporary, metadata=metadata)
     return made
 
 

@@ -17,7 +17,7 @@ from sipit.inversion.inverses.ridge_inverse import ridge_inverse
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.judging.noise import noise_floor
 from sipit.inversion.noise.token_map import token_map
-from sipit.models.kept import kept, kept_tensors
+from sipit.models.kept import KeptFile, kept, kept_tensors
 from sipit.models.pass_cost import _STEPS, tokens_a_pass
 from sipit.observations import Cut
 from tests.tiny_models import random_ids, tiny_model
@@ -123,12 +123,13 @@ def test_a_pass_costs_some_tokens_and_the_answer_does_not_depend_on_how_many(
     assert found[0].n_checked < found[2].n_checked
 
 
-def _tensors(lm: LanguageModel, calls: list[int], *, version: int = 1, size: int = 3) -> dict[str, torch.Tensor]:
+def _tensors(lm: LanguageModel, calls: list[int], *, version: int = 1) -> dict[str, torch.Tensor]:
     def make() -> dict[str, torch.Tensor]:
         calls.append(1)
-        return {"a": torch.arange(size).float(), "b": torch.full((2, 2), float(len(calls)))}
+        return {"a": torch.arange(3).float(), "b": torch.full((2, 2), float(len(calls)))}
 
-    return kept_tensors(lm, "tables", "block-2", make, version=version)
+    file = KeptFile(kind="tables", name="block-2", version=version)
+    return kept_tensors(lm, file, make, to_tensors=dict, from_tensors=lambda t: t if len(t["a"]) == 3 else None)
 
 
 def test_tensors_are_made_once_for_all_processes(cache: Path) -> None:
@@ -144,7 +145,7 @@ def test_tensors_are_made_once_for_all_processes(cache: Path) -> None:
     assert len(calls) == 4
 
 
-@pytest.mark.parametrize("damage", ["broken", "not finite", "another format", "a folder"])
+@pytest.mark.parametrize("damage", ["broken", "not finite", "another format", "a folder", "too short"])
 def test_tensors_that_cannot_be_used_are_made_anew(damage: str, cache: Path) -> None:
     calls: list[int] = []
     lm = LanguageModel(tiny_model("llama"))
@@ -159,6 +160,7 @@ def test_tensors_that_cannot_be_used_are_made_anew(damage: str, cache: Path) -> 
         with safe_open(path, framework="pt") as stream:
             metadata = stream.metadata()
         bad = torch.tensor([1.0, torch.nan, 2.0]) if damage == "not finite" else torch.arange(3.0)
+        bad = bad[:2] if damage == "too short" else bad
         metadata |= {"format": "sipit.others"} if damage == "another format" else {}
         save_file({"a": bad, "b": torch.ones(2, 2)}, path, metadata=metadata)
     assert _tensors(lm, calls)["a"].tolist() == [0.0, 1.0, 2.0]
@@ -188,4 +190,6 @@ def test_a_second_process_runs_no_tokens_for_a_token_map(cache: Path) -> None:
     save_file({**tensors, "table": tensors["table"][1:].contiguous()}, path, metadata=metadata)
     again = token_map(LanguageModel(tiny_model("llama")), CUT, second)  # a table of fewer tokens is no map
     assert torch.equal(again.table, made.table)
+    assert second.block_tokens == first.block_tokens
+    token_map(LanguageModel(tiny_model("llama")), CUT, second)  # and was kept in its place
     assert second.block_tokens == first.block_tokens

@@ -8,18 +8,13 @@ extreme norms and no context, has a linear regression of its own.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sipit.corpora import library_prose
-from sipit.errors import StorageError
 from sipit.inversion.inverses.kernel_regression import KernelRegression, kernel_regression
 from sipit.inversion.inverses.restored import restored
 from sipit.inversion.inverses.ridge import Ridge, ridge
@@ -28,14 +23,14 @@ from sipit.inversion.inverses.sinks import alternative_kind, are_sink_like, sink
 from sipit.inversion.inverses.token_keys import TokenKeys, token_keys
 from sipit.inversion.judging.meter import Meter
 from sipit.models import LanguageModel
+from sipit.models.kept import KeptFile, kept_tensors
 from sipit.observations import Cut
-from sipit.storage import cache_dir, open_tensors, whole_file
 
 _PROMPTS = ((16, 112), (64, 4))  # number and length of the anchor prompts; the short ones for early positions
 _PROSE = (16, 112)  # of prompts of prose, where there is a tokenizer
 _PACKAGES = ("argparse", "collections", "datetime", "logging", "statistics")  # whose docstrings are the prose
 _BATCH = 512  # tokens run at once
-_FORMAT, _VERSION = "sipit.anchors", "3"  # the version is raised with the keys and the recipe
+_VERSION = 4  # raised with the keys and the recipe
 _PARTS = {
     "first": ("mean", "scale", "weight", "bias"),
     "rest": ("mean", "scale", "anchors", "coefficients", "bias"),
@@ -92,15 +87,15 @@ def ridge_inverse(lm: LanguageModel, cut: Cut, meter: Meter) -> RidgeInverse:
     """Return the anchors' inverse of a cut, made once; the search that needs it first pays for it."""
 
     def made() -> RidgeInverse:
-        known = _kept(lm, cut)
-        if known is not None:
-            return known
         inverse = _fit(lm, cut)
         meter.block_tokens += inverse.block_tokens
-        _keep(lm, cut, inverse)
         return inverse
 
-    return lm.derived(("ridge inverse", cut), made)
+    def read() -> RidgeInverse:
+        file = KeptFile(kind="anchors", name=f"{cut.site}-{cut.layer}", version=_VERSION)
+        return kept_tensors(lm, file, made, to_tensors=_tensors, from_tensors=lambda tensors: _of_tensors(lm, tensors))
+
+    return lm.derived(("ridge inverse", cut), read)
 
 
 def _fit(lm: LanguageModel, cut: Cut) -> RidgeInverse:
@@ -140,46 +135,22 @@ def _anchor_prompts(lm: LanguageModel, generator: torch.Generator) -> Iterator[T
         yield ids[: len(ids) // length * length].view(-1, length)
 
 
-def _path(lm: LanguageModel, cut: Cut) -> Path:
-    folder = cache_dir() / "anchors" / lm.fingerprint.removeprefix("sha256:")[:16]
-    return folder / f"{cut.site}-{cut.layer}-{str(lm.dtype).removeprefix('torch.')}.safetensors"
-
-
-def _keep(lm: LanguageModel, cut: Cut, inverse: RidgeInverse) -> None:
-    """Write an inverse for the next process, where the cache directory can be written."""
+def _tensors(inverse: RidgeInverse) -> dict[str, Tensor]:
     tensors = {
-        f"{name}.{key}": getattr(getattr(inverse, name), key).float().cpu().contiguous()
-        for name, keys in _PARTS.items()
-        for key in keys
+        f"{name}.{key}": getattr(getattr(inverse, name), key).float() for name, keys in _PARTS.items() for key in keys
     }
-    numbers = {"sink_cosine": repr(inverse.sink_cosine), "block_tokens": str(inverse.block_tokens)}
-    path = _path(lm, cut)
-    with contextlib.suppress(StorageError, OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as temporary:
-            metadata = {"format": _FORMAT, "version": _VERSION, "fingerprint": lm.fingerprint, **numbers}
-            save_file(tensors, temporary, metadata=metadata)
+    numbers = {"sink_cosine": inverse.sink_cosine, "block_tokens": inverse.block_tokens}
+    return tensors | {name: torch.tensor(number, dtype=torch.float64) for name, number in numbers.items()}
 
 
-def _kept(lm: LanguageModel, cut: Cut) -> RidgeInverse | None:
-    """Return the inverse that an earlier process made; a file that cannot be used is passed over: it only orders."""
-    try:
-        with open_tensors(_path(lm, cut)) as stream:
-            metadata = stream.metadata() or {}
-            known = (metadata.get("format"), metadata.get("version"), metadata.get("fingerprint"))
-            if known != (_FORMAT, _VERSION, lm.fingerprint):
-                return None
-            tensors = {name: stream.get_tensor(name).to(lm.device) for name in stream.keys()}  # noqa: SIM118
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-            return None
-        parts = {name: {key: tensors[f"{name}.{key}"] for key in keys} for name, keys in _PARTS.items()}
-        first, rest = Ridge(**parts["first"]), KernelRegression(**parts["rest"])
-        sink, spent = float(metadata["sink_cosine"]), int(metadata["block_tokens"])
-    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError):
-        return None
+def _of_tensors(lm: LanguageModel, tensors: dict[str, Tensor]) -> RidgeInverse | None:
+    """Return the inverse that an earlier process made, or None where its tensors do not fit together."""
+    parts = {name: {key: tensors[f"{name}.{key}"].to(lm.device) for key in keys} for name, keys in _PARTS.items()}
+    first, rest = Ridge(**parts["first"]), KernelRegression(**parts["rest"])
     keys = token_keys(lm)
     width, d_key = first.weight.shape
     is_whole = rest.anchors.shape == (len(rest.coefficients), width) and rest.coefficients.shape[1] == d_key
     if d_key != keys.width or not is_whole:
         return None
+    sink, spent = float(tensors["sink_cosine"]), int(tensors["block_tokens"])
     return RidgeInverse(keys=keys, first=first, rest=rest, sink_cosine=sink, block_tokens=spent)

@@ -41,13 +41,24 @@ class _Chains:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Judged:
-    """Replacements that were judged by all rows. N of them."""
+class _Replacements:
+    """Tokens that may be replaced. N of them."""
 
     rows: Tensor  # (N,) where
     tokens: Tensor  # (N,) by what
+
+    def some(self, which: Tensor) -> _Replacements:
+        """Return those of some indices, or of a mask."""
+        return _Replacements(rows=self.rows[which], tokens=self.tokens[which])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Judged:
+    """Replacements that were judged by all rows. N of them."""
+
+    tried: _Replacements
     gains: Tensor  # (N,) float64: what each adds to the log-probability of prompt and rows
-    worth: tuple[Tensor, Tensor]  # rows and tokens of those worth another look once one was made
+    worth: _Replacements  # those worth another look once one was made
 
 
 class Revision:
@@ -71,32 +82,32 @@ class Revision:
     def likeliest(self, beams: Beams) -> Tensor:
         """Return the best prompt of a search, with tokens replaced as long as that makes it likelier. (T,)."""
         best = beams.input_ids[0]
-        rows, tokens = self._replacements(best, beams.token_posteriors)
+        left = self._replacements(best, beams.token_posteriors)
         for sweep in range(_SWEEPS):
-            differs = tokens != best[rows]
-            rows, tokens = rows[differs], tokens[differs]
-            tried = self._judged(best, rows, tokens, _HALVING[min(sweep, 1) :])
-            if not bool((tried.gains > 0).any()):
+            left = left.some(left.tokens != best[left.rows])
+            judged = self._judged(best, left, _HALVING[min(sweep, 1) :])
+            if not bool((judged.gains > 0).any()):
                 break
-            first = int(tried.gains.argmax())
-            best = best.index_fill(0, tried.rows[first], int(tried.tokens[first]))
-            rows, tokens = tried.worth
+            first = int(judged.gains.argmax())
+            best = best.index_fill(0, judged.tried.rows[first], int(judged.tried.tokens[first]))
+            left = judged.worth
         return best
 
     def beside(self, beams: Beams) -> float:
         """Return how likely replacements are that a search did not end with, over its best prompt: the sum of all."""
         best = beams.input_ids[0]
-        tried = self._judged(best, *self._replacements(best, beams.token_posteriors), _HALVING)
+        judged = self._judged(best, self._replacements(best, beams.token_posteriors), _HALVING)
+        rows, tokens = judged.tried.rows.tolist(), judged.tried.tokens.tolist()
         known = {tuple(prompt) for prompt in beams.input_ids.tolist()}
         sums = 0.0
-        for row, token, gain in zip(tried.rows.tolist(), tried.tokens.tolist(), tried.gains.tolist(), strict=True):
+        for row, token, gain in zip(rows, tokens, judged.gains.tolist(), strict=True):
             prompt = best.index_fill(0, torch.tensor([row]), token)
             if tuple(prompt.tolist()) not in known:
                 sums += math.exp(min(gain, _MOST_GAIN))
         return sums
 
-    def _replacements(self, prompt: Tensor, posteriors: Tensor) -> tuple[Tensor, Tensor]:
-        """Return where tokens may be replaced, and by what: the likeliest of each position. (T,), (T, V) → (N,)."""
+    def _replacements(self, prompt: Tensor, posteriors: Tensor) -> _Replacements:
+        """Return where tokens may be replaced, and by what: the likeliest of each position. (T,), (T, V)."""
         rows, tokens = [], []
         for row, token in enumerate(prompt.tolist()):
             n = _EACH if row or self._n_known else _FIRST
@@ -105,10 +116,10 @@ class Revision:
             found = best.indices[best.values >= _LEAST]
             tokens.append(found)
             rows.append(torch.full_like(found, row))
-        return torch.cat(rows), torch.cat(tokens)
+        return _Replacements(rows=torch.cat(rows), tokens=torch.cat(tokens))
 
-    def _judged(self, prompt: Tensor, rows: Tensor, tokens: Tensor, halving: Sequence[tuple[int, int]]) -> _Judged:
-        """Judge replacements by more and more rows, fewer each time, and those left by all. (T,), (N,), (N,)."""
+    def _judged(self, prompt: Tensor, tried: _Replacements, halving: Sequence[tuple[int, int]]) -> _Judged:
+        """Judge replacements by more and more rows, fewer each time, and those left by all. (T,)."""
         ids = torch.cat([self._known, prompt])
         before = log_probabilities_along(self._lm, ids, self._n_known, self._meter)  # (T, V)
         own = before[torch.arange(len(prompt)), prompt]  # (T,)
@@ -117,35 +128,35 @@ class Revision:
         likely = self._likelihoods(states, torch.arange(len(prompt)))  # (T,)
         self._meter.spend(2 * len(ids), self._model.layer)
         self._meter.spend(len(ids), self._full.layer)
-        gains = before[rows, tokens] - own[rows]  # (N,)
-        worth: tuple[Tensor, Tensor] | None = None
+        gains = before[tried.rows, tried.tokens] - own[tried.rows]  # (N,)
+        worth: _Replacements | None = None
         for n_more, n_kept in halving:
-            near = gains + self._likelihood_gains(row, ids, rows, tokens, likely, n_more=n_more)
+            near = gains + self._likelihood_gains(row, ids, tried, likely, n_more)
             left = near.topk(min(n_kept, len(near))).indices
-            rows, tokens, gains = rows[left], tokens[left], gains[left]
-            worth = worth or (rows, tokens)
-        gains = gains + self._likelihood_gains(row, ids, rows, tokens, likely, n_more=len(prompt))
-        gains = gains + self._prior_gains(full, ids, rows, tokens, own)
-        return _Judged(rows=rows, tokens=tokens, gains=gains, worth=worth or (rows, tokens))
+            tried, gains = tried.some(left), gains[left]
+            worth = worth or tried
+        gains = gains + self._likelihood_gains(row, ids, tried, likely, len(prompt))
+        gains = gains + self._prior_gains(full, ids, tried, own)
+        return _Judged(tried=tried, gains=gains, worth=worth or tried)
 
     def _likelihoods(self, states: Tensor, rows: Tensor) -> Tensor:
         """Return how likely rows are given their states. (N, W), (N,) → (N,) float64."""
         return self._noise.log_likelihood(self._observed[rows.to(self._observed.device)], states).cpu()
 
     def _likelihood_gains(
-        self, row: PackedRow, ids: Tensor, rows: Tensor, tokens: Tensor, likely: Tensor, *, n_more: int
+        self, row: PackedRow, ids: Tensor, tried: _Replacements, likely: Tensor, n_more: int
     ) -> Tensor:
-        """Return what replacements add to the log-likelihood of their row and some more. (N,) each → (N,)."""
-        gains = torch.zeros(len(rows), dtype=torch.float64)
-        for chains in self._chains(self._model, row, ids, rows, tokens, n_more):
+        """Return what replacements add to the log-likelihood of their row and some more. (P + T,), (T,) → (N,)."""
+        gains = torch.zeros(len(tried.rows), dtype=torch.float64)
+        for chains in self._chains(self._model, row, ids, tried, n_more):
             at = chains.places - self._n_known
             gains.index_add_(0, chains.of, self._likelihoods(chains.values.float(), at) - likely[at])
         return gains
 
-    def _prior_gains(self, row: PackedRow, ids: Tensor, rows: Tensor, tokens: Tensor, own: Tensor) -> Tensor:
-        """Return what replacements add to the log-probability of the tokens behind them. (N,) each → (N,)."""
-        gains = torch.zeros(len(rows), dtype=torch.float64)
-        for chains in self._chains(self._full, row, ids, rows, tokens, len(ids)):
+    def _prior_gains(self, row: PackedRow, ids: Tensor, tried: _Replacements, own: Tensor) -> Tensor:
+        """Return what replacements add to the log-probability of the tokens behind them. (P + T,), (T,) → (N,)."""
+        gains = torch.zeros(len(tried.rows), dtype=torch.float64)
+        for chains in self._chains(self._full, row, ids, tried, len(ids)):
             goes_on = chains.places + 1 < len(ids)
             after = chains.places[goes_on] + 1
             logs = log_probabilities_behind(self._lm, chains.values[goes_on.to(chains.values.device)]).cpu().double()
@@ -154,19 +165,19 @@ class Revision:
         return gains
 
     def _chains(
-        self, model: TruncatedModel, row: PackedRow, ids: Tensor, rows: Tensor, tokens: Tensor, n_more: int
+        self, model: TruncatedModel, row: PackedRow, ids: Tensor, tried: _Replacements, n_more: int
     ) -> Iterator[_Chains]:
         """Run replacements and up to n_more tokens behind each, in passes that hold some of them."""
-        first = rows + self._n_known
+        first = tried.rows + self._n_known
         lengths = (len(ids) - first).clamp(max=1 + n_more)  # (N,)
         begin = 0
-        while begin < len(rows):
+        while begin < len(first):
             end = begin + max(1, int((lengths[begin:].cumsum(dim=0) <= _TOKENS).sum()))
             of = torch.arange(begin, end).repeat_interleave(lengths[begin:end])  # (Q,)
             starts = lengths[begin:end].cumsum(dim=0) - lengths[begin:end]
             steps = torch.arange(len(of)) - starts[of - begin]  # (Q,) behind the replaced token
             places = first[of] + steps
-            packed = torch.where(steps == 0, tokens[of], ids[places])
+            packed = torch.where(steps == 0, tried.tokens[of], ids[places])
             continues = torch.arange(len(ids))[None] < first[of][:, None]  # (Q, P)
             attends = in_turn(len(of)) & (of[:, None] == of[None])
             values = row.run(packed, places, attends, continues=continues)

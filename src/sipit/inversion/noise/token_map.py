@@ -22,7 +22,7 @@ from sipit.inversion.judging.meter import Meter
 from sipit.inversion.noise.kernel_errors import kernel_errors, standard_of
 from sipit.inversion.noise.prior import TokenPrior
 from sipit.models import LanguageModel
-from sipit.models.kept import kept_tensors
+from sipit.models.kept import KeptFile, kept_tensors
 from sipit.observations import Cut
 
 _TEXT = 4  # tokens of the short text
@@ -63,13 +63,16 @@ class TokenMap:
 def first_rows_of_all(lm: LanguageModel, cut: Cut, meter: Meter) -> Tensor:
     """Return the rows of every token as a prompt's first one, made once. (V, W) float32."""
 
-    def made() -> dict[str, Tensor]:
-        return {"rows": _behind(lm, cut, torch.empty(0, dtype=torch.long), meter)}
+    def made() -> Tensor:
+        return _behind(lm, cut, torch.empty(0, dtype=torch.long), meter)
+
+    def from_tensors(tensors: dict[str, Tensor]) -> Tensor | None:
+        rows = tensors["rows"]
+        return rows.to(lm.device) if rows.shape == (lm.vocab_size, lm.width(cut)) else None
 
     def read() -> Tensor:
-        found = kept_tensors(lm, "first-rows", _file_name(cut), made, version=1)
-        rows = found.get("rows")
-        return rows if rows is not None and rows.shape == (lm.vocab_size, lm.width(cut)) else made()["rows"]
+        file = KeptFile(kind="first-rows", name=f"{cut.site}-{cut.layer}", version=1)
+        return kept_tensors(lm, file, made, to_tensors=lambda rows: {"rows": rows}, from_tensors=from_tensors)
 
     return lm.derived(("noise, first rows", cut), read)
 
@@ -77,25 +80,25 @@ def first_rows_of_all(lm: LanguageModel, cut: Cut, meter: Meter) -> Tensor:
 def token_map(lm: LanguageModel, cut: Cut, meter: Meter) -> TokenMap:
     """Return the map of a cut, made once; the search that needs it first pays for it."""
 
-    def made() -> dict[str, Tensor]:
-        tensors = vars(_made(lm, cut, meter))
-        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    def to_tensors(mapped: TokenMap) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in vars(mapped).items() if tensor is not None}
 
     def read() -> TokenMap:
-        found = kept_tensors(lm, "token-maps", _file_name(cut), made, version=2)
-        known = _restored(lm, found)
-        return known if known is not None else _made(lm, cut, meter)
+        file = KeptFile(kind="token-maps", name=f"{cut.site}-{cut.layer}", version=2)
+        return kept_tensors(
+            lm,
+            file,
+            lambda: _made(lm, cut, meter),
+            to_tensors=to_tensors,
+            from_tensors=lambda tensors: _restored(lm, tensors),
+        )
 
     return lm.derived(("token map", cut), read)
 
 
-def _file_name(cut: Cut) -> str:
-    return f"{cut.site}-{cut.layer}"
-
-
 def _restored(lm: LanguageModel, tensors: dict[str, Tensor]) -> TokenMap | None:
     """Return the map that a file holds, or None where its tensors are no map of this vocabulary."""
-    known = dict(tensors)
+    known = {name: tensor.to(lm.device) for name, tensor in tensors.items()}
     projection = known.pop("projection", None)
     if set(known) | {"projection"} != {field.name for field in fields(TokenMap)}:
         return None
