@@ -50,7 +50,7 @@ class Effort:
     n_beams: int = 64
     n_shown: int = 96  # tokens run at each position to know what the map misses there
     n_candidates: tuple[int, ...] = (128, 256)  # more that are run in turn, the likeliest over all beams
-    n_surprised: int = 8192  # run in all at positions where nothing fits
+    n_surprised: int = 4096  # run in all at positions where nothing fits
     max_batch: int = 256  # in one packed pass
 
 

@@ -27,9 +27,8 @@ from sipit.inversion.search.options import OnProgress, Progress, SearchOptions
 from sipit.models import LanguageModel
 from sipit.observations import Observation
 
-_QUICK = Effort(
-    n_beams=16, n_shown=64, n_candidates=(64, 64), n_surprised=2048
-)  # while the noise is still being estimated
+# Of the first searches, while the noise is still being estimated.
+_QUICK = Effort(n_beams=16, n_shown=64, n_candidates=(64, 64), n_surprised=1024)
 _ROUNDS = 3  # of estimating the noise and decoding again
 _MOST_GROWTH = 1.2  # times the first guess that the estimated noise may be
 _SETTLED = 0.04  # relative change of the noise below which it counts as known
@@ -93,11 +92,14 @@ def decode(
     def beams_with(hint: Tensor) -> Beams:
         return BeamSearch(lm, seen, noise, meter, effort).run(on_position, hint=hint)
 
+    def left_by(beams: Beams) -> Residuals:
+        return residuals_of(lm, seen, _whole(seen, beams.input_ids[0]), noise, meter)
+
     beams = beams_with(revision.likeliest(quick))
-    if float(beams.posteriors[0]) >= PROBABLE:
+    residuals, held_out = left_by(beams), None
+    if float(beams.posteriors[0]) >= PROBABLE and residuals.is_noise:
         beams = _looked_at_again(beams, revision, beams_with)
-    residuals = residuals_of(lm, seen, _whole(seen, beams.input_ids[0]), noise, meter)
-    held_out = None
+        residuals = left_by(beams)
     if float(beams.posteriors[0]) >= PROBABLE and residuals.is_noise:
         held_out = _held_out_slope(lm, seen, noise, meter, effort)
     return Decoded(noise=noise, beams=beams, residuals=residuals, held_out_slope=held_out)
