@@ -28,6 +28,7 @@ from sipit.observations import Cut
 _TEXT = 4  # tokens of the short text
 _WRITINGS, _LENGTHS = 16, (2, 6, 14, 30)  # texts that the model writes, and where tokens are run behind each
 _LIKELY, _ANY = 40, 32  # tokens run behind a text: such as the model expects there, and any
+_SHARE = 16  # of a small vocabulary, one in so many is enough of each
 _WARM = 1.5  # temperature at which the expected ones are drawn
 _STRENGTH = 1.0  # of the ridge of what the linear map misses: few tokens of many prefixes show it
 _ROWS = 4096  # of the vocabulary a time
@@ -179,6 +180,7 @@ def _samples(lm: LanguageModel, cut: Cut, meter: Meter, generator: torch.Generat
     longest = (lm.max_positions or _LENGTH) - 1
     prior = TokenPrior(lm, torch.empty(0, dtype=torch.long), meter, max_batch=_BATCH, seq_len=longest + 1)
     model = lm.cut(cut)
+    most = max(1, lm.vocab_size // _SHARE)
     texts = torch.empty(_WRITINGS, 0, dtype=torch.long)
     tokens: list[Tensor] = []
     rows: list[Tensor] = []
@@ -188,8 +190,8 @@ def _samples(lm: LanguageModel, cut: Cut, meter: Meter, generator: torch.Generat
         if length in _LENGTHS:
             likely = (chances / _WARM).softmax(dim=1)
             for text, share in zip(texts, likely, strict=True):
-                drawn = torch.multinomial(share, min(_LIKELY, lm.vocab_size), generator=generator)
-                ids = torch.cat([drawn, spread_ids(lm.vocab_size, _ANY, generator)]).unique()
+                drawn = torch.multinomial(share, min(_LIKELY, most), generator=generator)
+                ids = torch.cat([drawn, spread_ids(lm.vocab_size, min(_ANY, most), generator)]).unique()
                 tokens.append(ids)
                 rows.append(_behind(lm, cut, text, meter, ids))
                 groups.append(torch.full_like(ids, len(groups)))
