@@ -113,9 +113,9 @@ class BeamSearch:
         scores = torch.zeros(1, dtype=torch.float64)  # (B,)
         tokens = torch.zeros(1, 0, dtype=torch.long)  # (B, t)
         posteriors = TokenPosteriors(n_rows, self._lm.vocab_size)
-        followed: int | None = None if hint is None else 0  # the beam that is the hint so far
+        followed = 0  # the beam that is the hint so far
         for row in range(n_rows):
-            wanted = None if hint is None or followed is None else (int(hint[row]), followed)
+            wanted = None if hint is None else (int(hint[row]), followed)
             found = self._candidates(row, scores, wanted)
             kept = self._kept(found)
             if wanted is not None:
@@ -165,13 +165,8 @@ class BeamSearch:
         ids, beams = _with(wanted, *_best_of_each(prior + _TEMPER * likelihoods, _OF_EACH, self._effort.n_shown))
         states = self._states(ids, beams)
         for n in self._effort.n_candidates:
-            likelihoods = (
-                self._ranking.sharpened(
-                    clean, Shown(token_ids=ids, beams=beams, states=states, n_beams=len(prior)), likely
-                )
-                .cpu()
-                .double()
-            )
+            shown = Shown(token_ids=ids, beams=beams, states=states, n_beams=len(prior))
+            likelihoods = self._ranking.sharpened(clean, shown, likely).cpu().double()
             ranked = prior + likelihoods  # (B, V)
             rankings = ranked, prior + with_unmapped(likelihoods), _DOUBTED * prior + likelihoods
             new_ids, new_beams = _more(rankings, ids, beams, n)

@@ -179,7 +179,6 @@ def _samples(lm: LanguageModel, cut: Cut, meter: Meter, generator: torch.Generat
     """Run tokens behind texts that the model writes: such as it expects there, and such as the vocabulary holds."""
     longest = (lm.max_positions or _LENGTH) - 1
     prior = TokenPrior(lm, torch.empty(0, dtype=torch.long), meter, max_batch=_BATCH, seq_len=longest + 1)
-    model = lm.cut(cut)
     most = max(1, lm.vocab_size // _SHARE)
     texts = torch.empty(_WRITINGS, 0, dtype=torch.long)
     tokens: list[Tensor] = []
@@ -198,7 +197,6 @@ def _samples(lm: LanguageModel, cut: Cut, meter: Meter, generator: torch.Generat
         drawn = torch.multinomial(chances.exp(), 1, generator=generator)
         texts = torch.cat([texts, drawn], dim=1)
         prior.grow(drawn[:, 0], torch.zeros(_WRITINGS, dtype=torch.long) if not length else torch.arange(_WRITINGS))
-        meter.spend(_WRITINGS, model.layer)
     return _Samples(token_ids=torch.cat(tokens), rows=torch.cat(rows), groups=torch.cat(groups))
 
 
