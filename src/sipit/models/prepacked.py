@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from sipit.models.shallow import rewritten
 
 _MOST_BYTES = 1 << 30  # of weights laid out in one process: a second copy of them
-_LARGEST = 1 << 28  # one weight: a head over a large vocabulary would leave no room for the blocks
+_LARGEST = 1 << 29  # one weight: a head over a large vocabulary in float32 would leave no room for the blocks
 _ROWS = 64  # that the layout is chosen for; fewer and more do well with it
 
 _Layouts = dict[torch.dtype, tuple[int, Tensor]]  # dtype of the product → version of the weight, its layout

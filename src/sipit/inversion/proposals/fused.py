@@ -22,7 +22,7 @@ from sipit.inversion.inverses.inverse import Inverse, queries_of, wanted
 from sipit.inversion.inverses.log_sum import log_sum_exp
 from sipit.inversion.inverses.restored import restored
 from sipit.inversion.inverses.ridge import amended_query, ridge
-from sipit.inversion.inverses.top import top_of_rows
+from sipit.inversion.inverses.top import likeliest_of_rows, top_of_rows
 from sipit.inversion.judging.check import Checked
 from sipit.inversion.proposals.likely import Likely
 from sipit.inversion.proposals.off_path import OffPathEvidence
@@ -47,7 +47,6 @@ _BANDS = (0.5, 0.9, 0.99, 0.999)  # guesses of like certainty are judged togethe
 _PRIOR_GUESSES = 20.0  # of each band, assumed to have been right as often as they claimed
 _JUDGED = 32  # positions that the weights are judged by: later ones seldom change them
 _SURE = 0.9  # a guess that proves right at this chance teaches nothing
-_NEGLIGIBLE = -6.0  # nats by which tokens must be less likely together to be left out of a sum
 _CERTAIN = 0.999  # a guess by the inverse alone, for which the likelihood is not consulted
 _CORRECTED = 0.99  # chance of a guess up to which the inverse's reading is corrected by what was run elsewhere
 _BLOCK_WEIGHTS = 12  # of a block, over the squared width of the model
@@ -228,11 +227,13 @@ class FusedProposal:
 
     def _best(self, scores: Tensor, positions: Sequence[int]) -> tuple[list[list[int]], list[list[float]]]:
         """Return the best tokens of some positions and their chances, by scores and what likelihood is used. (N, K)."""
-        token_ids, chances = _best(scores, self._weights[0])
-        unsure = (chances[:, 0] < _CERTAIN).nonzero()[:, 0]
-        if self._uses_likelihood and len(unsure):
-            logs = self._log_rows([positions[row] for row in unsure.tolist()])
-            token_ids[unsure], chances[unsure] = _best(_fused(self._weights, scores[unsure], logs))
+        n, is_heard = min(_WIDTH, scores.shape[1]), self._uses_likelihood
+        token_ids, chances = likeliest_of_rows(scores, n, self._weights, exact_from=_CERTAIN if is_heard else 0.0)
+        unsure = (chances[:, 0] < _CERTAIN).nonzero()[:, 0].tolist()
+        if is_heard and unsure:
+            logs = self._log_rows([positions[row] for row in unsure])
+            rows = [scores[row] for row in unsure]
+            token_ids[unsure], chances[unsure] = likeliest_of_rows(rows, n, self._weights, logs)
         return token_ids.tolist(), chances.tolist()
 
     def learn(self, checked: Checked) -> None:
@@ -313,14 +314,14 @@ class FusedProposal:
             self._scores[start] = self._inverse.scores(self._queries[start : start + _BLOCK])
         return self._scores[start]
 
-    def _log_rows(self, positions: Sequence[int]) -> Tensor:
-        """Return the log-probabilities at some positions, kept until they are behind. (N, V)."""
+    def _log_rows(self, positions: Sequence[int]) -> list[Tensor]:
+        """Return the log-probabilities at some positions, kept until they are behind. N of (V,)."""
         for old in [p for p in self._logs if p < self.view.position]:
             del self._logs[old]
         new = [p for p in positions if p not in self._logs]
         if new:
             self._logs.update(zip(new, self._likely.logits(new), strict=True))
-        return torch.stack([self._logs[p] for p in positions])
+        return [self._logs[p] for p in positions]
 
     def _doubtful_logits(self) -> Tensor:
         """Return logits where candidates were checked in vain: the inverse is wrong here. (V,).
@@ -350,17 +351,6 @@ class FusedProposal:
         if other is not None:
             readings.append(inverse.scores(other[None])[0])
         return torch.stack([_by_rank(scores) for scores in readings]).amax(dim=0) if len(readings) > 1 else readings[0]
-
-
-def _best(logits: Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Return the likeliest tokens of each row by weighted logits, and their chances. (N, V) → (N, K), (N, K)."""
-    values, token_ids = top_of_rows(logits, min(_WIDTH, logits.shape[1]))
-    values = weight * values
-    total = values.logsumexp(dim=1)  # (N,)
-    # All others together weigh at most as much as the last of the best, times the vocabulary.
-    is_open = values[:, -1] + math.log(logits.shape[1]) - total > _NEGLIGIBLE
-    total[is_open] = log_sum_exp(weight * logits[is_open])
-    return token_ids, (values - total[:, None]).exp()
 
 
 def _informed(token_ids: list[int], chances: list[float], evidence: dict[int, float]) -> Guesses:
