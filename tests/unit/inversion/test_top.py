@@ -45,3 +45,4 @@ def test_chances_are_exact_from_a_claim_on_and_never_below_the_truth_elsewhere()
     assert 0 < int(is_sure.sum()) < 40
     assert torch.equal(bounded[is_sure], exact[is_sure])
     assert bool((bounded[~is_sure] >= exact[~is_sure]).all())
+    assert bool((bounded[~is_sure][:, 0] > exact[~is_sure][:, 0]).any())
