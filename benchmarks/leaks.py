@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 import sipit
-from sipit.models import in_dtype
-from sipit.observations import dtype_named
+from sipit.models import in_pass
 from sipit.observations.rounding import as_rounded
 
 
@@ -59,12 +58,12 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=20)
     parser.add_argument("--dtype", default="auto", help="of the weights that the states are inverted with")
-    parser.add_argument("--pass-dtype", help="of the weights whose pass leaves the states (default: --dtype)")
+    parser.add_argument("--pass-dtype", help="what the pass that leaves the states computes in (default: --dtype)")
     parser.add_argument("--fit", action="store_true", help="use fitted inverses that are there")
     parser.add_argument("--max-seconds", type=float, default=float("inf"), help="give a prompt up after so long")
     options = parser.parse_args()
     lm = sipit.load(options.model, dtype=options.dtype)
-    leaking = lm if options.pass_dtype is None else in_dtype(lm, dtype_named(options.pass_dtype))
+    leaking = lm if options.pass_dtype is None else in_pass(lm, options.pass_dtype)
     ids = [int(i) for i in lm.encode(options.text_file.read_text("utf-8")[: 20 * options.prompts * options.tokens])]
     prompts = [ids[k * options.tokens :][: options.tokens] for k in range(options.prompts)]
     print("site           layer  rounding     exact     candidates/token  wall ratio  verdicts")

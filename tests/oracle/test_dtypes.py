@@ -96,6 +96,22 @@ def test_the_command_line_names_the_dtype_and_takes_it(
     assert main(["check", str(certificate), str(tmp_path / "narrow.pt"), "--layer", "2"]) == 0  # loads that dtype
 
 
+def test_states_under_autocast_are_recovered_and_replayed_by_the_command_line(
+    text_lm: LanguageModel, text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dump, certificate = tmp_path / "states.pt", tmp_path / "certificate.json"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.save(_states(text_lm.model, text_lm.encode(TEXT), 2), dump)
+    told = ["--model", str(text_folder), "--layer", "2"]
+    assert main(["invert", str(dump), *told, "--no-fit"]) == 1
+    assert "--pass-dtype" in capsys.readouterr().err
+    across = ["--pass-dtype", "autocast-bfloat16", "--json", str(certificate)]
+    assert main(["invert", str(dump), *told, "--no-fit", *across]) == 0
+    assert capsys.readouterr().out == TEXT
+    assert main(["check", str(certificate), str(dump), "--layer", "2"]) == 0  # computes so by itself
+    assert main(["check", str(certificate), str(dump), "--layer", "2", "--dtype", "float32"]) == 1
+
+
 def test_pass_dtype_is_refused_beside_what_it_cannot_join(
     tmp_path: Path, text_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

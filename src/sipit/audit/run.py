@@ -17,7 +17,7 @@ from sipit.audit.cells import Cell, Plan, Trial, cells_of
 from sipit.audit.defences import Scene, defence_named
 from sipit.audit.utility import utility_of
 from sipit.errors import OptionError
-from sipit.models import LanguageModel, in_dtype
+from sipit.models import LanguageModel, in_pass
 from sipit.models.plain_pass import plain_seconds
 from sipit.observations import Site, dtype_named
 from sipit.storage import LineLog
@@ -114,7 +114,7 @@ def _tried(lm: LanguageModel, piece: tuple[Plan, str, int, Tensor]) -> Trial:
     """Attack one prompt in one cell: the plan, the defence as it is named, the prompt's number and token ids."""
     plan, text, number, prompt = piece
     site: Any = plan.site
-    source = lm if plan.pass_dtype is None else in_dtype(lm, dtype_named(plan.pass_dtype))
+    source = lm if plan.pass_dtype is None else in_pass(lm, plan.pass_dtype)
     seen = source.capture(input_ids=prompt, layer=plan.layer, site=site)
     defence, strength = defence_named(text)
     generator = torch.Generator().manual_seed(1000 * number + plan.layer)

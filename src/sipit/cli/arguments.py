@@ -150,8 +150,8 @@ def parser() -> argparse.ArgumentParser:
     invert.add_argument(
         "--pass-dtype",
         metavar="D",
-        help="dtype that the pass which left the rows computed in, where it is not --dtype: a bfloat16 server's states "
-        "are sought in float32, and judged by an ordinary pass in bfloat16",
+        help="what the pass that left the rows computed in, where it is not --dtype: a dtype, or autocast-bfloat16 or "
+        "autocast-float16 where it ran under torch.autocast; the rows are sought in --dtype and judged by such a pass",
     )
     invert.add_argument("--any-model", action="store_true", help="ignore the model fingerprint in the file")
     invert.add_argument("--no-fit", action="store_true", help="neither use nor make a fitted inverse")

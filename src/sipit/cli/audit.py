@@ -46,7 +46,10 @@ def add_audit(command: ArgumentParser, sites: tuple[str, ...], layer_text: Any) 
         help=f"what is done to them, beside nothing; repeatable: {', '.join(DEFENCES[1:])}",
     )
     command.add_argument(
-        "--pass-dtype", metavar="D", help="dtype of the pass that left the states, where it is not the weights'"
+        "--pass-dtype",
+        metavar="D",
+        help="what the pass that left the states computed in, where it is not the weights' dtype: a dtype, or "
+        "autocast-bfloat16 or autocast-float16",
     )
     prompts = command.add_mutually_exclusive_group()
     prompts.add_argument("--prompts", type=_count, metavar="N", help=f"prompts to try (default: {_DEFAULT_PROMPTS})")
@@ -78,7 +81,7 @@ def audit(options: Namespace) -> int:
     from sipit.audit import given_away, require_undefended
     from sipit.audit.defences import defence_named
     from sipit.experiments.record import record_head
-    from sipit.models import load
+    from sipit.models import load, pass_named
     from sipit.observations import dtype_named
     from sipit.report.audit import audit_page, sentence
     from sipit.storage import require_writable, whole_file, write_json
@@ -91,7 +94,7 @@ def audit(options: Namespace) -> int:
     for name in options.dtype or []:
         dtype_named(name)
     if options.pass_dtype is not None:
-        dtype_named(options.pass_dtype)
+        pass_named(options.pass_dtype)
     require_undefended(options.pass_dtype, _defences(options))
     options.out.mkdir(parents=True, exist_ok=True)
     require_writable(options.out / "audit.json")
@@ -142,8 +145,9 @@ def _refuse_mixed(options: Namespace) -> None:
 def _of_prompts(lm: LanguageModel, options: Namespace, workers: Workers) -> tuple[list[Cell], list[Trial]]:
     from sipit.audit import audit as run
     from sipit.cli.display import CountDisplay
+    from sipit.models import stored_dtype
 
-    dtypes, defences, cuts = options.dtype or [options.pass_dtype or "float32"], _defences(options), _cuts(lm, options)
+    dtypes, defences, cuts = options.dtype or [stored_dtype(options.pass_dtype)], _defences(options), _cuts(lm, options)
     prompts = _prompts(lm, options)
     total = len(cuts) * len(dtypes) * len(defences) * len(prompts)
     with CountDisplay(total) as display:

@@ -465,7 +465,8 @@ def bench(options: Namespace) -> int:
 def check(options: Namespace) -> int:
     """Run `sipit check`."""
     from sipit.inversion import check_certificate, read_certificate
-    from sipit.observations import read_observation
+    from sipit.models import PASSES, in_pass
+    from sipit.observations import DTYPES, read_observation
     from sipit.observations.formats import is_foreign
     from sipit.storage import require_writable, write_json
 
@@ -473,9 +474,11 @@ def check(options: Namespace) -> int:
     seen = None if is_foreign(options.file) else read_observation(options.file)
     if options.json is not None:
         require_writable(options.json)
-    if options.dtype is None:
-        options.dtype = _recorded_dtype(record)
+    named = record.get("model_dtype") if options.dtype is None and options.quantize is None else None
+    options.dtype = options.dtype or (named if named in DTYPES else "auto")
     lm = loaded(options.model or record["model"], options)
+    if named in PASSES and named not in DTYPES:
+        lm = in_pass(lm, named)
     seen = seen or _recorded_dump(options, record, lm)
     outcome = check_certificate(record, seen, lm)
     if options.json is not None:
@@ -517,14 +520,6 @@ def _recorded_dump(options: Namespace, record: dict[str, Any], lm: LanguageModel
             raise entry
     named = [seen for seen in found if seen.digest() == record.get("observation_sha256")]
     return (named or found)[0]
-
-
-def _recorded_dtype(record: dict[str, Any]) -> str:
-    """Return the dtype of the weights that a certificate names; "auto" where it names none that can be loaded."""
-    from sipit.observations import DTYPES
-
-    named = record.get("model_dtype")
-    return named if isinstance(named, str) and named in DTYPES else "auto"
 
 
 def loaded(name: str, options: Namespace) -> LanguageModel:

@@ -29,7 +29,7 @@ from sipit.inversion.search.batching import search, search_together
 from sipit.inversion.search.belonging import require_belongs
 from sipit.inversion.search.options import OnProgress, SearchOptions
 from sipit.models import LanguageModel
-from sipit.observations import Cut, Observation, Site, dtype_named, read_observation
+from sipit.observations import Cut, Observation, Site, read_observation
 from sipit.observations.formats import Wanted, is_foreign, observed, read_dumps
 from sipit.workers import Workers
 
@@ -138,12 +138,11 @@ def _searched(
     lm: LanguageModel, observations: Sequence[Observation], options: SearchOptions, *, n_slots: int = 1
 ) -> Iterator[Inversion]:
     """Yield the inversion of each, by searches that share their passes, or by a pass in another dtype each."""
-    dtype = lm.dtype if options.pass_dtype is None else dtype_named(options.pass_dtype)
-    if dtype == lm.dtype:
+    if options.pass_dtype in (None, lm.arithmetic):
         yield from search_together(lm, observations, options, n_slots=n_slots)
         return
     for seen in observations:
-        yield search_across_dtypes(lm, seen, dtype, options)
+        yield search_across_dtypes(lm, seen, options.pass_dtype, options)
 
 
 def _inverted_in_order(

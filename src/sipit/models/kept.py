@@ -41,7 +41,7 @@ def kept(
 ) -> _Kept:
     """Return what is kept of a model under a key, or make it and keep it.
 
-    Kept apart for each device, dtype, number of threads, version of torch and kind of processor.
+    Kept apart for each device, arithmetic, number of threads, version of torch and kind of processor.
 
     Args:
         kind: what it is: the name of its folder, and the version of its making.
@@ -76,7 +76,7 @@ def kept_tensors(
 ) -> _Kept:
     """Return what is kept of a model in a file of tensors, or make it and keep it.
 
-    Kept apart for each dtype; not at all where it is larger than a cache should hold. A file that is damaged, of
+    Kept apart for each arithmetic; not at all where it is larger than a cache should hold. A file that is damaged, of
     another model or version, or holds values that are not finite is passed over.
 
     Args:
@@ -87,7 +87,7 @@ def kept_tensors(
     from safetensors.torch import save_file
 
     folder = cache_dir() / file.kind / lm.fingerprint.removeprefix("sha256:")[:16]
-    path = folder / f"{file.name}-{str(lm.dtype).removeprefix('torch.')}.safetensors"
+    path = folder / f"{file.name}-{lm.arithmetic}.safetensors"
     metadata = {"format": f"sipit.{file.kind}", "version": str(file.version), "fingerprint": lm.fingerprint}
     unusable = (SafetensorError, StorageError, OSError, KeyError, ValueError, RuntimeError)
     with contextlib.suppress(*unusable), open_tensors(path) as stream:
@@ -111,5 +111,4 @@ def _machine(lm: LanguageModel) -> str:
     name = (
         torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     )
-    dtype = str(lm.dtype).removeprefix("torch.")
-    return f"{lm.device.type} {name}, {dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return f"{lm.device.type} {name}, {lm.arithmetic}, {torch.get_num_threads()} threads, torch {torch.__version__}"

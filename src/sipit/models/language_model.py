@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from sipit.errors import InputError, ModelError, OptionError
+from sipit.models.arithmetic import arithmetic_of, rounding_of
 from sipit.models.embeddings import EmbeddingRows
 from sipit.models.families import family_of, module_at
 from sipit.models.fingerprint import fingerprint
@@ -96,6 +97,11 @@ class LanguageModel:
     def dtype(self) -> torch.dtype:
         """Dtype of the weights, and of the states the model computes."""
         return next(self.trunk.parameters()).dtype
+
+    @cached_property
+    def arithmetic(self) -> str:
+        """Name of what it computes in: its dtype, or "autocast-" and another."""
+        return arithmetic_of(self.trunk)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -462,7 +468,7 @@ class LanguageModel:
                 expected = cut.spec.read(*self._given_out(cut))
         except (TypeError, RuntimeError, ValueError, AttributeError, LookupError) as error:
             raise self._refusal(f"cannot be cut after {cut.layer} blocks ({error})") from error
-        unit = torch.finfo(self.dtype).eps * float(expected.float().abs().max())
+        unit = rounding_of(self.trunk) * float(expected.float().abs().max())
         gap = float((got.float() - expected.float()).abs().max()) if got.shape == expected.shape else float("inf")
         if not gap <= 64 * unit:  # the same kernels on the same shapes: a few roundings at most
             raise self._refusal(f"cut after {cut.layer} blocks differs from its output_hidden_states by {gap:.2g}")

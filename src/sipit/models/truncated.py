@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from sipit.models.arithmetic import rounding_of
 from sipit.models.attention import lean_attention
 from sipit.models.families import Family
 from sipit.models.generation import GenerationCache
@@ -43,6 +44,7 @@ class TruncatedModel:
     ) -> None:
         self.layer = layer
         self.spec = spec
+        self.rounding = rounding_of(trunk)  # largest relative error of one rounding in its products
         self._family = family
         self._head = head
         n_blocks = layer + 1 if spec.ends == "cache" else layer

@@ -13,55 +13,53 @@ from sipit.inversion import SearchOptions, certificate_of, check_certificate, in
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.search import across_dtypes
 from sipit.inversion.search.options import Progress
-from sipit.models import LanguageModel, in_dtype
+from sipit.models import LanguageModel, in_dtype, in_pass
 from sipit.observations import Observation
 from tests.tiny_models import tiny_model, twin_model
 
 IDS = torch.tensor([5, 91, 17, 17, 3, 60, 44, 8])
 FAMILIES = ("llama", "gpt2", "gemma3_text", "opt")
-DTYPES = (torch.bfloat16, torch.float16)
+PASSES = ("bfloat16", "float16", "autocast-bfloat16", "autocast-float16")
 
 
 def _model(family: str, seed: int = 0) -> LanguageModel:
     return LanguageModel(tiny_model(family, seed=seed), name=family)
 
 
-def _named(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", PASSES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_narrow_pass_is_recovered_in_float32_at_every_cut(family: str, dtype: torch.dtype) -> None:
+def test_a_narrow_pass_is_recovered_in_float32_at_every_cut(family: str, name: str) -> None:
     lm = _model(family)
-    other = in_dtype(lm, dtype)
+    other = in_pass(lm, name)
     for cut in ({"layer": 1}, {"layer": 2}, {"site": "final"}):
         seen = other.capture(input_ids=IDS, **cut)
         assert sipit.invert(lm, replace(seen, fingerprint=None)).verdict == "unmatched"  # float32 does not explain it
-        found = sipit.invert(lm, seen, pass_dtype=_named(dtype))
+        found = sipit.invert(lm, seen, pass_dtype=name)
         assert (found.verdict, found.input_ids) == ("recovered", tuple(IDS.tolist()))
-        assert (found.fingerprint, found.model_dtype) == (other.fingerprint, _named(dtype))
+        assert (found.fingerprint, found.model_dtype) == (other.fingerprint, name)
 
 
-def test_the_record_is_replayed_by_the_other_dtype_and_by_no_other() -> None:
+@pytest.mark.parametrize("name", ["bfloat16", "autocast-bfloat16"])
+def test_the_record_is_replayed_by_the_other_pass_and_by_no_other(name: str) -> None:
     lm = _model("llama")
-    other = in_dtype(lm, torch.bfloat16)
+    other = in_pass(lm, name)
     seen = other.capture(input_ids=IDS, layer=2)
-    record = certificate_of(sipit.invert(lm, seen, pass_dtype="bfloat16"))
+    record = certificate_of(sipit.invert(lm, seen, pass_dtype=name))
     assert check_certificate(record, seen, other).holds
     assert not check_certificate(record, seen, lm).holds
 
 
+@pytest.mark.parametrize("name", ["bfloat16", "autocast-bfloat16"])
 @pytest.mark.parametrize("what", ["another model", "another layer", "another dtype", "a spliced row"])
-def test_rows_of_something_else_are_unmatched(what: str) -> None:
+def test_rows_of_something_else_are_unmatched(what: str, name: str) -> None:
     lm = _model("llama")
-    leaking = in_dtype(_model("llama", seed=3) if what == "another model" else lm, torch.bfloat16)
+    leaking = in_pass(_model("llama", seed=3) if what == "another model" else lm, name)
     seen = leaking.capture(input_ids=IDS, layer=1 if what == "another layer" else 2)
     seen = replace(seen, fingerprint=None, layer=2)
     if what == "a spliced row":
         other = leaking.capture(input_ids=IDS.flip(0), layer=2).states
         seen = replace(seen, states=torch.cat([seen.states[:5], other[5:6], seen.states[6:]]))
-    found = sipit.invert(lm, seen, pass_dtype="float16" if what == "another dtype" else "bfloat16")
+    found = sipit.invert(lm, seen, pass_dtype="float16" if what == "another dtype" else name)
     assert found.verdict == "unmatched"
     assert found.miss is not None
     if what == "a spliced row":

@@ -203,7 +203,7 @@ def test_largest_vocabulary_id_is_within_reach_of_calibration() -> None:
 
 def test_noise_ceiling_is_above_what_each_dtype_shows_and_below_what_it_does_not_explain() -> None:
     for dtype, seen in ((torch.float32, 1e-5), (torch.bfloat16, 0.06), (torch.float64, 1e-13)):
-        assert 1.4 * seen < noise_module.noise_ceiling(dtype) < 0.1
+        assert 1.4 * seen < noise_module.noise_ceiling(torch.finfo(dtype).eps) < 0.1
 
 
 @pytest.mark.parametrize("layer", [1, 3])

@@ -63,18 +63,18 @@ def noise_floor(lm: LanguageModel, cut: Cut, seq_len: int | None = None) -> Nois
             f"{cut} {regime} {_RECIPE}",
             lambda: _measure(lm, lm.cut(cut, seq_len=seq_len)),
             to_json=asdict,
-            from_json=lambda record: _known_floor(record, lm.dtype),
+            from_json=lambda record: _known_floor(record, lm.cut(cut, seq_len=seq_len).rounding),
         )
 
     return lm.derived(("noise floor", cut, regime), made)
 
 
-def _known_floor(record: Any, dtype: torch.dtype) -> NoiseFloor | None:
+def _known_floor(record: Any, rounding: float) -> NoiseFloor | None:
     """Return a floor that was kept, if measuring can have given it."""
     floor = NoiseFloor(**record)
     numbers = [floor.first, floor.rest, floor.first_gap, floor.rest_gap, floor.first_spread, floor.rest_spread]
     is_sane = all(type(each) is float and 0 < each < math.inf for each in numbers) and type(floor.block_tokens) is int
-    least, most = torch.finfo(dtype).eps, noise_ceiling(dtype)
+    least, most = rounding, noise_ceiling(rounding)
     is_fair = least <= floor.rest and max(floor.first, floor.rest) <= most and 2 * floor.rest <= floor.rest_gap
     return floor if is_sane and is_fair else None
 
@@ -105,7 +105,7 @@ def _measure(lm: LanguageModel, cut: TruncatedModel) -> NoiseFloor:
         for place, value in enumerate(spread.tolist()):
             spreads[place == 0] += [value] if value < math.inf else []
         spent += (len(ids) + n_packed) * cut.layer
-    unit = torch.finfo(lm.dtype).eps  # one rounding of the norm: less cannot be told from zero
+    unit = cut.rounding  # one rounding of the norm: less cannot be told from zero
     rest, rest_gap = max(*rests, unit), _quantile(rest_gaps, _LOW_GAP)
     first, first_gap = max(*firsts, unit), min(_quantile(first_gaps, _LOW_GAP), rest_gap)
     floor = NoiseFloor(
@@ -124,27 +124,27 @@ def _measure(lm: LanguageModel, cut: TruncatedModel) -> NoiseFloor:
             f"{rest:.2g} of their norm, wrong tokens by {rest_gap:.2g} and more; the packed check does not "
             "reproduce this model, or its dtype is too coarse (try dtype float32)"
         )
-    most = noise_ceiling(lm.dtype)
+    most = noise_ceiling(cut.rounding)
     if max(first, rest) > most:
         raise ModelError(
             f"model {lm.name!r}: packed and ordinary states after {cut.layer} blocks differ by up to "
-            f"{max(first, rest):.2g} of their norm, which {str(lm.dtype).removeprefix('torch.')} arithmetic does not "
-            f"explain (it explains {most:.2g}), so its states depend on more than the tokens before them: the length "
+            f"{max(first, rest):.2g} of their norm, which {lm.arithmetic} arithmetic does not explain "
+            f"(it explains {most:.2g}), so its states depend on more than the tokens before them: the length "
             "of the pass, the rows beside them, or experts chosen by a last digit; such states cannot be judged "
             "(where experts are the cause, try dtype float32)"
         )
     return floor
 
 
-def noise_ceiling(dtype: torch.dtype) -> float:
+def noise_ceiling(rounding: float) -> float:
     """Return the most, over a state's norm, that rounding alone may put two passes of one prompt apart.
 
-    Each rounding is off by half a unit eps; a forward pass whose result has lost more than half of the
-    digits, sqrt(eps), is no longer one function that a machine evaluates. Measured noise lies below it
+    Each rounding is off by half of `rounding`; a forward pass whose result has lost more than half of the
+    digits, its square root, is no longer one function that a machine evaluates. Measured noise lies below it
     at each dtype: some 1e-5 of 3.5e-4 in float32, 6 of 8.8 per cent in bfloat16. What lies above it
     has another cause: states that depend on the length of the pass, or on the rows beside them.
     """
-    return math.sqrt(torch.finfo(dtype).eps)
+    return math.sqrt(rounding)
 
 
 def _quantile(values: list[float], q: float) -> float:
@@ -215,8 +215,8 @@ def local_noise(
     ids = torch.cat([prefix.cpu(), token.repeat(seq_len - len(prefix))])  # what follows changes no state before it
     state = cut.ordinary(ids)[len(prefix)]  # (D,)
     expected = as_float64(state)
-    largest = torch.finfo(state.dtype).eps * float(expected.norm())  # one rounding of it: less is luck
-    most = noise_ceiling(state.dtype) * float(expected.norm())
+    largest = cut.rounding * float(expected.norm())  # one rounding of it: less is luck
+    most = noise_ceiling(cut.rounding) * float(expected.norm())
     for width in _WIDTHS:
         tokens = token.repeat(width)
         states = row.run(tokens, torch.full((width,), len(prefix)), lanes=torch.full((width,), lane))

@@ -1,4 +1,4 @@
-"""States of a pass in another dtype: sought in the model's own, judged in theirs.
+"""States of a pass in another arithmetic: sought in the model's own, judged in theirs.
 
 A server computes in bfloat16, an auditor's machine in float32: their states of one prompt lie a per cent apart, far
 beyond what float32 explains. So the search runs in the dtype that is fast here, on rows that may be off by as much as
@@ -36,7 +36,7 @@ from sipit.inversion.judging.replay import Replay, replay
 from sipit.inversion.search.batching import search
 from sipit.inversion.search.belonging import require_belongs
 from sipit.inversion.search.options import OnProgress, Progress, SearchOptions
-from sipit.models import LanguageModel, in_dtype
+from sipit.models import LanguageModel, in_pass
 from sipit.observations import Cut, Observation
 from sipit.observations.rounding import as_rounded
 
@@ -82,7 +82,7 @@ def drift(lm: LanguageModel, other: LanguageModel, cut: Cut, meter: Meter) -> Dr
         few = torch.cat(firsts)  # of which the largest errors count, since there are a dozen
         return Drift(first=few.abs().amax(dim=0).float(), rest=_deviations(torch.cat(rests)))
 
-    return lm.derived(("drift", cut, other.dtype), made)
+    return lm.derived(("drift", cut, other.arithmetic), made)
 
 
 def _deviations(gaps: Tensor) -> Tensor:
@@ -92,13 +92,13 @@ def _deviations(gaps: Tensor) -> Tensor:
     return usual.square().mean(dim=0).sqrt().float()
 
 
-def search_across_dtypes(lm: LanguageModel, seen: Observation, dtype: torch.dtype, options: SearchOptions) -> Inversion:
+def search_across_dtypes(lm: LanguageModel, seen: Observation, pass_dtype: str, options: SearchOptions) -> Inversion:
     """Recover the prompt of states that a pass in another dtype than the model's left.
 
     Args:
         lm: the model, in the dtype that the search is to run in.
         seen: rows of every position behind the known prefix.
-        dtype: that the pass computed in.
+        pass_dtype: what the pass computed in, by name: one of `sipit.models.PASSES`.
         options: how to search.
 
     Returns:
@@ -113,7 +113,7 @@ def search_across_dtypes(lm: LanguageModel, seen: Observation, dtype: torch.dtyp
             "rows of a pass in another dtype must be whole and of every position behind the known prefix; invert "
             "others with the model in the pass's own dtype"
         )
-    other = in_dtype(lm, dtype)
+    other = in_pass(lm, pass_dtype)
     require_belongs(other, seen)
     began, meter = time.perf_counter(), Meter()
     values, _, half = as_rounded(seen.states) if seen.half_step is None else (seen.states, None, seen.half_step)
@@ -129,7 +129,7 @@ def search_across_dtypes(lm: LanguageModel, seen: Observation, dtype: torch.dtyp
             verdict = "ambiguous"
         wrong = (found.over > 0).nonzero()[:, 0].tolist()
         if wrong:
-            miss, verdict = _missed(evidence[wrong[0]], seen.positions[wrong[0]], dtype), "unmatched"
+            miss, verdict = _missed(evidence[wrong[0]], seen.positions[wrong[0]], pass_dtype), "unmatched"
             ids, evidence = ids[: wrong[0]], evidence[: wrong[0]]
     return replace(
         last,
@@ -143,7 +143,7 @@ def search_across_dtypes(lm: LanguageModel, seen: Observation, dtype: torch.dtyp
         **cost_of(lm, seen, meter, time.perf_counter() - began),
         observation_sha256=seen.digest(),
         observation_dtype=seen.dtype,
-        model_dtype=str(dtype).removeprefix("torch."),
+        model_dtype=pass_dtype,
         positions=tuple(evidence),
         miss=miss,
     )
@@ -266,7 +266,7 @@ def _swapped(ids: Sequence[int], place: int, token_id: int) -> list[int]:
     return [*ids[:place], token_id, *ids[place + 1 :]]
 
 
-def _missed(one: PositionEvidence, position: int, dtype: torch.dtype) -> Miss:
+def _missed(one: PositionEvidence, position: int, pass_dtype: str) -> Miss:
     return Miss(
         position=position,
         token_id=one.token_id,
@@ -276,7 +276,7 @@ def _missed(one: PositionEvidence, position: int, dtype: torch.dtype) -> Miss:
         n_checked=one.n_checked,
         runner_up=one.runner_up,
         diagnosis=(
-            f"the nearest prompt's own pass in {str(dtype).removeprefix('torch.')} leaves more than its arithmetic "
-            "explains: another dtype, layer, site or model, or noise"
+            f"the nearest prompt's own pass in {pass_dtype} leaves more than its arithmetic "
+            "explains: another arithmetic, layer, site or model, or noise"
         ),
     )

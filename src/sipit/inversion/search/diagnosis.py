@@ -39,7 +39,7 @@ def diagnosed(
         runner_up: L2 of the next one.
         limit: tolerance there.
     """
-    norms, arithmetic = observed.norm(dim=1), str(lm.dtype).removeprefix("torch.")
+    norms, arithmetic = observed.norm(dim=1), lm.arithmetic
     row = observed[position]
     equal = (observed[:position] == row).all(dim=1).nonzero()[:, 0]
     if not bool(row.any()):
@@ -57,8 +57,8 @@ def diagnosed(
     stands_out = _STANDS_OUT if narrow is None else _STANDS_OUT_NARROW
     if runner_up is not None and distance * stands_out < runner_up:
         moved = (
-            f"something else than {arithmetic} arithmetic moved the state: try the --pass-dtype or --quantize it was "
-            "run in"
+            f"something else than {arithmetic} arithmetic moved the state: try the --pass-dtype (bfloat16, "
+            "autocast-bfloat16 and so on) or --quantize it was run in"
             if narrow is None
             else f"the rows hold {narrow} values where it computes in {arithmetic}: try --pass-dtype {narrow}"
         )

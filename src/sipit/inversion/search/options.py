@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sipit.errors import OptionError
 from sipit.inversion.evidence.result import PositionEvidence
-from sipit.observations import dtype_named
+from sipit.models import pass_named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class SearchOptions:
     use_fit: bool = True
     hint: Sequence[int] = ()
     on_progress: OnProgress | None = None
-    pass_dtype: str | None = None  # of the pass that left the rows; None: the model's
+    pass_dtype: str | None = None  # one of `PASSES`, of the pass that left the rows; None: the model's
     patience: int | None = None  # candidates checked in vain at a position that end a search; None: the vocabulary
 
     def __post_init__(self) -> None:
@@ -47,7 +47,7 @@ class SearchOptions:
         if not 0 <= self.noise < float("inf"):
             raise OptionError(f"noise is {self.noise}; it is a finite L2 distance, 0 or more")
         if self.pass_dtype is not None:
-            dtype_named(self.pass_dtype)
+            pass_named(self.pass_dtype)
             if self.noise or self.exhaustive:
                 raise OptionError(
                     "rows of a pass in another dtype take neither noise nor exhaustive; leave it out, or the pass dtype"
