@@ -86,9 +86,9 @@ def invert(
         use_fit: whether "auto" may use a fitted inverse that is in the cache directory; see `sipit fit`.
         hint: token ids to try first, from the first row on: an earlier run's prefix, a known template. A
             right hint costs one forward pass; a wrong one, at most one packed pass.
-        pass_dtype: dtype that the pass which left the states computed in, where it is not the model's: the states
-            of a bfloat16 server, inverted in float32. The search runs in the model's dtype; an ordinary pass of a copy
-            in the other one decides, and the record is about that copy.
+        pass_dtype: what the pass that left the states computed in, where the model does not: a dtype, or
+            "autocast-bfloat16" or "autocast-float16" (`sipit.models.PASSES`). The search runs in the model's own
+            arithmetic; an ordinary pass in the other one decides, and the record is about the model in that.
         on_progress: called after each packed pass.
 
     Returns:

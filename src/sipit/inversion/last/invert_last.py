@@ -219,7 +219,7 @@ def _result(lm: LanguageModel, judge: LastJudge, began: float, lengths: range) -
         noise=0.0,
         observation_sha256=seen.digest(),
         observation_dtype=seen.dtype,
-        model_dtype=str(lm.dtype).removeprefix("torch."),
+        model_dtype=lm.arithmetic,
         positions=positions,
         miss=miss,
         other_prompts=tuple(fitting[1:]) if fitting else (best,),

@@ -220,7 +220,7 @@ def inversion_of(
         **cost_of(lm, seen, meter, seconds),
         observation_sha256=seen.digest(),
         observation_dtype=seen.dtype,
-        model_dtype=str(lm.dtype).removeprefix("torch."),
+        model_dtype=lm.arithmetic,
         positions=tuple(evidence),
         miss=miss,
         posterior=None if verdict == "unmatched" else found.posterior,

@@ -294,7 +294,7 @@ class BatchScheduler:
             **cost_of(lm, seen, meter, slot.seconds),
             observation_sha256=seen.digest(),
             observation_dtype=seen.dtype,
-            model_dtype=str(lm.dtype).removeprefix("torch."),
+            model_dtype=lm.arithmetic,
             positions=tuple(run.evidence),
             miss=run.miss,
         )
