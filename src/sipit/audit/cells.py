@@ -25,7 +25,10 @@ class Plan:
     @property
     def stored(self) -> str:
         """What the rows are stored in, and what computed them where that is not the attacker's model."""
-        return self.dtype if self.pass_dtype is None else f"{self.dtype} of a {self.pass_dtype} pass"
+        if self.pass_dtype is None:
+            return self.dtype
+        article = "an" if self.pass_dtype.startswith("a") else "a"
+        return f"{self.dtype} of {article} {self.pass_dtype} pass"
 
     @property
     def key(self) -> str:

@@ -10,6 +10,7 @@ import torch
 import sipit
 from sipit.errors import MismatchError, OptionError
 from sipit.inversion import SearchOptions, certificate_of, check_certificate, invert_many
+from sipit.inversion.evidence.result import Miss, PositionEvidence
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.search import across_dtypes
 from sipit.inversion.search.options import Progress
@@ -73,6 +74,25 @@ def test_states_that_differ_by_more_than_usual_are_judged_by_their_own_pass(monk
     monkeypatch.setattr(across_dtypes, "_WIDEST", 0.1)
     found = sipit.invert(lm, seen, pass_dtype="bfloat16")
     assert (found.verdict, found.input_ids) == ("recovered", tuple(IDS.tolist()))
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "autocast-bfloat16"])
+def test_where_the_nearest_token_is_a_wrong_one_the_vocabulary_is_tried_in_the_rows_own_arithmetic(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = _model("llama")
+    seen = in_pass(lm, name).capture(input_ids=IDS, layer=2)
+    monkeypatch.setattr(across_dtypes, "_WIDE", 0.1)  # so that every row is off by more
+    monkeypatch.setattr(across_dtypes, "_WIDEST", 0.1)
+    nearest = across_dtypes._nearest
+
+    def wrong(lm: LanguageModel, miss: Miss) -> PositionEvidence:
+        return replace(nearest(lm, miss), token_id=(miss.token_id + 1) % lm.vocab_size)
+
+    monkeypatch.setattr(across_dtypes, "_nearest", wrong)
+    found = sipit.invert(lm, seen, pass_dtype=name)
+    assert (found.verdict, found.input_ids) == ("recovered", tuple(IDS.tolist()))
+    assert certificate_of(found)["model_dtype"] == name
 
 
 @pytest.mark.parametrize("width", [4.0, 0.1])  # as the search sees them, and as only their own pass does

@@ -4,7 +4,8 @@ A server computes in bfloat16, an auditor's machine in float32: their states of 
 beyond what float32 explains. So the search runs in the dtype that is fast here, on rows that may be off by as much as
 the two passes were measured to differ, coordinate by coordinate; and the prompt that it comes to, with all that may fit
 beside it, is replayed by one ordinary pass in the rows' own dtype. That pass decides. A state that differs by far more
-than others do, as those of some rare tokens, stops the search: its token is then judged by that pass at once.
+than others do, as those of some rare tokens and of those that attention uses as sinks, stops the search: the nearest
+token is then judged by that pass at once, and if it is not that one, the whole vocabulary is tried in that arithmetic.
 Shapes: T rows, W = width of a row.
 """
 
@@ -158,46 +159,77 @@ def _sought(
     options: SearchOptions,
     meter: Meter,
 ) -> tuple[Inversion, list[PositionEvidence]]:
-    """Search on the relaxed rows; where it stops, let the other dtype's pass judge the nearest token there.
+    """Search on the relaxed rows; where it stops, settle the position by passes in the other arithmetic.
 
     Returns the last of the searches, which has the miss, if there is one, and the evidence of all of them.
     """
     evidence: list[PositionEvidence] = []
-    patience: int | None = _PATIENCE
     while True:
         done = [one.token_id for one in evidence]
         on_progress = _after(options.on_progress, done, seen.n_sought)
         hint = options.hint[len(done) :]
-        part = replace(options, hint=hint, on_progress=on_progress, patience=patience, pass_dtype=None)
+        part = replace(options, hint=hint, on_progress=on_progress, patience=_PATIENCE, pass_dtype=None)
         found = search(lm, _behind(relaxed, done), part)
-        meter.add(block_tokens=found.block_tokens, n_checked=found.n_checked, n_passes=found.n_passes)
+        _charge(meter, found)
         evidence += found.positions
         if found.miss is None:
             return found, evidence
-        miss = found.miss
-        ids = [*done, *found.input_ids, miss.token_id]
-        ahead = replace(
-            seen, states=seen.states[: len(ids)], half_step=_first_rows(seen.half_step, len(ids)), positions=()
-        )
-        judged = _replayed(other, ahead, ids, meter)
-        if float(judged.over[-1]) > 0 and patience is None:
-            return found, evidence
-        if float(judged.over[-1]) > 0:
-            patience = None  # from here on the whole vocabulary, where it must be
-            continue
-        evidence.append(
-            PositionEvidence(
-                token_id=miss.token_id,
-                token=miss.token,
-                distance=float(judged.distances[-1]),
-                tolerance=float(judged.allowed[-1]),
-                runner_up=miss.runner_up,
-                n_checked=miss.n_checked,
-                rivals=_twins_of(lm, miss),
-            )
-        )
+        ids = [*done, *found.input_ids]
+        one = _if_theirs(other, seen, ids, _nearest(lm, found.miss), meter, by_floor=True)
+        if one is None:  # not that one: the whole vocabulary, in the arithmetic that left the row
+            on_progress = _after(options.on_progress, ids, seen.n_sought)
+            there = replace(options, hint=(), on_progress=on_progress, patience=None, pass_dtype=None)
+            own = search(other, _first_row(_behind(seen, ids)), there)
+            _charge(meter, own)
+            one = own.positions[0] if own.miss is None else _if_theirs(other, seen, ids, _nearest(lm, own.miss), meter)
+            if one is None:
+                return replace(found, miss=own.miss), evidence
+        evidence.append(one)
         if len(evidence) == seen.n_sought:
             return replace(found, miss=None), evidence
+
+
+def _charge(meter: Meter, found: Inversion) -> None:
+    meter.add(block_tokens=found.block_tokens, n_checked=found.n_checked, n_passes=found.n_passes)
+
+
+def _nearest(lm: LanguageModel, miss: Miss) -> PositionEvidence:
+    """Return the nearest token of a position where nothing fitted, as evidence that is still to be judged."""
+    return PositionEvidence(
+        token_id=miss.token_id,
+        token=miss.token,
+        distance=miss.distance,
+        tolerance=miss.tolerance,
+        runner_up=miss.runner_up,
+        n_checked=miss.n_checked,
+        rivals=_twins_of(lm, miss),
+    )
+
+
+def _if_theirs(
+    other: LanguageModel,
+    seen: Observation,
+    ids: Sequence[int],
+    one: PositionEvidence,
+    meter: Meter,
+    *,
+    by_floor: bool = False,
+) -> PositionEvidence | None:
+    """Return a token's evidence by an ordinary pass in the other arithmetic; None where its state is not the row's.
+
+    The pass is as long as the one that left the rows, for kernels of other shapes may put a state far off; what
+    follows the token changes no state before it.
+
+    Args:
+        by_floor: whether the noise floor alone must explain the row: a state that amplifies rounding, perhaps a wrong
+            token's, leaves so much room that others would have to be tried beside it.
+    """
+    n_rows = len(ids) + 1
+    ahead = replace(seen, states=seen.states[:n_rows], half_step=_first_rows(seen.half_step, n_rows), positions=())
+    judged = _replayed(other, ahead, [*ids, *[one.token_id] * (seen.n_sought - len(ids))], meter)
+    if float(judged.over[-1]) > 0 or (by_floor and bool(judged.needs_noise[-1])):
+        return None
+    return replace(one, distance=float(judged.distances[-1]), tolerance=float(judged.allowed[-1]))
 
 
 def _twins_of(lm: LanguageModel, miss: Miss) -> tuple[Candidate, ...]:
@@ -221,6 +253,11 @@ def _behind(seen: Observation, ids: Sequence[int]) -> Observation:
         known_prefix=(*seen.known_prefix, *ids),
         positions=seen.positions[n:],
     )
+
+
+def _first_row(seen: Observation) -> Observation:
+    half_step, positions = _first_rows(seen.half_step, 1), seen.positions[:1]
+    return replace(seen, states=seen.states[:1], half_step=half_step, positions=positions)
 
 
 def _after(on_progress: OnProgress | None, done: Sequence[int], seq_len: int) -> OnProgress | None:

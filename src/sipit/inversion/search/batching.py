@@ -125,7 +125,7 @@ def _with_prefix(seen: Observation, row: PackedRow, lane: int, meter: Meter) -> 
     rows = [row.extend(part, position=i * _PREFIX_TOKENS, lane=lane).cpu() for i, part in enumerate(parts)]  # (Q, W)
     meter.spend(len(ids), seen.layer)
     most = torch.finfo(seen.states.dtype).max
-    states = torch.cat(rows).clamp(-most, most).to(seen.states.dtype)
+    states = torch.cat(rows).double().clamp(-most, most).to(seen.states.dtype)
     half = seen.half_step
     return replace(
         seen,
