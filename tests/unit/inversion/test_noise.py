@@ -157,6 +157,25 @@ def test_mass_left_out_stays_with_its_tokens() -> None:
     assert got[0].tolist() == pytest.approx([0.6, 0.3, 0.025, 0.075])
 
 
+def test_paths_left_out_before_a_position_count_half_as_those_that_reached_it_and_half_as_its_row_alone() -> None:
+    kept_out = TokenPosteriors(2, 3)
+    nothing = torch.full((1, 3), -torch.inf, dtype=torch.float64)
+
+    def found(ids: list[int], shares: list[float]) -> Candidates:
+        logs = torch.tensor(shares, dtype=torch.float64).log()
+        beams = torch.zeros(len(ids), dtype=torch.long)
+        rest = torch.tensor(-torch.inf, dtype=torch.float64)
+        return Candidates(token_ids=torch.tensor(ids), beams=beams, log_scores=logs, log_rest=rest, log_others=nothing)
+
+    kept_out.leave_out(0, torch.zeros(1, 0, dtype=torch.long), found([0, 1], [0.8, 0.2]), torch.tensor([0]))
+    kept_out.leave_out(1, torch.tensor([[0]]), found([1, 2], [0.75, 0.25]), torch.tensor([0]))
+    alone = torch.tensor([0.5, 0.5, 0.0], dtype=torch.float64).log()
+    tokens, shares = torch.tensor([[0, 1]]), torch.tensor([0.6], dtype=torch.float64)
+    got = kept_out.ended(tokens, shares, [alone, alone])
+    assert got[0].tolist() == pytest.approx([0.8, 0.2, 0.0])
+    assert got[1].tolist() == pytest.approx([0.05, 0.6 + 0.05 + 0.075, 0.2 + 0.025])
+
+
 @pytest.mark.parametrize("law", ["gaussian", "uniform"])
 def test_densities_sum_to_one(law: str) -> None:
     model = NoiseModel(law=law, spread=torch.tensor([0.7], dtype=torch.float64))  # type: ignore[arg-type]

@@ -30,6 +30,7 @@ class TokenPosteriors:
 
     def __init__(self, n_rows: int, vocab_size: int) -> None:
         self._mass = torch.zeros(n_rows, vocab_size, dtype=torch.float64)  # (T, V) of what was left out
+        self._here = torch.zeros(n_rows, vocab_size, dtype=torch.float64)  # (T, V) of all that reached a position
         self._ahead = torch.zeros(n_rows, dtype=torch.float64)  # (T,) of it, with no token at a position yet
         self.left = 1.0  # mass of the paths that go on
 
@@ -38,6 +39,7 @@ class TokenPosteriors:
         total = torch.logaddexp(found.log_scores.logsumexp(dim=0), found.log_rest)
         shares = (found.log_scores - total).exp() * self.left  # (N,)
         go_on = shares[kept].sum()
+        self._here[row].index_add_(0, found.token_ids, shares)
         shares = shares.index_fill(0, kept, 0.0)
         rest = (found.log_rest - total).exp() * self.left
         others = torch.zeros_like(found.log_others)  # (B, V)
@@ -47,6 +49,7 @@ class TokenPosteriors:
         for place in range(row):
             self._mass[place].index_add_(0, prefixes[:, place], of_beams)
         self._mass[row] += others.sum(dim=0)
+        self._here[row] += others.sum(dim=0)
         self._mass[row].index_add_(0, found.token_ids, shares)
         self._ahead[row + 1 :] += of_beams.sum()
         self.left = float(go_on)
@@ -54,12 +57,14 @@ class TokenPosteriors:
     def ended(self, tokens: Tensor, shares: Tensor, local: Sequence[Tensor]) -> Tensor:
         """Return the posterior of every token, given the beams left at the end. (B, T), (B,) → (T, V).
 
-        Of paths that were left out before a position, the token there is not known: it is as that row alone tells,
-        whose log-probabilities are given: T of (V,).
+        Of paths that were left out before a position, the token there is not known. Half of them count as the paths
+        that reached it, from which they may differ by one early token; half as that row alone tells, whose
+        log-probabilities are given: T of (V,).
         """
         found = self._mass.clone()
         for place in range(len(found)):
             found[place].index_add_(0, tokens[:, place], shares)
-            found[place] += self._ahead[place] * local[place].exp()
+            alike = self._here[place] / self._here[place].sum()
+            found[place] += self._ahead[place] * (local[place].exp() + alike) / 2
         known: Tensor = found / found.sum(dim=1, keepdim=True)
         return known
