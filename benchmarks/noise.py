@@ -7,7 +7,7 @@ Each case is a line of the file; a second run goes on where the first stopped.
 
 python -m benchmarks.noise --text-file F --strengths strengths.json --prompts 10 --out noise.jsonl
 python -m benchmarks.noise --text-file F --wrong --layers 5 --prompts 10 --out wrong.jsonl
-python -m benchmarks.noise --summary noise.jsonl
+python -m benchmarks.noise --summary noise.jsonl [--figure reliability.svg]
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from torch import Tensor
 
 import sipit
 from benchmarks.noise_strengths import N_TOKENS, held_out
+from sipit.audit import wilson
 from sipit.inversion.noise.decode import decode, verdict_of
 from sipit.observations import Observation
+from sipit.report.reliability import Stated, draw_reliability
 from sipit.storage import LineLog
 
 
@@ -41,9 +43,12 @@ def main() -> None:
     parser.add_argument("--wrong", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--summary", type=Path)
+    parser.add_argument("--figure", type=Path, help="of the summary: posteriors of tokens against the truth")
     options = parser.parse_args()
     if options.summary is not None:
-        summarise([json.loads(line) for line in options.summary.read_text("utf-8").splitlines()])
+        groups = summarise([json.loads(line) for line in options.summary.read_text("utf-8").splitlines()])
+        if options.figure is not None:
+            draw_reliability(groups, options.figure)
         return
     lm = sipit.load(options.model)
     prompts = held_out(lm, options.text_file, options.prompts, seed=11)
@@ -116,8 +121,8 @@ def _wrong_cases(lm: sipit.LanguageModel, prompts: list[Tensor], layers: list[in
                     yield f"{layer} {name} {share} {number}", replace(own, states=rows + share * usual * noise), None
 
 
-def summarise(records: list[dict[str, Any]]) -> None:
-    """Print what the lines of a run amount to."""
+def summarise(records: list[dict[str, Any]]) -> list[Stated]:
+    """Print what the lines of a run amount to, and return the posteriors of tokens tenth by tenth."""
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for record in records:
         groups[record["case"].rpartition(" ")[0]].append(record)
@@ -134,11 +139,15 @@ def summarise(records: list[dict[str, Any]]) -> None:
             f"{sum(probable)} of {len(probable)}, {verdicts}, {seconds:.1f} s a prompt"
         )
     pairs = [pair for r in records if r["right"] for pair in zip(r["posteriors"], r["right"], strict=True)]
+    stated = []
     for tenth in range(10):
         inside = [(p, right) for p, right in pairs if min(int(10 * p), 9) == tenth]
         if inside:
-            stated, true = (sum(x) / len(inside) for x in zip(*inside, strict=True))
-            print(f"posterior {tenth / 10:.1f}: {len(inside):5d} tokens, stated {stated:.3f}, right {true:.3f}")
+            n, mean, n_right = len(inside), sum(p for p, _ in inside) / len(inside), sum(right for _, right in inside)
+            low, high = wilson(n_right, n)
+            stated.append(Stated(mean=mean, right=n_right / n, low=low, high=high, n=n))
+            print(f"posterior {tenth / 10:.1f}: {n:5d} tokens, stated {mean:.3f}, right {n_right / n:.3f}")
+    return stated
 
 
 if __name__ == "__main__":
