@@ -474,7 +474,7 @@ def check(options: Namespace) -> int:
     seen = None if is_foreign(options.file) else read_observation(options.file)
     if options.json is not None:
         require_writable(options.json)
-    named = record.get("model_dtype") if options.dtype is None and options.quantize is None else None
+    named = str(record.get("model_dtype")) if options.dtype is None and options.quantize is None else ""
     options.dtype = options.dtype or (named if named in DTYPES else "auto")
     lm = loaded(options.model or record["model"], options)
     if named in PASSES and named not in DTYPES:

@@ -3,7 +3,7 @@
 from sipit.models.language_model import LanguageModel
 from sipit.models.loading import load
 from sipit.models.packed_row import PackedRow
-from sipit.models.passes import PASSES, in_dtype, in_pass, pass_named, stored_dtype
+from sipit.models.passes import PASSES, in_pass, pass_named, stored_dtype
 from sipit.models.prepacked import PrepackedMatrix
 from sipit.models.truncated import TappedModel, TruncatedModel
 
@@ -14,7 +14,6 @@ __all__ = [
     "PrepackedMatrix",
     "TappedModel",
     "TruncatedModel",
-    "in_dtype",
     "in_pass",
     "load",
     "pass_named",

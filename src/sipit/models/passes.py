@@ -55,11 +55,6 @@ def in_pass(lm: LanguageModel, name: str) -> LanguageModel:
     return lm.derived(("in pass", name), lambda: LanguageModel(_as_computed(lm, name), lm.tokenizer, name=lm.name))
 
 
-def in_dtype(lm: LanguageModel, dtype: torch.dtype) -> LanguageModel:
-    """Return the model with its weights rounded to a dtype, or widened to it; as `in_pass`."""
-    return in_pass(lm, str(dtype).removeprefix("torch."))
-
-
 def _as_computed(lm: LanguageModel, name: str) -> nn.Module:
     if name in AUTOCAST:
         return _under_autocast(lm.model, lm.family.trunk, AUTOCAST[name])

@@ -14,7 +14,7 @@ from sipit.inversion.evidence.result import Miss, PositionEvidence
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.search import across_dtypes
 from sipit.inversion.search.options import Progress
-from sipit.models import LanguageModel, in_dtype, in_pass
+from sipit.models import LanguageModel, in_pass
 from sipit.observations import Observation
 from tests.tiny_models import tiny_model, twin_model
 
@@ -69,7 +69,7 @@ def test_rows_of_something_else_are_unmatched(what: str, name: str) -> None:
 
 def test_states_that_differ_by_more_than_usual_are_judged_by_their_own_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = _model("llama")
-    seen = in_dtype(lm, torch.bfloat16).capture(input_ids=IDS, layer=2)
+    seen = in_pass(lm, "bfloat16").capture(input_ids=IDS, layer=2)
     monkeypatch.setattr(across_dtypes, "_WIDE", 0.1)  # so that every row is off by more
     monkeypatch.setattr(across_dtypes, "_WIDEST", 0.1)
     found = sipit.invert(lm, seen, pass_dtype="bfloat16")
@@ -100,7 +100,7 @@ def test_a_token_with_the_same_embedding_row_is_named(width: float, monkeypatch:
     monkeypatch.setattr(across_dtypes, "_WIDE", width)
     monkeypatch.setattr(across_dtypes, "_WIDEST", 4 * width)
     lm = LanguageModel(twin_model("llama", 17, 70), name="twins")
-    seen = in_dtype(lm, torch.bfloat16).capture(input_ids=IDS, layer=2)
+    seen = in_pass(lm, "bfloat16").capture(input_ids=IDS, layer=2)
     found = sipit.invert(lm, seen, pass_dtype="bfloat16")
     assert found.verdict == "ambiguous"
     shared = [{one.token_id, *(rival.token_id for rival in one.rivals)} for one in found.positions if one.rivals]
@@ -109,7 +109,7 @@ def test_a_token_with_the_same_embedding_row_is_named(width: float, monkeypatch:
 
 def test_a_known_prefix_and_many_observations_go_through() -> None:
     lm = _model("llama")
-    other = in_dtype(lm, torch.bfloat16)
+    other = in_pass(lm, "bfloat16")
     seen = other.capture(input_ids=IDS, layer=2)
     suffix = Observation(states=seen.states[3:], layer=2)
     found = sipit.invert(lm, suffix, known_prefix=IDS[:3], pass_dtype="bfloat16")
@@ -120,7 +120,7 @@ def test_a_known_prefix_and_many_observations_go_through() -> None:
 
 def test_progress_is_that_of_the_whole_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = _model("llama")
-    seen = in_dtype(lm, torch.bfloat16).capture(input_ids=IDS, layer=2)
+    seen = in_pass(lm, "bfloat16").capture(input_ids=IDS, layer=2)
     monkeypatch.setattr(across_dtypes, "_WIDE", 0.1)
     monkeypatch.setattr(across_dtypes, "_WIDEST", 0.1)
     told: list[Progress] = []
@@ -139,7 +139,7 @@ def test_the_same_dtype_is_the_ordinary_search() -> None:
 
 def test_holes_and_foreign_fingerprints_are_refused() -> None:
     lm = _model("llama")
-    seen = in_dtype(lm, torch.bfloat16).capture(input_ids=IDS, layer=2)
+    seen = in_pass(lm, "bfloat16").capture(input_ids=IDS, layer=2)
     holed = replace(seen, states=seen.states[::2], positions=(0, 2, 4, 6))
     with pytest.raises(OptionError, match="every position"):
         sipit.invert(lm, holed, pass_dtype="bfloat16")
@@ -158,7 +158,7 @@ def test_patience_ends_a_search_at_a_position() -> None:
 
 def test_the_pass_in_the_other_dtype_has_the_last_word() -> None:
     lm = _model("llama")
-    other = in_dtype(lm, torch.bfloat16)
+    other = in_pass(lm, "bfloat16")
     seen = replace(other.capture(input_ids=IDS, layer=1), fingerprint=None)
     off = across_dtypes.drift(lm, other, seen.cut, Meter()).half_steps(lm, seen)
     moved = replace(seen, states=lm.cut(seen.cut).ordinary(IDS) + 0.95 * off)  # as far as the search lets rows be off

@@ -8,7 +8,7 @@ import torch
 from sipit.errors import OptionError
 from sipit.inversion.judging import noise
 from sipit.inversion.judging.noise import noise_floor
-from sipit.models import LanguageModel, in_dtype, in_pass
+from sipit.models import LanguageModel, in_pass
 from sipit.observations import Cut
 from tests.tiny_models import random_ids, tiny_model
 
@@ -51,6 +51,6 @@ def test_each_arithmetic_has_a_noise_floor_of_its_own_in_the_next_process_too(mo
 def test_a_pass_is_made_once_and_one_without_a_name_is_refused() -> None:
     lm = LanguageModel(tiny_model("llama"), name="llama")
     assert in_pass(lm, "float32") is lm
-    assert in_pass(lm, "bfloat16") is in_dtype(lm, torch.bfloat16)
+    assert in_pass(lm, "bfloat16") is in_pass(lm, "bfloat16")
     with pytest.raises(OptionError, match="autocast-bfloat16"):
         in_pass(lm, "bf16")
