@@ -17,6 +17,7 @@ from sipit.inversion.judging.noise_model import noise_model
 from sipit.inversion.noise.beam_search import BeamSearch
 from sipit.inversion.noise.posterior import Candidates, TokenPosteriors
 from sipit.inversion.noise.prefixes import BeamPrefixes
+from sipit.models import in_pass
 from sipit.observations import Cut
 from tests.tiny_models import random_ids, text_model
 
@@ -74,6 +75,15 @@ def test_wrong_states_are_neither_recovered_nor_probable(lm: LanguageModel, kind
     }
     found = invert(lm, replace(seen, states=rows[kind]), noise="auto")
     assert found.verdict in ("ambiguous", "unmatched")
+
+
+def test_rows_that_another_arithmetic_moved_are_told_from_those_of_another_layer(lm: LanguageModel) -> None:
+    moved = in_pass(lm, "autocast-bfloat16").capture(input_ids=IDS, layer=LAYER)
+    elsewhere = replace(lm.capture(input_ids=IDS, layer=LAYER - 1), layer=LAYER)
+    found = [invert(lm, replace(seen, fingerprint=None), noise="auto") for seen in (moved, elsewhere)]
+    assert [one.verdict for one in found] == ["unmatched", "unmatched"]
+    hints = ["--pass-dtype" in one.miss.diagnosis for one in found if one.miss is not None]
+    assert hints == [True, False]
 
 
 def test_certificate_of_a_probable_prompt_holds_and_is_no_proof(lm: LanguageModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ _MOST_GROWTH = 1.2  # times the first guess that the estimated noise may be
 _SETTLED = 0.04  # relative change of the noise below which it counts as known
 _NAMED = 0.01  # posterior from which another token is named
 _MOST_NAMED = 8  # other tokens named at a position
+_STANDS_OUT = 0.15  # of the distance of other tokens: rows nearer than that to the prompt found are its own, moved
 _HELD_OUT_SLOPE = 0.5  # that held-out coordinates must exceed: of a wrong prompt they account for nothing
 
 
@@ -186,6 +188,8 @@ def inversion_of(
 ) -> Inversion:
     """Return the result of a decoding as an inversion."""
     verdict, reason = verdict_of(found)
+    if found.residuals.sigma * math.sqrt(seen.d_model) < _STANDS_OUT * found.residuals.gap:
+        reason += "; the prompt stands out all the same, as where another arithmetic moved the rows: try --pass-dtype"
     evidence = evidence_of(lm, seen, found)
     ids = [int(i) for i in found.input_ids]
     miss = None
