@@ -35,7 +35,7 @@ _MOST_GROWTH = 1.2  # times the first guess that the estimated noise may be
 _SETTLED = 0.04  # relative change of the noise below which it counts as known
 _NAMED = 0.01  # posterior from which another token is named
 _MOST_NAMED = 8  # other tokens named at a position
-_STANDS_OUT = 0.15  # of the distance of other tokens: rows nearer than that to the prompt found are its own, moved
+_STANDS_OUT = 0.05  # of the distance of other tokens: rows nearer than that to the prompt found are its own, moved
 _HELD_OUT_SLOPE = 0.5  # that held-out coordinates must exceed: of a wrong prompt they account for nothing
 
 
