@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sipit.errors import OptionError, ShapeError
-from sipit.inversion.evidence.cost import cost_of
+from sipit.inversion.evidence.cost import charge, cost_of
 from sipit.inversion.evidence.result import Inversion
 from sipit.inversion.fitting import fit_inverse
 from sipit.inversion.fitting.fit import OnFitProgress
@@ -155,7 +155,7 @@ def _inverted_in_order(
     rows, columns = arrangement.row_order, arrangement.column_order
     arranged = seen.arranged(row_order=rows, column_order=columns)
     found = search(lm, arranged, replace(options, hint=arrangement.input_ids))
-    meter.add(block_tokens=found.block_tokens, n_checked=found.n_checked, n_passes=found.n_passes)
+    charge(meter, found)
     cost = cost_of(lm, seen, meter, time.perf_counter() - began)
     return replace(found, observation_sha256=seen.digest(), row_order=rows, column_order=columns, **cost)
 

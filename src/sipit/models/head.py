@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from sipit.models.families import module_at
 from sipit.models.prepacked import prepacked
-from sipit.models.shallow import clone
+from sipit.models.shallow import with_part
 
 
 class LogitsHead(nn.Module):
@@ -31,11 +31,7 @@ class LogitsHead(nn.Module):
     def __init__(self, model: nn.Module, trunk: str) -> None:
         super().__init__()
         self._given = _Given(module_at(model, trunk))
-        part: nn.Module = self._given
-        names = trunk.split(".")
-        for depth in range(len(names) - 1, 0, -1):
-            part = clone(module_at(model, ".".join(names[:depth])), {names[depth]: part})
-        self._whole = (prepacked(clone(model, {names[0]: part})),)  # in a tuple: its weights are the model's
+        self._whole = (prepacked(with_part(model, trunk, self._given)),)  # in a tuple: its weights are the model's
 
     def forward(self, states: Tensor) -> Tensor:
         """(B, T, D) → (B, T, W)."""

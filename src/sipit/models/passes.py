@@ -15,7 +15,7 @@ from sipit.models.arithmetic import AUTOCAST, under_autocast
 from sipit.models.families import module_at
 from sipit.models.language_model import LanguageModel
 from sipit.models.quantized import is_quantized
-from sipit.models.shallow import clone
+from sipit.models.shallow import with_part
 from sipit.observations import DTYPES
 
 PASSES = (*DTYPES, *AUTOCAST)
@@ -64,8 +64,4 @@ def _as_computed(lm: LanguageModel, name: str) -> nn.Module:
 def _under_autocast(model: nn.Module, trunk: str, dtype: torch.dtype) -> nn.Module:
     """Return a shallow copy whose trunk and head compute under autocast, whoever calls either."""
     part = under_autocast(module_at(model, trunk), dtype)
-    names = trunk.split(".")
-    for depth in range(len(names) - 1, -1, -1):
-        outer = module_at(model, ".".join(names[:depth])) if depth else model
-        part = clone(outer, {names[depth]: part})
-    return under_autocast(part, dtype)
+    return under_autocast(with_part(model, trunk, part), dtype)

@@ -15,6 +15,12 @@ def clone(module: nn.Module, children: Mapping[str, nn.Module | None]) -> nn.Mod
     return copied
 
 
+def with_part(module: nn.Module, path: str, part: nn.Module) -> nn.Module:
+    """Return a shallow copy of `module` with another part at a dotted path."""
+    name, _, rest = path.partition(".")
+    return clone(module, {name: with_part(getattr(module, name), rest, part) if rest else part})
+
+
 def rewritten(module: nn.Module, rewrite: Callable[[nn.Module], nn.Module]) -> nn.Module:
     """Return a copy in which `rewrite` was applied to each module, the innermost first.
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from sipit.inversion.evidence.result import Inversion
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.judging.noise import noise_floor
 from sipit.models import LanguageModel
 from sipit.models.plain_pass import plain_seconds
 from sipit.observations import Observation
+
+
+def charge(meter: Meter, found: Inversion) -> None:
+    """Charge a meter for a whole search that was part of a larger one."""
+    meter.add(block_tokens=found.block_tokens, n_checked=found.n_checked, n_passes=found.n_passes)
 
 
 def cost_of(lm: LanguageModel, seen: Observation, meter: Meter, seconds: float) -> dict[str, Any]:

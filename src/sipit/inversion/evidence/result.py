@@ -42,6 +42,19 @@ class PositionEvidence:
         """How much nearer the accepted token is than the runner-up."""
         return None if self.runner_up is None else self.runner_up - self.distance
 
+    def missed(self, position: int, diagnosis: str) -> Miss:
+        """Return the miss that this evidence is once its token does not count as found."""
+        return Miss(
+            position=position,
+            token_id=self.token_id,
+            token=self.token,
+            distance=self.distance,
+            tolerance=self.tolerance,
+            n_checked=self.n_checked,
+            runner_up=self.runner_up,
+            diagnosis=diagnosis,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Miss:

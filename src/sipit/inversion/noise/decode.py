@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sipit.errors import OptionError
 from sipit.inversion.evidence.cost import cost_of
-from sipit.inversion.evidence.result import Candidate, Inversion, Miss, PositionEvidence, Verdict, decisive_tolerance
+from sipit.inversion.evidence.result import Candidate, Inversion, PositionEvidence, Verdict, decisive_tolerance
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.judging.noise_model import NoiseModel
 from sipit.inversion.judging.replay import replay
@@ -188,24 +188,16 @@ def inversion_of(
 ) -> Inversion:
     """Return the result of a decoding as an inversion."""
     verdict, reason = verdict_of(found)
-    if found.residuals.sigma * math.sqrt(seen.d_model) < _STANDS_OUT * found.residuals.gap:
-        reason += "; the prompt stands out all the same, as where another arithmetic moved the rows: try --pass-dtype"
     evidence = evidence_of(lm, seen, found)
     ids = [int(i) for i in found.input_ids]
     miss = None
     if verdict == "unmatched":
+        if found.residuals.sigma * math.sqrt(seen.d_model) < _STANDS_OUT * found.residuals.gap:
+            reason += (
+                "; the prompt stands out all the same, as where another arithmetic moved the rows: try --pass-dtype"
+            )
         worst = max(range(len(ids)), key=lambda i: evidence[i].distance)
-        one = evidence[worst]
-        miss = Miss(
-            position=worst,
-            token_id=one.token_id,
-            token=one.token,
-            distance=one.distance,
-            tolerance=one.tolerance,
-            n_checked=one.n_checked,
-            runner_up=one.runner_up,
-            diagnosis=reason,
-        )
+        miss = evidence[worst].missed(worst, reason)
         ids, evidence = [], []
     estimated = {**found.noise.parameters(), "says": found.noise.says(), "is_estimated": is_estimated}
     return Inversion(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sipit.errors import OptionError
 from sipit.float64 import as_float64
-from sipit.inversion.evidence.cost import cost_of
+from sipit.inversion.evidence.cost import charge, cost_of
 from sipit.inversion.evidence.result import (
     MOST_RIVALS,
     Candidate,
@@ -130,8 +130,13 @@ def search_across_dtypes(lm: LanguageModel, seen: Observation, pass_dtype: str, 
             verdict = "ambiguous"
         wrong = (found.over > 0).nonzero()[:, 0].tolist()
         if wrong:
-            miss, verdict = _missed(evidence[wrong[0]], seen.positions[wrong[0]], pass_dtype), "unmatched"
-            ids, evidence = ids[: wrong[0]], evidence[: wrong[0]]
+            first, verdict = wrong[0], "unmatched"
+            diagnosis = (
+                f"the nearest prompt's own pass in {pass_dtype} leaves more than its arithmetic explains: another "
+                "arithmetic, layer, site or model, or noise"
+            )
+            miss = evidence[first].missed(seen.positions[first], diagnosis)
+            ids, evidence = ids[:first], evidence[:first]
     return replace(
         last,
         fingerprint=other.fingerprint,
@@ -170,7 +175,7 @@ def _sought(
         hint = options.hint[len(done) :]
         part = replace(options, hint=hint, on_progress=on_progress, patience=_PATIENCE, pass_dtype=None)
         found = search(lm, _behind(relaxed, done), part)
-        _charge(meter, found)
+        charge(meter, found)
         evidence += found.positions
         if found.miss is None:
             return found, evidence
@@ -180,17 +185,13 @@ def _sought(
             on_progress = _after(options.on_progress, ids, seen.n_sought)
             there = replace(options, hint=(), on_progress=on_progress, patience=None, pass_dtype=None)
             own = search(other, _first_row(_behind(seen, ids)), there)
-            _charge(meter, own)
+            charge(meter, own)
             one = own.positions[0] if own.miss is None else _if_theirs(other, seen, ids, _nearest(lm, own.miss), meter)
             if one is None:
                 return replace(found, miss=own.miss), evidence
         evidence.append(one)
         if len(evidence) == seen.n_sought:
             return replace(found, miss=None), evidence
-
-
-def _charge(meter: Meter, found: Inversion) -> None:
-    meter.add(block_tokens=found.block_tokens, n_checked=found.n_checked, n_passes=found.n_passes)
 
 
 def _nearest(lm: LanguageModel, miss: Miss) -> PositionEvidence:
@@ -301,19 +302,3 @@ def _judged(
 
 def _swapped(ids: Sequence[int], place: int, token_id: int) -> list[int]:
     return [*ids[:place], token_id, *ids[place + 1 :]]
-
-
-def _missed(one: PositionEvidence, position: int, pass_dtype: str) -> Miss:
-    return Miss(
-        position=position,
-        token_id=one.token_id,
-        token=one.token,
-        distance=one.distance,
-        tolerance=one.tolerance,
-        n_checked=one.n_checked,
-        runner_up=one.runner_up,
-        diagnosis=(
-            f"the nearest prompt's own pass in {pass_dtype} leaves more than its arithmetic "
-            "explains: another arithmetic, layer, site or model, or noise"
-        ),
-    )
