@@ -15,7 +15,7 @@ from sipit.inversion import NoiseModel, certificate_of, check_certificate
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.judging.noise_model import noise_model
 from sipit.inversion.noise.beam_search import BeamSearch
-from sipit.inversion.noise.posterior import Candidates, TokenPosteriors
+from sipit.inversion.noise.posterior import Candidates, TokenPosteriors, Unrun
 from sipit.inversion.noise.prefixes import BeamPrefixes
 from sipit.models import in_pass
 from sipit.observations import Cut
@@ -146,9 +146,9 @@ def _all_pairs(lm: LanguageModel, seen: Observation, sigma: float) -> Tensor:
     states = torch.cat([lm.cut(seen.cut).ordinary_batch(part) for part in pairs.split(4096)]).double()  # (V², 2, D)
     logs = -0.5 * ((states - seen.states.double()) / sigma).square().sum(dim=(1, 2))
     prior = TokenPrior(lm, torch.empty(0, dtype=torch.long), Meter(), max_batch=64, seq_len=2)
-    first = prior.log_probabilities[0].double()
+    first = prior.probabilities[0].double().log()
     prior.grow(every, torch.zeros_like(every))
-    joint = logs.view(lm.vocab_size, -1) + first[:, None] + prior.log_probabilities.double()
+    joint = logs.view(lm.vocab_size, -1) + first[:, None] + prior.probabilities.double().log()
     return (joint - joint.flatten().logsumexp(dim=0)).exp()
 
 
@@ -158,8 +158,12 @@ def test_mass_left_out_stays_with_its_tokens() -> None:
         token_ids=torch.tensor([0, 1]),
         beams=torch.tensor([0, 0]),
         log_scores=torch.tensor([0.6, 0.3], dtype=torch.float64).log(),
-        log_rest=torch.tensor(0.1, dtype=torch.float64).log(),
-        log_others=torch.tensor([[0.0, 0.0, 1.0, 3.0]], dtype=torch.float64).log(),
+        unrun=Unrun(
+            token_ids=torch.tensor([0, 2]),
+            log_scores=torch.tensor([[0.0, 0.025]], dtype=torch.float64).log(),
+            log_elsewhere=torch.tensor([0.0, 0.0, 0.0, 0.075], dtype=torch.float64).log(),
+            beam_shares=torch.ones(1, dtype=torch.float64),
+        ),
     )
     kept_out.leave_out(0, torch.zeros(1, 0, dtype=torch.long), found, torch.tensor([0]))
     assert kept_out.left == pytest.approx(0.6)
@@ -169,13 +173,14 @@ def test_mass_left_out_stays_with_its_tokens() -> None:
 
 def test_paths_left_out_before_a_position_count_half_as_those_that_reached_it_and_half_as_its_row_alone() -> None:
     kept_out = TokenPosteriors(2, 3)
-    nothing = torch.full((1, 3), -torch.inf, dtype=torch.float64)
+    nothing = torch.full((3,), -torch.inf, dtype=torch.float64)
+    alone = torch.ones(1, dtype=torch.float64)
+    unrun = Unrun(token_ids=torch.arange(3), log_scores=nothing[None], log_elsewhere=nothing, beam_shares=alone)
 
     def found(ids: list[int], shares: list[float]) -> Candidates:
         logs = torch.tensor(shares, dtype=torch.float64).log()
         beams = torch.zeros(len(ids), dtype=torch.long)
-        rest = torch.tensor(-torch.inf, dtype=torch.float64)
-        return Candidates(token_ids=torch.tensor(ids), beams=beams, log_scores=logs, log_rest=rest, log_others=nothing)
+        return Candidates(token_ids=torch.tensor(ids), beams=beams, log_scores=logs, unrun=unrun)
 
     kept_out.leave_out(0, torch.zeros(1, 0, dtype=torch.long), found([0, 1], [0.8, 0.2]), torch.tensor([0]))
     kept_out.leave_out(1, torch.tensor([[0]]), found([1, 2], [0.75, 0.25]), torch.tensor([0]))

@@ -2,7 +2,8 @@
 
 At each position the tokens of all beams compete: the best by prior and token map are run through the model, and the
 beams that go on are the best by prior and the exact likelihood of all rows so far. A beam that a later row speaks
-against loses to another one: so later rows revise earlier tokens. Shapes: B beams, N candidates, V = vocab_size.
+against loses to another one: so later rows revise earlier tokens. Shapes: B beams, N candidates, M likely
+tokens, V = vocab_size.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sipit.float64 import as_float64
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.judging.noise_model import NoiseModel
-from sipit.inversion.noise.posterior import Candidates, TokenPosteriors
+from sipit.inversion.noise.fast_passes import passes_behind
+from sipit.inversion.noise.posterior import Candidates, TokenPosteriors, Unrun
 from sipit.inversion.noise.prefixes import BeamPrefixes
-from sipit.inversion.noise.prior import TokenPrior, anywhere_log_probabilities
+from sipit.inversion.noise.prior import TokenPrior, anywhere_probabilities
 from sipit.inversion.noise.token_map import first_rows_of_all, token_map
 from sipit.inversion.noise.token_ranking import Shown, TokenRanking, with_unmapped
 from sipit.models import LanguageModel
@@ -30,7 +33,7 @@ _TEMPER = (
 )
 _ROWS = 4096  # of candidates compared at once
 _OF_EACH = 3  # tokens run behind every beam, to know the map's offset there
-_LIKELY = 8192  # tokens whose errors of the map are learned from those of the tokens run
+_LIKELY, _EXPECTED = 6144, 2048  # tokens, by map and prior and by the prior alone, that are ranked at a position
 _MORE = 256  # tokens run at a time where nothing fits
 _TEACHERS = 512  # tokens run, those whose rows are nearest, that others' errors are learned from where nothing fits
 _SURPRISE = 4.0  # standard deviations that the best state's residual is too large by where nothing fits
@@ -85,12 +88,13 @@ class BeamSearch:
         known = torch.tensor(seen.known_prefix, dtype=torch.long)
         batch = self._effort.max_batch
         self._map = token_map(lm, seen.cut, meter)
-        self._prefixes = BeamPrefixes(self._model, known, max_batch=batch)
+        passes = passes_behind(lm, seen.cut, noise, meter)
+        self._prefixes = BeamPrefixes(self._model, known, max_batch=batch, passes=passes)
         self._prior = TokenPrior(lm, known, meter, max_batch=batch, seq_len=seen.n_positions)
         self._clean = self._map.compared(self._filled())  # (T, S)
         self._ranking = TokenRanking(self._map, noise.variances(seen.d_model))
         self._seen = seen
-        self._unigram = anywhere_log_probabilities(lm, meter).cpu().double()  # (V,)
+        self._unigram = anywhere_probabilities(lm, meter).cpu().double().log()  # (V,)
         self._n_surprised = self._effort.n_surprised
         self._distances: list[dict[int, float]] = []
         self._local: list[Tensor] = []  # (V,) log-probabilities at each row by that row alone
@@ -154,49 +158,61 @@ class BeamSearch:
             scores: (B,) of the beams.
             wanted: a token and its beam that are among them in any case.
         """
-        prior = self._prior.log_probabilities.cpu().double() + scores[:, None]  # (B, V)
+        prior = self._prior.probabilities.cpu()  # (B, V)
         if self._prefixes.position == 0:
-            return self._first_candidates(prior, wanted)
-        expected = torch.logaddexp((prior - scores.logsumexp(dim=0)).logsumexp(dim=0), self._unigram)  # (V,)
-        clean = self._clean[row]  # (S,)
-        likelihoods = self._ranking.at_first(clean).cpu().double()  # (V,)
-        guessed = expected + _TEMPER * likelihoods
-        likely = guessed.topk(min(_LIKELY, len(guessed))).indices
-        ids, beams = _with(wanted, *_best_of_each(prior + _TEMPER * likelihoods, _OF_EACH, self._effort.n_shown))
+            return self._first_candidates(prior[0].double().log() + scores, wanted)
+        clean, total = self._clean[row], scores.logsumexp(dim=0)
+        shares = (scores - total).exp()  # (B,) of the beams
+        mean = (shares.float() @ prior).double().log()  # (V,) behind all beams
+        expected = torch.logaddexp(mean, self._unigram)
+        guessed = expected + _TEMPER * self._ranking.at_first(clean).cpu().double()  # (V,)
+        likely = torch.cat([_top(guessed, _LIKELY), _top(expected, _EXPECTED), torch.tensor((wanted or ())[:1]).long()])
+        likely = likely.unique()  # (M,), ascending
+        logs = prior[:, likely].double().log() + scores[:, None]  # (B, M)
+        at, beams = _best_of_each(logs + (guessed - expected)[likely], _OF_EACH, self._effort.n_shown)
+        ids, beams = _with(wanted, likely[at], beams)
         states = self._states(ids, beams)
         for n in self._effort.n_candidates:
             shown = Shown(token_ids=ids, beams=beams, states=states, n_beams=len(prior))
             likelihoods = self._ranking.sharpened(clean, shown, likely).cpu().double()
-            ranked = prior + likelihoods  # (B, V)
-            rankings = ranked, prior + with_unmapped(likelihoods), _DOUBTED * prior + likelihoods
-            new_ids, new_beams = _more(rankings, ids, beams, n)
-            ids, beams = torch.cat([ids, new_ids]), torch.cat([beams, new_beams])
-            states = torch.cat([states, self._states(new_ids, new_beams)])
-        self._local.append((likelihoods[0] + expected).log_softmax(dim=0))
+            ranked = logs + likelihoods  # (B, M)
+            rankings = ranked, logs + with_unmapped(likelihoods), _DOUBTED * logs + likelihoods
+            at, new_beams = _more(rankings, torch.searchsorted(likely, ids), beams, n)
+            ids, beams = torch.cat([ids, likely[at]]), torch.cat([beams, new_beams])
+            states = torch.cat([states, self._states(likely[at], new_beams)])
+        by_map = self._ranking.by_map(clean, shown, shares).cpu().double()  # (V,)
+        alone = (by_map + expected).index_copy(0, likely, likelihoods[0] + expected[likely])
+        self._local.append(alone.log_softmax(dim=0))
         fits = self._likelihoods(row, states)  # (N,)
         best = int(scores.argmax())
-        while self._n_surprised > 0 and self._is_surprising(row, states[(prior[beams, ids] + fits).argmax()]):
+        while self._n_surprised > 0 and self._is_surprising(
+            row, states[(prior[beams, ids].double().log() + scores[beams] + fits).argmax()]
+        ):
             near = torch.cat([(beams == best).nonzero()[:, 0], fits.topk(min(_TEACHERS, len(fits))).indices]).unique()
             shown = Shown(token_ids=ids[near], beams=beams[near], states=states[near], n_beams=len(prior))
-            likely = likelihoods[best].topk(len(likely)).indices
+            by_map = self._ranking.by_map(clean, shown, F.one_hot(torch.tensor(best), len(prior))).cpu().double()
+            likely = torch.cat([_top(by_map, _LIKELY), ids]).unique()
+            logs = prior[:, likely].double().log() + scores[:, None]
             likelihoods = self._ranking.sharpened(clean, shown, likely).cpu().double()
-            ranked = prior + likelihoods
-            more = prior + with_unmapped(likelihoods)
-            more[beams, ids] = -math.inf
-            n = min(_MORE, self._n_surprised, int(more[best].isfinite().sum()))
+            ranked = logs + likelihoods
+            more = (logs + with_unmapped(likelihoods))[best]  # (M,)
+            more[torch.searchsorted(likely, ids[beams == best])] = -math.inf
+            n = min(_MORE, self._n_surprised, int(more.isfinite().sum()))
             if not n:
                 break
             self._n_surprised -= n
-            new_ids, new_beams = more[best].topk(n).indices, torch.full((n,), best)
+            new_ids, new_beams = likely[more.topk(n).indices], torch.full((n,), best)
             new_states = self._states(new_ids, new_beams)
             ids, beams = torch.cat([ids, new_ids]), torch.cat([beams, new_beams])
             states, fits = torch.cat([states, new_states]), torch.cat([fits, self._likelihoods(row, new_states)])
-        exact = prior[beams, ids] + fits
+        exact = prior[beams, ids].double().log() + scores[beams] + fits
         self._note_distances(row, ids, states)
-        ranked += exact.logsumexp(dim=0) - ranked[beams, ids].logsumexp(dim=0)  # noise that is not normal is off
-        ranked[beams, ids] = -math.inf
-        rest = ranked.flatten().logsumexp(dim=0)
-        return Candidates(token_ids=ids, beams=beams, log_scores=exact, log_rest=rest, log_others=ranked)
+        at = torch.searchsorted(likely, ids)
+        off = exact.logsumexp(dim=0) - ranked[beams, at].logsumexp(dim=0)  # noise that is not normal is off
+        ranked[beams, at] = -math.inf
+        elsewhere = (mean + total + by_map).index_fill(0, likely, -math.inf)
+        unrun = Unrun(token_ids=likely, log_scores=ranked + off, log_elsewhere=elsewhere + off, beam_shares=shares)
+        return Candidates(token_ids=ids, beams=beams, log_scores=exact, unrun=unrun)
 
     def _is_surprising(self, row: int, state: Tensor) -> bool:
         """Whether even the best state leaves more of a row than the noise explains: the right token was not run."""
@@ -211,13 +227,16 @@ class BeamSearch:
         states = first_rows_of_all(self._lm, self._seen.cut, self._meter)
         likelihoods = self._likelihoods(0, states)  # (V,)
         self._local.append((likelihoods + self._unigram).log_softmax(dim=0))
-        scores = prior + likelihoods  # (1, V)
+        scores = (prior + likelihoods)[None]  # (1, V)
         ids, beams = _with(wanted, *_best(scores, scores.flatten().logsumexp(dim=0), self._lm.vocab_size))
         self._note_distances(0, ids, states[ids.to(states.device)])
-        others = scores.clone()
-        others[beams, ids] = -math.inf
-        rest = others.flatten().logsumexp(dim=0)
-        return Candidates(token_ids=ids, beams=beams, log_scores=scores[0, ids], log_rest=rest, log_others=others)
+        unrun = Unrun(
+            token_ids=torch.arange(len(prior)),
+            log_scores=scores.index_fill(1, ids, -math.inf),
+            log_elsewhere=torch.full_like(prior, -math.inf),
+            beam_shares=torch.ones(1, dtype=torch.float64),
+        )
+        return Candidates(token_ids=ids, beams=beams, log_scores=scores[0, ids], unrun=unrun)
 
     def _note_distances(self, row: int, ids: Tensor, states: Tensor) -> None:
         """Note how far the row lies from what tokens lead to, the nearest behind any beam. (N,), (N, W)."""
@@ -242,20 +261,25 @@ class BeamSearch:
         return states
 
 
-def _more(rankings: Sequence[Tensor], ids: Tensor, beams: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Return up to n candidates beside those run, as many by each ranking. (B, V) each."""
+def _top(scores: Tensor, n: int) -> Tensor:
+    """Return the places of the n highest scores. (V,) → (n,)."""
+    return scores.topk(min(n, len(scores))).indices
+
+
+def _more(rankings: Sequence[Tensor], at: Tensor, beams: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Return columns and beams of up to n candidates beside those run, as many by each ranking. (B, M) each."""
     chosen = torch.zeros_like(rankings[0], dtype=torch.bool)
     for scores in rankings:
         left = scores.clone()
-        left[beams, ids] = -math.inf
-        more_ids, more_beams = _best(left, scores.flatten().logsumexp(dim=0), n // len(rankings))
-        chosen[more_beams, more_ids] = True
+        left[beams, at] = -math.inf
+        more_at, more_beams = _best(left, scores.flatten().logsumexp(dim=0), n // len(rankings))
+        chosen[more_beams, more_at] = True
     places = chosen.flatten().nonzero()[:, 0]
     return places % chosen.shape[1], places // chosen.shape[1]
 
 
 def _best(scores: Tensor, total: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Return the tokens and beams of the highest scores: n, or fewer that leave little mass. (B, V) → (n,), (n,)."""
+    """Return columns and beams of the highest scores: n, or fewer that leave little mass. (B, M) → (n,), (n,)."""
     best = scores.flatten().topk(min(n, int(scores.isfinite().sum())))
     shares = (best.values - total).exp()
     left = (scores.flatten().logsumexp(dim=0) - total).exp()
@@ -265,8 +289,10 @@ def _best(scores: Tensor, total: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 
 def _best_of_each(scores: Tensor, n_each: int, n: int) -> tuple[Tensor, Tensor]:
-    """Return the tokens and beams of the n highest scores and of the n_each highest of every beam. (B, V)."""
-    own = scores.topk(n_each, dim=1).indices + torch.arange(len(scores))[:, None] * scores.shape[1]  # (B, n_each)
+    """Return columns and beams of the n highest scores and of the n_each highest of every beam. (B, M)."""
+    own = (
+        scores.topk(min(n_each, scores.shape[1]), dim=1).indices + torch.arange(len(scores))[:, None] * scores.shape[1]
+    )  # (B, n_each)
     places = torch.cat([own.flatten(), scores.flatten().topk(min(n, scores.numel())).indices]).unique()
     return places % scores.shape[1], places // scores.shape[1]
 

@@ -2,7 +2,7 @@
 
 A search that counts only what is left at its end is sure of everything: the beams that are left share their early
 tokens. Here a path that is left out keeps the share of all mass it had then, and those that go on share the rest.
-Shapes: T rows, B beams, N candidates, V = vocab_size.
+Shapes: T rows, B beams, N candidates, M others that are likely, V = vocab_size.
 """
 
 from __future__ import annotations
@@ -15,14 +15,28 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Unrun:
+    """Continuations of beams at one position that were not run, as they were ranked."""
+
+    token_ids: Tensor  # (M,) likely ones, each another
+    log_scores: Tensor  # (B, M) float64, -inf of those that were run
+    log_elsewhere: Tensor  # (V,) float64 of other tokens behind all beams, -inf of the likely ones
+    beam_shares: Tensor  # (B,) float64: of what is elsewhere
+
+    @property
+    def log_mass(self) -> Tensor:
+        """Of all of them: ()."""
+        return torch.logaddexp(self.log_scores.flatten().logsumexp(dim=0), self.log_elsewhere.logsumexp(dim=0))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Candidates:
     """Continuations of beams at one position. N of them were run through the model."""
 
     token_ids: Tensor  # (N,)
     beams: Tensor  # (N,) that each continues
     log_scores: Tensor  # (N,) float64
-    log_rest: Tensor  # () float64: log-mass of all that were not run
-    log_others: Tensor  # (B, V) float64: of those, but for a constant, as they were ranked; -inf of those run
+    unrun: Unrun  # all others
 
 
 class TokenPosteriors:
@@ -36,20 +50,21 @@ class TokenPosteriors:
 
     def leave_out(self, row: int, prefixes: Tensor, found: Candidates, kept: Tensor) -> None:
         """Count the candidates at a row that do not go on. (B, t) tokens of the beams so far, (B',) that do."""
-        total = torch.logaddexp(found.log_scores.logsumexp(dim=0), found.log_rest)
+        unrun = found.unrun
+        total = torch.logaddexp(found.log_scores.logsumexp(dim=0), unrun.log_mass)
         shares = (found.log_scores - total).exp() * self.left  # (N,)
         go_on = shares[kept].sum()
         self._here[row].index_add_(0, found.token_ids, shares)
         shares = shares.index_fill(0, kept, 0.0)
-        rest = (found.log_rest - total).exp() * self.left
-        others = torch.zeros_like(found.log_others)  # (B, V)
-        if rest > 0:  # else every token was run
-            others = (found.log_others - found.log_others.flatten().logsumexp(dim=0)).exp() * rest
-        of_beams = others.sum(dim=1).index_add_(0, found.beams, shares)  # (B,)
+        others = (unrun.log_scores - total).exp() * self.left  # (B, M)
+        elsewhere = (unrun.log_elsewhere - total).exp() * self.left  # (V,)
+        of_beams = others.sum(dim=1) + elsewhere.sum() * unrun.beam_shares  # (B,)
+        of_beams.index_add_(0, found.beams, shares)
+        of_tokens = elsewhere.index_add_(0, unrun.token_ids, others.sum(dim=0))  # (V,)
         for place in range(row):
             self._mass[place].index_add_(0, prefixes[:, place], of_beams)
-        self._mass[row] += others.sum(dim=0)
-        self._here[row] += others.sum(dim=0)
+        self._mass[row] += of_tokens
+        self._here[row] += of_tokens
         self._mass[row].index_add_(0, found.token_ids, shares)
         self._ahead[row + 1 :] += of_beams.sum()
         self.left = float(go_on)

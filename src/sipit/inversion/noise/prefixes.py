@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
+from sipit.inversion.noise.fast_passes import Passes
 from sipit.models import TruncatedModel
 
 
@@ -15,9 +18,11 @@ class BeamPrefixes:
         model: cut where states are wanted.
         known: token ids before the first position, the same for all: (P,).
         max_batch: most tokens in one packed pass.
+        passes: what passes are run within.
     """
 
-    def __init__(self, model: TruncatedModel, known: Tensor, *, max_batch: int) -> None:
+    def __init__(self, model: TruncatedModel, known: Tensor, *, max_batch: int, passes: Passes = nullcontext) -> None:
+        self._passes = passes
         self._row = model.row(known)
         self.layer = model.layer
         self._continues = torch.ones(1, len(known), dtype=torch.bool)  # (B, kept tokens) those of each prefix
@@ -30,14 +35,16 @@ class BeamPrefixes:
         for part in torch.arange(len(token_ids)).split(self._max_batch):
             places = torch.full((len(part),), self.position)
             continues = self._continues[beams[part]]
-            parts.append(self._row.run(token_ids[part], places, continues=continues))
+            with self._passes():
+                parts.append(self._row.run(token_ids[part], places, continues=continues))
         return torch.cat(parts)
 
     def grow(self, token_ids: Tensor, beams: Tensor) -> Tensor:
         """Make new beams of tokens behind old ones, and return their values. (B',), (B',) → (B', W)."""
         n_new = len(token_ids)
         places = torch.full((n_new,), self.position)
-        states = self._row.run(token_ids, places, continues=self._continues[beams])
+        with self._passes():
+            states = self._row.run(token_ids, places, continues=self._continues[beams])
         self._row.keep(range(n_new))
         continues = torch.cat([self._continues[beams], torch.eye(n_new, dtype=torch.bool)], dim=1)
         alive = continues.any(dim=0).nonzero()[:, 0]

@@ -1,17 +1,16 @@
-"""Log-probabilities of the next token behind each beam, under the language model itself.
+"""Probabilities of the next token behind each beam, under the language model itself.
 
 A share of the probability is spread over the whole vocabulary: a prompt may hold what the model thinks impossible.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from sipit.inversion.judging.calibration import calibration_prompts
 from sipit.inversion.judging.meter import Meter
+from sipit.inversion.noise.fast_passes import fast_passes
 from sipit.inversion.noise.prefixes import BeamPrefixes
 from sipit.inversion.proposals.continuations import opening_log_probabilities
 from sipit.models import LanguageModel
@@ -35,62 +34,62 @@ class TokenPrior:
         self._lm, self._meter = lm, meter
         model = lm.cut(lm.final_cut, seq_len=seq_len)
         self._n_blocks = model.layer
+        self._passes = fast_passes(lm)
+        self._prefixes = BeamPrefixes(model, known[:-1], max_batch=max_batch, passes=self._passes)
         if len(known):
-            self._prefixes = BeamPrefixes(model, known[:-1], max_batch=max_batch)
-            self.log_probabilities = self._grown(known[-1:], torch.zeros(1, dtype=torch.long))  # (B, V)
+            self.probabilities = self._grown(known[-1:], torch.zeros(1, dtype=torch.long))  # (B, V)
         else:
-            self._prefixes = BeamPrefixes(model, known, max_batch=max_batch)
-            self.log_probabilities = _first(lm, meter)[None]
+            self.probabilities = _first(lm, meter)[None]
 
     def grow(self, token_ids: Tensor, beams: Tensor) -> None:
         """Make new beams of tokens behind old ones. (B',), (B',)."""
-        self.log_probabilities = self._grown(token_ids, beams)
+        self.probabilities = self._grown(token_ids, beams)
 
     def _grown(self, token_ids: Tensor, beams: Tensor) -> Tensor:
         finals = self._prefixes.grow(token_ids, beams)  # (B', D)
         self._meter.spend(len(token_ids), self._n_blocks)
-        return log_probabilities_behind(self._lm, finals)
+        with self._passes():
+            return probabilities_behind(self._lm, finals)
 
 
-def log_probabilities_behind(lm: LanguageModel, finals: Tensor) -> Tensor:
-    """Return log-probabilities of the token behind each of some final states. (N, D) → (N, V)."""
-    return _widened(lm.next_token_logits(finals).log_softmax(dim=1), _ANY)
+def probabilities_behind(lm: LanguageModel, finals: Tensor) -> Tensor:
+    """Return probabilities of the token behind each of some final states. (N, D) → (N, V) float32."""
+    return _widened(lm.next_token_logits(finals).float().softmax(dim=1), _ANY)
 
 
 def log_probabilities_along(lm: LanguageModel, input_ids: Tensor, n_known: int, meter: Meter) -> Tensor:
     """Return log-probabilities at every position of a prompt behind its known prefix. (P + T,) → (T, V) float64."""
     finals = lm.cut(lm.final_cut, seq_len=len(input_ids)).ordinary(input_ids)
     meter.spend(len(input_ids), lm.n_layers)
-    behind = log_probabilities_behind(lm, finals[max(n_known - 1, 0) : -1])
-    logs = behind if n_known else torch.cat([_first(lm, meter)[None].to(behind), behind])
-    return logs.cpu().double()
+    behind = probabilities_behind(lm, finals[max(n_known - 1, 0) : -1])
+    found = behind if n_known else torch.cat([_first(lm, meter)[None].to(behind), behind])
+    return found.cpu().double().log()
 
 
 def _first(lm: LanguageModel, meter: Meter) -> Tensor:
-    """Return log-probabilities of a first token, of a whole text as likely as of one cut out of the middle. (V,)."""
-    both = torch.stack([opening_log_probabilities(lm, meter), anywhere_log_probabilities(lm, meter)])
-    return _widened(both.logsumexp(dim=0) - math.log(2), _ANY_FIRST)
+    """Return probabilities of a first token, of a whole text as likely as of one cut out of the middle. (V,)."""
+    opening = opening_log_probabilities(lm, meter).float().exp()
+    return _widened((opening + anywhere_probabilities(lm, meter).to(opening)) / 2, _ANY_FIRST)
 
 
-def _widened(logs: Tensor, share: float) -> Tensor:
-    """Return log-probabilities with a share of them spread evenly. (…, V)."""
-    floor = torch.full_like(logs, math.log(share / logs.shape[-1]))
-    return torch.logaddexp(logs + math.log1p(-share), floor)
+def _widened(probabilities: Tensor, share: float) -> Tensor:
+    """Return probabilities with a share of them spread evenly, in place. (…, V)."""
+    return probabilities.mul_(1 - share).add_(share / probabilities.shape[-1])
 
 
-def anywhere_log_probabilities(lm: LanguageModel, meter: Meter) -> Tensor:
-    """Return log-probabilities of a token somewhere in a text, made once. (V,).
+def anywhere_probabilities(lm: LanguageModel, meter: Meter) -> Tensor:
+    """Return probabilities of a token somewhere in a text, made once. (V,) float32.
 
     The mean of the model's predictions behind every token of a few texts; flat without a tokenizer.
     """
 
     def made() -> Tensor:
         if lm.tokenizer is None:
-            return torch.full((lm.vocab_size,), -math.log(lm.vocab_size), device=lm.device)
+            return torch.full((lm.vocab_size,), 1 / lm.vocab_size, device=lm.device)
         full = lm.cut(lm.final_cut)
         prompts = calibration_prompts(lm)[-1:]
         meter.spend(sum(len(ids) for ids in prompts), full.layer)
-        logs = torch.cat([lm.next_token_logits(full.ordinary(ids)).log_softmax(dim=1) for ids in prompts])
-        return _widened(logs.logsumexp(dim=0) - math.log(len(logs)), _ANY_FIRST)
+        behind = [lm.next_token_logits(full.ordinary(ids)).float().softmax(dim=1) for ids in prompts]
+        return _widened(torch.cat(behind).mean(dim=0), _ANY_FIRST)
 
-    return lm.derived("log-probabilities anywhere", made)
+    return lm.derived("probabilities anywhere", made)

@@ -18,7 +18,8 @@ from torch import Tensor
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.judging.noise_model import NoiseModel
 from sipit.inversion.noise.beam_search import Beams
-from sipit.inversion.noise.prior import log_probabilities_along, log_probabilities_behind
+from sipit.inversion.noise.fast_passes import Passes, fast_passes, passes_behind
+from sipit.inversion.noise.prior import log_probabilities_along, probabilities_behind
 from sipit.models import LanguageModel, TruncatedModel
 from sipit.models.packed_row import PackedRow, in_turn
 from sipit.observations import Observation
@@ -29,6 +30,15 @@ _HALVING = ((1, 128), (4, 48))  # rows behind a replacement that it is judged by
 _SWEEPS = 4  # replacements made in turn
 _TOKENS = 256  # in one packed pass
 _MOST_GAIN = 50.0  # nats: more makes no difference, and would overflow
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Along:
+    """A prompt in one row of a model, behind whose tokens replacements are run."""
+
+    model: TruncatedModel
+    row: PackedRow
+    passes: Passes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -76,6 +86,7 @@ class Revision:
         self._n_known = len(seen.known_prefix)
         self._model = lm.cut(seen.cut, seq_len=seen.n_positions)
         self._full = lm.cut(lm.final_cut, seq_len=seen.n_positions)
+        self._passes, self._fast = passes_behind(lm, seen.cut, noise, meter), fast_passes(lm)
         self._observed = seen.states.to(self._model.device).float()  # (T, W)
         self._known = torch.tensor(seen.known_prefix, dtype=torch.long)
 
@@ -123,7 +134,8 @@ class Revision:
         ids = torch.cat([self._known, prompt])
         before = log_probabilities_along(self._lm, ids, self._n_known, self._meter)  # (T, V)
         own = before[torch.arange(len(prompt)), prompt]  # (T,)
-        row, full = self._model.row(ids), self._full.row(ids)
+        own_row = _Along(model=self._model, row=self._model.row(ids), passes=self._passes)
+        full_row = _Along(model=self._full, row=self._full.row(ids), passes=self._fast)
         states = self._model.ordinary(ids)[self._n_known :].float()
         likely = self._likelihoods(states, torch.arange(len(prompt)))  # (T,)
         self._meter.spend(2 * len(ids), self._model.layer)
@@ -131,12 +143,12 @@ class Revision:
         gains = before[tried.rows, tried.tokens] - own[tried.rows]  # (N,)
         worth: _Replacements | None = None
         for n_more, n_kept in halving:
-            near = gains + self._likelihood_gains(row, ids, tried, likely, n_more)
+            near = gains + self._likelihood_gains(own_row, ids, tried, likely, n_more)
             left = near.topk(min(n_kept, len(near))).indices
             tried, gains = tried.some(left), gains[left]
             worth = worth or tried
-        gains = gains + self._likelihood_gains(row, ids, tried, likely, len(prompt))
-        gains = gains + self._prior_gains(full, ids, tried, own)
+        gains = gains + self._likelihood_gains(own_row, ids, tried, likely, len(prompt))
+        gains = gains + self._prior_gains(full_row, ids, tried, own)
         return _Judged(tried=tried, gains=gains, worth=worth or tried)
 
     def _likelihoods(self, states: Tensor, rows: Tensor) -> Tensor:
@@ -144,29 +156,28 @@ class Revision:
         return self._noise.log_likelihood(self._observed[rows.to(self._observed.device)], states).cpu()
 
     def _likelihood_gains(
-        self, row: PackedRow, ids: Tensor, tried: _Replacements, likely: Tensor, n_more: int
+        self, along: _Along, ids: Tensor, tried: _Replacements, likely: Tensor, n_more: int
     ) -> Tensor:
         """Return what replacements add to the log-likelihood of their row and some more. (P + T,), (T,) → (N,)."""
         gains = torch.zeros(len(tried.rows), dtype=torch.float64)
-        for chains in self._chains(self._model, row, ids, tried, n_more):
+        for chains in self._chains(along, ids, tried, n_more):
             at = chains.places - self._n_known
             gains.index_add_(0, chains.of, self._likelihoods(chains.values.float(), at) - likely[at])
         return gains
 
-    def _prior_gains(self, row: PackedRow, ids: Tensor, tried: _Replacements, own: Tensor) -> Tensor:
+    def _prior_gains(self, along: _Along, ids: Tensor, tried: _Replacements, own: Tensor) -> Tensor:
         """Return what replacements add to the log-probability of the tokens behind them. (P + T,), (T,) → (N,)."""
         gains = torch.zeros(len(tried.rows), dtype=torch.float64)
-        for chains in self._chains(self._full, row, ids, tried, len(ids)):
+        for chains in self._chains(along, ids, tried, len(ids)):
             goes_on = chains.places + 1 < len(ids)
             after = chains.places[goes_on] + 1
-            logs = log_probabilities_behind(self._lm, chains.values[goes_on.to(chains.values.device)]).cpu().double()
-            found = logs[torch.arange(len(after)), ids[after]]
+            with self._fast():
+                behind = probabilities_behind(self._lm, chains.values[goes_on.to(chains.values.device)]).cpu()
+            found = behind[torch.arange(len(after)), ids[after]].double().log()
             gains.index_add_(0, chains.of[goes_on], found - own[after - self._n_known])
         return gains
 
-    def _chains(
-        self, model: TruncatedModel, row: PackedRow, ids: Tensor, tried: _Replacements, n_more: int
-    ) -> Iterator[_Chains]:
+    def _chains(self, along: _Along, ids: Tensor, tried: _Replacements, n_more: int) -> Iterator[_Chains]:
         """Run replacements and up to n_more tokens behind each, in passes that hold some of them."""
         first = tried.rows + self._n_known
         lengths = (len(ids) - first).clamp(max=1 + n_more)  # (N,)
@@ -180,7 +191,8 @@ class Revision:
             packed = torch.where(steps == 0, tried.tokens[of], ids[places])
             continues = torch.arange(len(ids))[None] < first[of][:, None]  # (Q, P)
             attends = in_turn(len(of)) & (of[:, None] == of[None])
-            values = row.run(packed, places, attends, continues=continues)
-            self._meter.spend(len(of), model.layer)
+            with along.passes():
+                values = along.row.run(packed, places, attends, continues=continues)
+            self._meter.spend(len(of), along.model.layer)
             yield _Chains(of=of, places=places, values=values)
             begin = end

@@ -185,16 +185,16 @@ def _samples(lm: LanguageModel, cut: Cut, meter: Meter, generator: torch.Generat
     rows: list[Tensor] = []
     groups: list[Tensor] = []
     for length in range(min(_LENGTHS[-1], longest) + 1):
-        chances = prior.log_probabilities.float().cpu().expand(_WRITINGS, -1)  # (B, V)
+        chances = prior.probabilities.cpu().expand(_WRITINGS, -1)  # (B, V)
         if length in _LENGTHS:
-            likely = (chances / _WARM).softmax(dim=1)
+            likely = (chances.log() / _WARM).softmax(dim=1)
             for text, share in zip(texts, likely, strict=True):
                 drawn = torch.multinomial(share, min(_LIKELY, most), generator=generator)
                 ids = torch.cat([drawn, spread_ids(lm.vocab_size, min(_ANY, most), generator)]).unique()
                 tokens.append(ids)
                 rows.append(_behind(lm, cut, text, meter, ids))
                 groups.append(torch.full_like(ids, len(groups)))
-        drawn = torch.multinomial(chances.exp(), 1, generator=generator)
+        drawn = torch.multinomial(chances, 1, generator=generator)
         texts = torch.cat([texts, drawn], dim=1)
         prior.grow(drawn[:, 0], torch.zeros(_WRITINGS, dtype=torch.long) if not length else torch.arange(_WRITINGS))
     return _Samples(token_ids=torch.cat(tokens), rows=torch.cat(rows), groups=torch.cat(groups))

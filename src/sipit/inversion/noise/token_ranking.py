@@ -77,17 +77,20 @@ class TokenRanking:
             likely: (M,) tokens whose errors are learned from those of the others.
 
         Returns:
-            (B, V)
+            (B, M)
         """
-        ids, beams = shown.token_ids, shown.beams.to(self._image.device)
-        errors = self._mapped.errors(shown.states, ids) @ self._whitening  # (N, S)
-        offsets = self._offsets(errors, beams, shown.n_beams)  # (B, S)
+        errors, offsets = self._errors(shown)  # (N, S), (B, S)
         left = (row - self._mapped.mean) @ self._whitening - offsets  # (B, S)
-        own = 0.5 * left.square().sum(dim=1, keepdim=True)
-        found: Tensor = left @ self._image.T - self._penalty - own + self._constant(torch.ones_like(self._noise))
-        likely = likely.to(found.device)
-        found[:, likely] = self._learned(left, errors - offsets[beams], ids, likely)
-        return found
+        errors = errors - offsets[shown.beams.to(offsets.device)]
+        return self._learned(left, errors, shown.token_ids, likely.to(left.device))
+
+    def by_map(self, row: Tensor, shown: Shown, weights: Tensor) -> Tensor:
+        """As `sharpened`, of all tokens, by the map and the mean offset of beams of some weights. (B,) → (V,)."""
+        _, offsets = self._errors(shown)
+        left = (row - self._mapped.mean) @ self._whitening - weights.to(offsets) @ offsets  # (S,)
+        own = 0.5 * float(left.square().sum())
+        scores: Tensor = self._image @ left - self._penalty - own + self._constant(torch.ones_like(self._noise))
+        return scores
 
     def _learned(self, left: Tensor, errors: Tensor, ids: Tensor, likely: Tensor) -> Tensor:
         """Return log-likelihoods of likely tokens, the errors of others taken into account. (B, S), (N, S) → (B, M)."""
@@ -105,11 +108,16 @@ class TokenRanking:
         """Return by what tokens are compared. (N,) → (N, S)."""
         return self._standard(self._mapped.table[ids.to(self._image.device)])
 
-    def _offsets(self, errors: Tensor, beams: Tensor, n_beams: int) -> Tensor:
-        """Return the mean error of the map behind each beam, drawn towards that behind all of them. (B, S)."""
-        sums = torch.zeros(n_beams, errors.shape[1]).to(errors).index_add_(0, beams, errors)
-        counts = torch.bincount(beams, minlength=n_beams)[:, None]
-        return (sums + _DRAWN * errors.mean(dim=0)) / (counts + _DRAWN)
+    def _errors(self, shown: Shown) -> tuple[Tensor, Tensor]:
+        """Return the map's errors of tokens run, and their mean behind each beam, drawn towards that behind all.
+
+        (N, S), (B, S)
+        """
+        errors = self._mapped.errors(shown.states, shown.token_ids) @ self._whitening
+        beams = shown.beams.to(errors.device)
+        sums = torch.zeros(shown.n_beams, errors.shape[1]).to(errors).index_add_(0, beams, errors)
+        counts = torch.bincount(beams, minlength=shown.n_beams)[:, None]
+        return errors, (sums + _DRAWN * errors.mean(dim=0)) / (counts + _DRAWN)
 
     def _constant(self, variances: Tensor) -> float:
         """Return the log-density at the mean, with these variances along the directions. (S,)."""

@@ -50,7 +50,7 @@ def follow(lm: LanguageModel, cut: Cut, relation: Relation, n_tokens: int, meter
     accepted = torch.empty(1, 0, lm.width(cut), dtype=torch.float64)  # (B, t, W)
     logs = torch.zeros(1)  # (B,) of each prompt so far
     for place in range(n_tokens):
-        ahead = logs[:, None] + prior.log_probabilities.cpu()  # (B, V)
+        ahead = logs[:, None] + prior.probabilities.log().cpu()  # (B, V)
         found = _agreeing(relation, prefixes, ahead, accepted, meter) if place else _first(lm, cut, relation, meter)
         ids, beams, excess = found
         if not len(ids):
