@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -21,6 +22,8 @@ import torch
 import sipit
 from sipit.inversion.last.judge import LastJudge
 from sipit.report.plots import draw_lines, panels, save
+
+_DRAWN = (4, 6, 8)  # tokens of the prompts whose seconds are drawn
 
 
 def main() -> None:
@@ -132,19 +135,34 @@ def _run(
 
 
 def _draw(path: Path, runs: list[dict[str, Any]]) -> None:
-    """Draw the share recovered against the length of the prompt, a line for each layer and kind of prompt."""
-    series: dict[tuple[str, bool], dict[int, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    """Draw the share recovered: against the length of the prompt, and against the seconds given.
+
+    A line for each layer and kind of prompt, in the second panel for each of three lengths of text too.
+    """
+    series: dict[tuple[str, bool], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        series[run["layer"], run["random_ids"]][run["length"]].append(run["exact"] and run["verdict"] == "recovered")
-    lines = []
+        is_found = run["exact"] and run["verdict"] == "recovered"
+        series[run["layer"], run["random_ids"]][run["length"]].append(run["seconds"] if is_found else math.inf)
+    by_length, by_seconds = [], []
+    most = max(run["seconds"] for run in runs)
     for (layer, is_random), found in sorted(series.items()):
-        shares = [100 * sum(found[n]) / len(found[n]) for n in sorted(found)]
-        lines.append((f"layer {layer}" + (", random ids" if is_random else ""), sorted(found), shares))
-    figure, (axis,) = panels(1, width=6.4)
-    axis.set_ylim(-4, 104)
-    axis.set_xlabel("tokens of the prompt")
-    axis.set_ylabel("% recovered exactly")
-    draw_lines(axis, lines)
+        name = "final" if layer == "final" else f"layer {layer}"
+        shares = [100 * sum(map(math.isfinite, found[n])) / len(found[n]) for n in sorted(found)]
+        by_length.append((name + (", random ids" if is_random else ""), sorted(found), shares))
+        for n in [] if is_random else sorted(set(found) & set(_DRAWN)):
+            took = sorted(filter(math.isfinite, found[n]))
+            shares = [100 * (i + 1) / len(found[n]) for i in range(len(took))]
+            by_seconds.append((f"{name}, {n} tokens", [1.0, *took, most], [0.0, *shares, (shares or [0.0])[-1]]))
+    figure, (lengths, seconds) = panels(2, width=6.0)
+    for axis in (lengths, seconds):
+        axis.set_ylim(-4, 104)
+        axis.set_ylabel("% recovered exactly")
+    lengths.set_xlabel("tokens of the prompt")
+    seconds.set_xlabel("seconds of one core")
+    seconds.set_xscale("log")
+    seconds.set_xlim(1, most)
+    draw_lines(lengths, by_length)
+    draw_lines(seconds, by_seconds)
     save(figure, path)
 
 
