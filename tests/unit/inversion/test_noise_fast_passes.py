@@ -10,6 +10,7 @@ import torch
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.judging.noise_model import NoiseModel
 from sipit.inversion.noise.fast_passes import fast_passes, passes_behind
+from sipit.inversion.noise.prefixes import BeamPrefixes
 from sipit.models import LanguageModel
 from sipit.observations import Cut
 from tests.tiny_models import random_ids, text_model, tiny_model
@@ -51,3 +52,17 @@ def test_a_model_in_another_dtype_keeps_its_arithmetic(monkeypatch: pytest.Monke
     states = lm.cut(CUT).ordinary(IDS)
     with fast_passes(lm)():
         assert torch.equal(lm.cut(CUT).ordinary(IDS), states)
+
+
+def test_beams_in_bfloat16_lie_near_exact_ones_in_every_family(
+    family_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sipit.inversion.inverses.arithmetic.is_fast_in_bfloat16", lambda _: True)
+    cut, known = family_lm.final_cut, IDS[:3] % family_lm.vocab_size
+    states = []
+    for passes in (nullcontext, fast_passes(family_lm)):
+        prefixes = BeamPrefixes(family_lm.cut(cut), known, max_batch=8, passes=passes)
+        prefixes.grow(torch.tensor([5, 9]), torch.tensor([0, 0]))
+        states.append(prefixes.states(torch.tensor([7, 7, 8]), torch.tensor([0, 1, 1])))
+    exact, fast = states
+    assert 0 < float((fast - exact).norm()) < 0.05 * float(exact.norm())
