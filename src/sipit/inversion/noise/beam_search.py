@@ -67,6 +67,69 @@ class Beams:
     distances: list[dict[int, float]]  # T of: token run at a position → L2 to the row, the least behind any beam
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Ahead:
+    """What the language model says of a position behind every beam."""
+
+    prior: Tensor  # (B, V) probabilities
+    scores: Tensor  # (B,) float64 log-scores of the beams
+
+    @property
+    def shares(self) -> Tensor:
+        """Of the beams. (B,)."""
+        return self.scores.softmax(dim=0)
+
+    @property
+    def mean(self) -> Tensor:
+        """Log-probability of every token behind all beams. (V,)."""
+        return (self.shares.float() @ self.prior).double().log()
+
+    def behind(self, token_ids: Tensor) -> Tensor:
+        """Return the log-scores of tokens behind every beam before their row is looked at. (M,) → (B, M)."""
+        return self.prior[:, token_ids].double().log() + self.scores[:, None]
+
+    def of(self, shown: Shown) -> Tensor:
+        """Return them for tokens that were run. (N,)."""
+        return self.prior[shown.beams, shown.token_ids].double().log() + self.scores[shown.beams]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Ranked:
+    """Likely tokens of a position as they were ranked, and the map's word on all."""
+
+    token_ids: Tensor  # (M,), ascending
+    log_prior: Tensor  # (B, M) with the scores of the beams
+    likelihoods: Tensor  # (B, M) float64
+    by_map: Tensor  # (V,) float64 log-likelihoods
+
+    @property
+    def with_unmapped(self) -> Tensor:
+        """Log-scores in which no token is as unlikely as the map says. (B, M)."""
+        return self.log_prior + with_unmapped(self.likelihoods)
+
+    @property
+    def rankings(self) -> tuple[Tensor, ...]:
+        """By which candidates are chosen, as many by each. (B, M) each."""
+        return (
+            self.log_prior + self.likelihoods,
+            self.with_unmapped,
+            _DOUBTED * self.log_prior + self.likelihoods,
+        )
+
+    def unrun(self, ahead: _Ahead, shown: Shown, exact: Tensor) -> Unrun:
+        """Return what was not run, on the scale of the exact scores of what was: (N,)."""
+        scores, at = self.log_prior + self.likelihoods, torch.searchsorted(self.token_ids, shown.token_ids)
+        off = exact.logsumexp(dim=0) - scores[shown.beams, at].logsumexp(dim=0)  # noise that is not normal is off
+        scores[shown.beams, at] = -math.inf
+        elsewhere = ahead.mean + ahead.scores.logsumexp(dim=0) + self.by_map
+        return Unrun(
+            token_ids=self.token_ids,
+            log_scores=scores + off,
+            log_elsewhere=elsewhere.index_fill(0, self.token_ids, -math.inf) + off,
+            beam_shares=ahead.shares,
+        )
+
+
 class BeamSearch:
     """One search, position by position.
 
@@ -161,58 +224,68 @@ class BeamSearch:
         prior = self._prior.probabilities.cpu()  # (B, V)
         if self._prefixes.position == 0:
             return self._first_candidates(prior[0].double().log() + scores, wanted)
-        clean, total = self._clean[row], scores.logsumexp(dim=0)
-        shares = (scores - total).exp()  # (B,) of the beams
-        mean = (shares.float() @ prior).double().log()  # (V,) behind all beams
-        expected = torch.logaddexp(mean, self._unigram)
-        guessed = expected + _TEMPER * self._ranking.at_first(clean).cpu().double()  # (V,)
-        likely = torch.cat([_top(guessed, _LIKELY), _top(expected, _EXPECTED), torch.tensor((wanted or ())[:1]).long()])
-        likely = likely.unique()  # (M,), ascending
-        logs = prior[:, likely].double().log() + scores[:, None]  # (B, M)
-        at, beams = _best_of_each(logs + (guessed - expected)[likely], _OF_EACH, self._effort.n_shown)
-        ids, beams = _with(wanted, likely[at], beams)
-        states = self._states(ids, beams)
-        for n in self._effort.n_candidates:
-            shown = Shown(token_ids=ids, beams=beams, states=states, n_beams=len(prior))
-            likelihoods = self._ranking.sharpened(clean, shown, likely).cpu().double()
-            ranked = logs + likelihoods  # (B, M)
-            rankings = ranked, logs + with_unmapped(likelihoods), _DOUBTED * logs + likelihoods
-            at, new_beams = _more(rankings, torch.searchsorted(likely, ids), beams, n)
-            ids, beams = torch.cat([ids, likely[at]]), torch.cat([beams, new_beams])
-            states = torch.cat([states, self._states(likely[at], new_beams)])
-        by_map = self._ranking.by_map(clean, shown, shares).cpu().double()  # (V,)
-        alone = (by_map + expected).index_copy(0, likely, likelihoods[0] + expected[likely])
+        ahead = _Ahead(prior=prior, scores=scores)
+        expected = torch.logaddexp(ahead.mean, self._unigram)  # (V,)
+        shown, ranked = self._run_likely(row, ahead, expected, wanted)
+        alone = ranked.by_map + expected
+        alone[ranked.token_ids] = ranked.likelihoods[0] + expected[ranked.token_ids]
         self._local.append(alone.log_softmax(dim=0))
-        fits = self._likelihoods(row, states)  # (N,)
-        best = int(scores.argmax())
-        while self._n_surprised > 0 and self._is_surprising(
-            row, states[(prior[beams, ids].double().log() + scores[beams] + fits).argmax()]
-        ):
-            near = torch.cat([(beams == best).nonzero()[:, 0], fits.topk(min(_TEACHERS, len(fits))).indices]).unique()
-            shown = Shown(token_ids=ids[near], beams=beams[near], states=states[near], n_beams=len(prior))
-            by_map = self._ranking.by_map(clean, shown, F.one_hot(torch.tensor(best), len(prior))).cpu().double()
-            likely = torch.cat([_top(by_map, _LIKELY), ids]).unique()
-            logs = prior[:, likely].double().log() + scores[:, None]
-            likelihoods = self._ranking.sharpened(clean, shown, likely).cpu().double()
-            ranked = logs + likelihoods
-            more = (logs + with_unmapped(likelihoods))[best]  # (M,)
-            more[torch.searchsorted(likely, ids[beams == best])] = -math.inf
-            n = min(_MORE, self._n_surprised, int(more.isfinite().sum()))
+        shown, fits, ranked = self._run_where_nothing_fits(row, ahead, shown, ranked)
+        self._note_distances(row, shown.token_ids, shown.states)
+        exact = ahead.of(shown) + fits  # (N,)
+        return Candidates(
+            token_ids=shown.token_ids, beams=shown.beams, log_scores=exact, unrun=ranked.unrun(ahead, shown, exact)
+        )
+
+    def _run_likely(
+        self, row: int, ahead: _Ahead, expected: Tensor, wanted: tuple[int, int] | None
+    ) -> tuple[Shown, _Ranked]:
+        """Run the likeliest tokens of a row, each time ranked by those before; and return the last ranking. (V,)."""
+        guessed = expected + _TEMPER * self._ranking.at_first(self._clean[row]).cpu().double()  # (V,)
+        also = torch.tensor((wanted or ())[:1], dtype=torch.long)
+        likely = torch.cat([_top(guessed, _LIKELY), _top(expected, _EXPECTED), also]).unique()  # (M,)
+        guesses = ahead.behind(likely) + (guessed - expected)[likely]  # (B, M)
+        at, beams = _best_of_each(guesses, _OF_EACH, self._effort.n_shown)
+        shown = self._run(ahead, *_with(wanted, likely[at], beams))
+        for n in self._effort.n_candidates:
+            ranked = self._ranked(row, ahead, shown, likely, ahead.shares)
+            at, beams = _more(ranked.rankings, torch.searchsorted(likely, shown.token_ids), shown.beams, n)
+            shown = shown.and_more(self._run(ahead, likely[at], beams))
+        return shown, ranked
+
+    def _run_where_nothing_fits(
+        self, row: int, ahead: _Ahead, shown: Shown, ranked: _Ranked
+    ) -> tuple[Shown, Tensor, _Ranked]:
+        """Run more tokens behind the best beam while no state explains the row, and return their likelihoods. (N,)."""
+        fits = self._likelihoods(row, shown.states)  # (N,)
+        best = int(ahead.scores.argmax())
+        alone = F.one_hot(torch.tensor(best), len(ahead.scores))
+        while self._n_surprised > 0 and self._is_surprising(row, shown.states[(ahead.of(shown) + fits).argmax()]):
+            is_behind = shown.beams == best
+            nearest = fits.topk(min(_TEACHERS, len(fits))).indices
+            teachers = shown.some(torch.cat([is_behind.nonzero()[:, 0], nearest]).unique())
+            by_map = self._ranking.by_map(self._clean[row], teachers, alone).cpu().double()
+            likely = torch.cat([_top(by_map, _LIKELY), shown.token_ids]).unique()
+            ranked = self._ranked(row, ahead, teachers, likely, alone)
+            left = ranked.with_unmapped[best]  # (M,)
+            left[torch.searchsorted(likely, shown.token_ids[is_behind])] = -math.inf
+            n = min(_MORE, self._n_surprised, int(left.isfinite().sum()))
             if not n:
                 break
             self._n_surprised -= n
-            new_ids, new_beams = likely[more.topk(n).indices], torch.full((n,), best)
-            new_states = self._states(new_ids, new_beams)
-            ids, beams = torch.cat([ids, new_ids]), torch.cat([beams, new_beams])
-            states, fits = torch.cat([states, new_states]), torch.cat([fits, self._likelihoods(row, new_states)])
-        exact = prior[beams, ids].double().log() + scores[beams] + fits
-        self._note_distances(row, ids, states)
-        at = torch.searchsorted(likely, ids)
-        off = exact.logsumexp(dim=0) - ranked[beams, at].logsumexp(dim=0)  # noise that is not normal is off
-        ranked[beams, at] = -math.inf
-        elsewhere = (mean + total + by_map).index_fill(0, likely, -math.inf)
-        unrun = Unrun(token_ids=likely, log_scores=ranked + off, log_elsewhere=elsewhere + off, beam_shares=shares)
-        return Candidates(token_ids=ids, beams=beams, log_scores=exact, unrun=unrun)
+            more = self._run(ahead, likely[left.topk(n).indices], torch.full((n,), best))
+            shown, fits = shown.and_more(more), torch.cat([fits, self._likelihoods(row, more.states)])
+        return shown, fits, ranked
+
+    def _ranked(self, row: int, ahead: _Ahead, shown: Shown, likely: Tensor, weights: Tensor) -> _Ranked:
+        """Rank likely tokens behind every beam, and all others behind beams of some weights. (M,), (B,)."""
+        clean = self._clean[row]  # (S,)
+        return _Ranked(
+            token_ids=likely,
+            log_prior=ahead.behind(likely),
+            likelihoods=self._ranking.sharpened(clean, shown, likely).cpu().double(),
+            by_map=self._ranking.by_map(clean, shown, weights).cpu().double(),
+        )
 
     def _is_surprising(self, row: int, state: Tensor) -> bool:
         """Whether even the best state leaves more of a row than the noise explains: the right token was not run."""
@@ -252,13 +325,12 @@ class BeamSearch:
         parts = [self._noise.log_likelihood(observed.expand_as(part), part) for part in states.split(_ROWS)]
         return torch.cat(parts).cpu()
 
-    def _states(self, ids: Tensor, beams: Tensor) -> Tensor:
-        if not len(ids):
-            return self._observed[:0]
-        states = self._prefixes.states(ids, beams).float()
+    def _run(self, ahead: _Ahead, ids: Tensor, beams: Tensor) -> Shown:
+        """Run tokens behind beams. (N,), (N,)."""
+        states = self._prefixes.states(ids, beams).float() if len(ids) else self._observed[:0]
         self._meter.spend(len(ids), self._model.layer)
         self._meter.n_checked += len(ids)
-        return states
+        return Shown(token_ids=ids, beams=beams, states=states, n_beams=len(ahead.scores))
 
 
 def _top(scores: Tensor, n: int) -> Tensor:

@@ -8,7 +8,7 @@ Shapes: B beams, N tokens run, M likely ones, S = width of rows as compared, V =
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,24 @@ class Shown:
     beams: Tensor  # (N,) behind which each was run
     states: Tensor  # (N, W)
     n_beams: int  # of them all
+
+    def some(self, which: Tensor) -> Shown:
+        """Return those of some indices."""
+        return replace(
+            self,
+            token_ids=self.token_ids[which],
+            beams=self.beams[which],
+            states=self.states[which.to(self.states.device)],
+        )
+
+    def and_more(self, others: Shown) -> Shown:
+        """Return these and others."""
+        return replace(
+            self,
+            token_ids=torch.cat([self.token_ids, others.token_ids]),
+            beams=torch.cat([self.beams, others.beams]),
+            states=torch.cat([self.states, others.states]),
+        )
 
 
 class TokenRanking:
