@@ -17,7 +17,7 @@ import math
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,9 @@ from torch import Tensor
 import sipit
 from sipit import LanguageModel, Observation, SipitError
 from sipit.inversion import CertificateCheck, certificate_of, check_certificate
+from sipit.inversion.judging.meter import Meter
+from sipit.inversion.judging.noise_model import NoiseModel
+from sipit.inversion.judging.residuals import Residuals, residuals_of
 from tests.adversarial.damage import damaged_json
 from tests.tiny_models import N_LAYERS, VOCAB, copy_of, embedding_rows, true_states, twin_model
 
@@ -447,11 +450,15 @@ def _rows_of_noise(rng: random.Random, forged: Forgery) -> str:
     return _claim_noise(forged, spread=size)
 
 
+_UNSURE = {"verdict": "ambiguous", "posterior": 0.5}  # of which less is asked than of a probable prompt
+
+
 def _noisier_row(rng: random.Random, forged: Forgery) -> str:
     size, row = forged.true["noise_model"]["spread"], rng.randrange(forged.seen.seq_len)
     states = forged.seen.states.clone()
     states[row] += 3 * size * _normal(rng, forged.seen.d_model)
     _observe(forged, states)
+    forged.record |= _UNSURE
     forged.lie = f"row {row} has more noise than the record says"
     return f"more noise in row {row}"
 
@@ -463,8 +470,54 @@ def _noise_of_tokens(rng: random.Random, forged: Forgery) -> str:
     noise = _normal(rng, n_rows, 6) @ directions
     noise *= size * width**0.5 / noise.norm(dim=1, keepdim=True)
     _observe(forged, _states_of_true(forged) + noise)
+    forged.record |= _UNSURE
     forged.lie = "the noise lies along the directions in which tokens differ"
     return forged.lie
+
+
+def _token_in_a_row(rng: random.Random, forged: Forgery) -> str:
+    """Observe a row of the right size that lies too far along lesser directions in which tokens differ.
+
+    As far as it takes to be told from noise: by more than that, its size gives it away as well.
+    """
+    row = rng.randrange(forged.seen.seq_len)
+    seed = rng.randrange(1 << 30)
+    for step in range(60, 300, 3):
+        rows = _moved_along(random.Random(seed), forged, [row], inside=step / 10, in_all=2.0)
+        if _residuals(forged, rows).row_along > 4.02:
+            break
+    _observe(forged, rows)
+    forged.lie = f"a token hides in the noise of row {row}"
+    return forged.lie
+
+
+def _tokens_in_all_rows(rng: random.Random, forged: Forgery) -> str:
+    """As `_token_in_a_row`, all rows, each by so little that none of them tells."""
+    _observe(forged, _moved_along(rng, forged, range(forged.seen.seq_len), inside=1.3, in_all=1.0))
+    forged.lie = "tokens hide in the noise of all rows"
+    return forged.lie
+
+
+def _moved_along(rng: random.Random, forged: Forgery, rows: Iterable[int], *, inside: float, in_all: float) -> Tensor:
+    """Return the rows with so many standard deviations of energy along nearly all token directions, and in all."""
+    size, width = forged.true["noise_model"]["spread"], forged.seen.d_model
+    along, n_held = _held(_differences(forged), 0.9)
+    noise = (forged.seen.states - _states_of_true(forged)) / size  # (T, D)
+    for row in rows:
+        own = noise[row] @ along.T @ along
+        lesser = _normal(rng, n_held - 3) @ along[3:]
+        wanted = n_held + inside * (2 * n_held) ** 0.5
+        left = max(width + in_all * (2 * width) ** 0.5 - wanted, 0.2)
+        mixed, outside = own / own.norm() + 2 * lesser / lesser.norm(), noise[row] - own
+        noise[row] = wanted**0.5 * mixed / mixed.norm() + left**0.5 * outside / outside.norm()
+    moved: Tensor = _states_of_true(forged) + size * noise
+    return moved
+
+
+def _residuals(forged: Forgery, rows: Tensor) -> Residuals:
+    noise = NoiseModel.gaussian(forged.true["noise_model"]["spread"])
+    ids = torch.tensor(forged.true["input_ids"])
+    return residuals_of(forged.lm, replace(forged.seen, states=rows), ids, noise, Meter())
 
 
 def _rows_of_another_scale(rng: random.Random, forged: Forgery) -> str:
@@ -487,6 +540,24 @@ def _deviations(forged: Forgery) -> Tensor:
     captured = [forged.lm.capture(input_ids=[*prefix, other], layer=forged.seen.layer) for other in range(0, VOCAB, 2)]
     states = torch.stack([seen.states[-1] for seen in captured])
     return states - states.mean(dim=0)
+
+
+def _held(differences: Tensor, share: float) -> tuple[Tensor, int]:
+    """Return the directions that hold a share of the energy of differences, and their number K. (N, D) → (K, D)."""
+    _, values, directions = torch.linalg.svd(differences)
+    n_held = int((values.square().cumsum(dim=0) < share * values.square().sum()).sum()) + 1
+    return directions[:n_held], n_held
+
+
+def _differences(forged: Forgery) -> Tensor:
+    """Return how the states of other tokens differ from that of the claimed one, at every eighth place. (N, D)."""
+    ids = forged.true["input_ids"]
+
+    def state(place: int, token: int) -> Tensor:
+        return forged.lm.capture(input_ids=[*ids[:place], token], layer=forged.seen.layer).states[-1]
+
+    places = range(0, len(ids), 8)
+    return torch.stack([state(p, other) - state(p, ids[p]) for p in places for other in range(0, VOCAB, 12)])
 
 
 def _odd_noise_model(rng: random.Random, forged: Forgery) -> str:
@@ -565,6 +636,8 @@ KINDS: dict[str, tuple[Callable[[random.Random, Forgery], str], str | None]] = {
     "rows of noise alone": (_rows_of_noise, "noisy"),
     "a row noisier than said": (_noisier_row, "noisy"),
     "noise along the tokens": (_noise_of_tokens, "noisy"),
+    "a token in the noise of a row": (_token_in_a_row, "noisy"),
+    "tokens in the noise": (_tokens_in_all_rows, "noisy"),
     "rows of another scale": (_rows_of_another_scale, "noisy"),
     "an odd noise model": (_odd_noise_model, "noisy"),
 }

@@ -255,7 +255,10 @@ def _check_noisy(lm: LanguageModel, seen: Observation, record: dict[str, Any]) -
         noise.require_width(seen.d_model)
     except (OptionError, ShapeError) as error:
         raise CertificateError(f"the certificate's noise model cannot be used: {error}") from error
-    reasons = list(residuals_of(lm, seen, ids, noise, meter).reasons)
+    residuals = residuals_of(lm, seen, ids, noise, meter)
+    reasons = list(residuals.reasons)
+    if record["verdict"] == "probable":
+        reasons += residuals.doubts
     if _VALUES_A_PARAMETER * noise.n_parameters > seen.states.numel():
         reasons.append(
             f"the noise model has {noise.n_parameters} numbers for {seen.states.numel()} values, so it may be made to "

@@ -26,6 +26,10 @@ _OTHERS = 8  # random tokens run at each position beside the claimed one
 _MOST_DEVIATION = 5.0  # standard deviations that a sum of squares may be off: by chance 1 in a million, of 500
 _LEAST_SLOPE_SIGNAL = 16.0  # standard deviations of the slope below 1: less tells no prompt from none
 _CHUNK = 256  # tokens in one packed pass
+_MAIN, _NEARLY_ALL = 0.5, 0.9  # of how tokens differ: the shares that two sets of directions hold
+_MOST_ALONG = (
+    4.0  # standard deviations along nearly all of it: 3 in 100,000 by chance; a wrong token leaves itself there
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +38,14 @@ class Residuals:
 
     sigma: float  # root mean square of the residuals over the coordinates
     rows: float  # deviation of the row whose energy is furthest from what the noise model says
-    directions: float  # deviation of the energy along the directions in which tokens differ
+    directions: float  # deviation of the energy along the main directions in which tokens differ
+    row_along: float  # of the row that leaves most along nearly all such directions: its deviation there
+    all_along: float  # deviation of all rows there
     slope: float  # share of the rows' distance from other tokens' states that the prompt's states account for: 1
     slope_error: float  # its standard deviation
     gap: float  # root mean square distance of other tokens' states
     reasons: tuple[str, ...]  # why they are not what the model says; empty where they are
+    doubts: tuple[str, ...]  # what else speaks for a token that was missed: of a prompt that is said to be sure
 
     @property
     def is_noise(self) -> bool:
@@ -48,6 +55,11 @@ class Residuals:
     def record(self) -> dict[str, Any]:
         """Return the comparison as JSON values."""
         return asdict(self)
+
+    @property
+    def allow_probable(self) -> bool:
+        """Whether they also rule out that a token is another, near one."""
+        return self.is_noise and not self.doubts
 
 
 def residuals_of(lm: LanguageModel, seen: Observation, input_ids: Tensor, noise: NoiseModel, meter: Meter) -> Residuals:
@@ -69,10 +81,12 @@ def residuals_of(lm: LanguageModel, seen: Observation, input_ids: Tensor, noise:
     excess = _kurtosis(noise)
     counts = kept.sum(dim=1).clamp(min=1).double()  # (T,)
     by_row = (z.square().sum(dim=1) - counts) / (counts * excess).sqrt()  # (T,)
-    along = _directions(((others - states[:, None]) * kept[:, None] / spread).flatten(0, 1))  # (D, K)
-    energy = float((z @ along).square().sum())
-    n_along = max(along.shape[1] * len(z), 1)
+    differences = ((others - states[:, None]) * kept[:, None] / spread).flatten(0, 1)  # (T · M, D)
+    main, nearly_all = _directions(differences, _MAIN), _directions(differences, _NEARLY_ALL)  # (D, K) each
+    energy = float((z @ main).square().sum())
+    n_along = max(main.shape[1] * len(z), 1)
     by_direction = (energy - n_along) / math.sqrt(2 * n_along)
+    along = _Along.of(z, kept, nearly_all)
     slope, slope_error = _slope(z, noise.scale * (others - states[:, None]) * kept[:, None] / spread)
     worst = float(by_row[by_row.abs().argmax()])
     gaps = (others - states[:, None]).square().sum(dim=2).mean().sqrt()
@@ -80,10 +94,13 @@ def residuals_of(lm: LanguageModel, seen: Observation, input_ids: Tensor, noise:
         sigma=float((error.square().sum() / counts.sum()).sqrt()),
         rows=worst,
         directions=by_direction,
+        row_along=float(along.deviations().max()),
+        all_along=float(along.in_all().deviations()),
         slope=slope,
         slope_error=slope_error,
         gap=float(gaps),
         reasons=_reasons(seen, by_row, by_direction, slope, slope_error),
+        doubts=_doubts(seen, along),
     )
 
 
@@ -110,6 +127,54 @@ def _reasons(
     return tuple(found)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Along:
+    """The energy of rows along some directions, with the first two moments that noise gives it. (T,) each."""
+
+    energy: Tensor
+    mean: Tensor
+    half_variance: Tensor
+
+    @classmethod
+    def of(cls, z: Tensor, kept: Tensor, along: Tensor) -> _Along:
+        """Return those of residuals of which some coordinates are kept. (T, D), (T, D), (D, K)."""
+        grams = [along.T @ (along * row[:, None]) for row in kept.to(along)]  # T of (K, K)
+        return cls(
+            energy=(z @ along).square().sum(dim=1),
+            mean=torch.stack([gram.trace() for gram in grams]).clamp(min=1e-300),
+            half_variance=torch.stack([gram.square().sum() for gram in grams]).clamp(min=1e-300),
+        )
+
+    def in_all(self) -> _Along:
+        """Return that of all rows together: () each."""
+        return _Along(energy=self.energy.sum(), mean=self.mean.sum(), half_variance=self.half_variance.sum())
+
+    def deviations(self) -> Tensor:
+        """Return how many standard deviations of a normal law each energy lies above what noise leaves.
+
+        By the cube root of Wilson and Hilferty (1931), of a chi-square law with the same two moments.
+        """
+        spread = 2 * self.half_variance / (9 * self.mean.square())
+        found: Tensor = ((self.energy / self.mean).pow(1 / 3) - (1 - spread)) / spread.sqrt()
+        return found
+
+
+def _doubts(seen: Observation, along: _Along) -> tuple[str, ...]:
+    by_row, in_all = along.deviations(), float(along.in_all().deviations())
+    worst, found = int(by_row.argmax()), []
+    if not float(by_row[worst]) <= _MOST_ALONG:
+        found.append(
+            f"row {seen.positions[worst]} leaves more along the directions in which tokens differ than noise explains "
+            f"({float(by_row[worst]):.3g} standard deviations), as a token leaves in whose place another was read"
+        )
+    if not in_all <= _MOST_ALONG:
+        found.append(
+            "all rows together leave more along the directions in which tokens differ than noise explains "
+            f"({in_all:.3g} standard deviations), as after tokens that were missed"
+        )
+    return tuple(found)
+
+
 def _with_others(lm: LanguageModel, seen: Observation, input_ids: Tensor, meter: Meter) -> tuple[Tensor, Tensor]:
     """Return the states of a prompt, and those of random tokens in place of each. (T, D), (T, M, D) float64."""
     model = lm.cut(seen.cut, seq_len=len(input_ids))
@@ -127,12 +192,12 @@ def _with_others(lm: LanguageModel, seen: Observation, input_ids: Tensor, meter:
     return states, as_float64(torch.cat(rows)).view(n_rows, _OTHERS, -1)
 
 
-def _directions(differences: Tensor) -> Tensor:
-    """Return the directions along which differences of tokens are longest, half of their energy. (N, D) → (D, K)."""
+def _directions(differences: Tensor, held: float) -> Tensor:
+    """Return the directions along which differences of tokens are longest, a share of their energy. (N, D) → (D, K)."""
     gram = differences.T @ differences
     values, vectors = torch.linalg.eigh(gram)
     share = values.flip(0).cumsum(dim=0) / values.sum().clamp(min=1e-300)
-    n = int((share < 0.5).sum()) + 1
+    n = int((share < held).sum()) + 1
     longest: Tensor = vectors.flip(1)[:, :n]
     return longest
 

@@ -36,6 +36,8 @@ _OF_EACH = 3  # tokens run behind every beam, to know the map's offset there
 _LIKELY, _EXPECTED = 6144, 2048  # tokens, by map and prior and by the prior alone, that are ranked at a position
 _MORE = 256  # tokens run at a time where nothing fits
 _TEACHERS = 512  # tokens run, those whose rows are nearest, that others' errors are learned from where nothing fits
+_OWN_TEACHERS = 256  # the same behind the best beam, whatever other beams hold
+_AT_ONE = 1536  # tokens run at one position where nothing fits: what they do not explain is no token that was missed
 _SURPRISE = 4.0  # standard deviations that the best state's residual is too large by where nothing fits
 _DOUBTED = (
     0.3  # of the prior's log-probabilities, by which a third of the candidates is chosen: an early token may be wrong
@@ -260,19 +262,24 @@ class BeamSearch:
         fits = self._likelihoods(row, shown.states)  # (N,)
         best = int(ahead.scores.argmax())
         alone = F.one_hot(torch.tensor(best), len(ahead.scores))
-        while self._n_surprised > 0 and self._is_surprising(row, shown.states[(ahead.of(shown) + fits).argmax()]):
+        n_left = min(self._n_surprised, _AT_ONE)
+        while self._is_surprising(row, shown.states[(ahead.of(shown) + fits).argmax()]):
+            if n_left == 0:
+                self._n_surprised = 0
+                break
             is_behind = shown.beams == best
-            nearest = fits.topk(min(_TEACHERS, len(fits))).indices
-            teachers = shown.some(torch.cat([is_behind.nonzero()[:, 0], nearest]).unique())
+            own = is_behind.nonzero()[:, 0]
+            own = own[_top(fits[own], _OWN_TEACHERS)]
+            teachers = shown.some(torch.cat([own, _top(fits, _TEACHERS)]).unique())
             by_map = self._ranking.by_map(self._clean[row], teachers, alone).cpu().double()
             likely = torch.cat([_top(by_map, _LIKELY), shown.token_ids]).unique()
             ranked = self._ranked(row, ahead, teachers, likely, alone)
             left = ranked.with_unmapped[best]  # (M,)
             left[torch.searchsorted(likely, shown.token_ids[is_behind])] = -math.inf
-            n = min(_MORE, self._n_surprised, int(left.isfinite().sum()))
-            if not n:
+            n = min(_MORE, n_left, int(left.isfinite().sum()))
+            if n == 0:
                 break
-            self._n_surprised -= n
+            n_left, self._n_surprised = n_left - n, self._n_surprised - n
             more = self._run(ahead, likely[left.topk(n).indices], torch.full((n,), best))
             shown, fits = shown.and_more(more), torch.cat([fits, self._likelihoods(row, more.states)])
         return shown, fits, ranked

@@ -99,10 +99,10 @@ def decode(
 
     beams = beams_with(revision.likeliest(quick))
     residuals, held_out = left_by(beams), None
-    if float(beams.posteriors[0]) >= PROBABLE and residuals.is_noise:
+    if float(beams.posteriors[0]) >= PROBABLE and residuals.allow_probable:
         beams = _looked_at_again(beams, revision, beams_with)
         residuals = left_by(beams)
-    if float(beams.posteriors[0]) >= PROBABLE and residuals.is_noise:
+    if float(beams.posteriors[0]) >= PROBABLE and residuals.allow_probable:
         held_out = _held_out_slope(lm, seen, noise, meter, effort)
     return Decoded(noise=noise, beams=beams, residuals=residuals, held_out_slope=held_out)
 
@@ -175,6 +175,10 @@ def verdict_of(found: Decoded) -> tuple[Verdict, str]:
         )
     if found.posterior < PROBABLE:
         return "ambiguous", f"the prompt's posterior is {found.posterior:.3g}, below {PROBABLE}"
+    if found.residuals.doubts:
+        return "unmatched", (
+            f"no prompt that was tried explains the rows by {found.noise.says()}: {'; '.join(found.residuals.doubts)}"
+        )
     if found.held_out_slope is None or found.held_out_slope < _HELD_OUT_SLOPE:
         return "unmatched", (
             "decoded from half of the coordinates, the prompt does not account for the other half, so it is the noise "

@@ -1,0 +1,60 @@
+"""What noise leaves along the directions in which tokens differ: normal for the right prompt, not for a near one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sipit import LanguageModel, Observation
+from sipit.inversion import NoiseModel
+from sipit.inversion.judging.meter import Meter
+from sipit.inversion.judging.residuals import Residuals, residuals_of
+from sipit.inversion.noise.beam_search import Beams
+from sipit.inversion.noise.decode import Decoded, verdict_of
+from tests.tiny_models import random_ids, text_model
+
+IDS = random_ids(12, seed=3, vocab_size=256)
+SIGMA = 0.3
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    return text_model()
+
+
+def _noisy(lm: LanguageModel, seed: int, *, dropped: float = 0.0) -> Observation:
+    seen, generator = lm.capture(input_ids=IDS, layer=2), torch.Generator().manual_seed(seed)
+    rows = seen.states + SIGMA * torch.randn(seen.states.shape, generator=generator)
+    return replace(seen, states=rows * (torch.rand(rows.shape, generator=generator) >= dropped))
+
+
+def _of(lm: LanguageModel, seed: int, *, dropped: float = 0.0) -> Residuals:
+    noise = replace(NoiseModel.gaussian(SIGMA), drops=dropped > 0)
+    return residuals_of(lm, _noisy(lm, seed, dropped=dropped), IDS, noise, Meter())
+
+
+@pytest.mark.parametrize("dropped", [0.0, 0.4])
+def test_the_right_prompt_leaves_a_normal_deviation(lm: LanguageModel, dropped: float) -> None:
+    found = [_of(lm, seed, dropped=dropped) for seed in range(60)]
+    all_along = torch.tensor([one.all_along for one in found])
+    assert abs(float(all_along.mean())) < 0.5
+    assert 0.7 < float(all_along.std()) < 1.3
+    assert max(one.row_along for one in found) < 4.5  # of 720 rows
+    assert sum(one.row_along > 2.5 for one in found) < 15  # 4 or 5 of 60, of 12 rows each
+
+
+def test_what_doubts_a_prompt_keeps_it_from_being_probable(lm: LanguageModel) -> None:
+    found, noise = _of(lm, 1), NoiseModel.gaussian(SIGMA)
+    assert verdict_of(_sure(found, noise))[0] == "probable"
+    doubted = replace(found, doubts=("row 7 leaves more than noise explains",))
+    verdict, reason = verdict_of(_sure(doubted, noise))
+    assert verdict == "unmatched"
+    assert "row 7" in reason
+
+
+def _sure(residuals: Residuals, noise: NoiseModel) -> Decoded:
+    flat = torch.full((len(IDS), 256), 1 / 256, dtype=torch.float64)
+    beams = Beams(input_ids=IDS[None], posteriors=torch.ones(1), token_posteriors=flat, distances=[])
+    return Decoded(noise=noise, beams=beams, residuals=residuals, held_out_slope=1.0)
