@@ -27,9 +27,7 @@ _MOST_DEVIATION = 5.0  # standard deviations that a sum of squares may be off: b
 _LEAST_SLOPE_SIGNAL = 16.0  # standard deviations of the slope below 1: less tells no prompt from none
 _CHUNK = 256  # tokens in one packed pass
 _MAIN, _NEARLY_ALL = 0.5, 0.9  # of how tokens differ: the shares that two sets of directions hold
-_MOST_ALONG = (
-    4.0  # standard deviations along nearly all of it: 3 in 100,000 by chance; a wrong token leaves itself there
-)
+_MOST_ALONG = 4.0  # standard deviations along nearly all of it: by chance 3 in 100,000
 
 
 @dataclass(frozen=True, kw_only=True)

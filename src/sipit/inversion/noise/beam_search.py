@@ -369,9 +369,8 @@ def _best(scores: Tensor, total: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 def _best_of_each(scores: Tensor, n_each: int, n: int) -> tuple[Tensor, Tensor]:
     """Return columns and beams of the n highest scores and of the n_each highest of every beam. (B, M)."""
-    own = (
-        scores.topk(min(n_each, scores.shape[1]), dim=1).indices + torch.arange(len(scores))[:, None] * scores.shape[1]
-    )  # (B, n_each)
+    own = scores.topk(min(n_each, scores.shape[1]), dim=1).indices  # (B, n_each)
+    own = own + torch.arange(len(scores))[:, None] * scores.shape[1]
     places = torch.cat([own.flatten(), scores.flatten().topk(min(n, scores.numel())).indices]).unique()
     return places % scores.shape[1], places // scores.shape[1]
 
