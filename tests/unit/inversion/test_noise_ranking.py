@@ -145,11 +145,15 @@ def test_a_replacement_is_one_that_makes_the_prompt_likelier(lm: LanguageModel) 
     assert _log_posterior(lm, seen, found, sigma) > _log_posterior(lm, seen, prompt, sigma)
 
 
-def test_log_probabilities_along_a_prompt_are_those_of_its_beams(lm: LanguageModel) -> None:
+@pytest.mark.parametrize(("is_fast", "error"), [(False, 1e-3), (True, 0.1)])
+def test_log_probabilities_along_a_prompt_are_those_of_its_beams(
+    lm: LanguageModel, is_fast: bool, error: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sipit.inversion.inverses.arithmetic.is_fast_in_bfloat16", lambda _: is_fast)
     along = log_probabilities_along(lm, IDS, 0, Meter())
     prior = TokenPrior(lm, torch.empty(0, dtype=torch.long), Meter(), max_batch=8, seq_len=len(IDS))
     for place, token in enumerate(IDS.tolist()):
-        assert torch.allclose(along[place], prior.probabilities[0].double().log(), atol=0.1)  # bfloat16, where fast
+        assert torch.allclose(along[place], prior.probabilities[0].double().log(), atol=error)
         prior.grow(torch.tensor([token]), torch.tensor([0]))
     behind = log_probabilities_along(lm, IDS, 3, Meter())
     assert torch.allclose(behind, along[3:], atol=1e-6)

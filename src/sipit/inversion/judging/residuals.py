@@ -9,6 +9,7 @@ tokens. Any of a wrong model, layer or prompt leaves its own states in the resid
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -80,7 +81,7 @@ def residuals_of(lm: LanguageModel, seen: Observation, input_ids: Tensor, noise:
     counts = kept.sum(dim=1).clamp(min=1).double()  # (T,)
     by_row = (z.square().sum(dim=1) - counts) / (counts * excess).sqrt()  # (T,)
     differences = ((others - states[:, None]) * kept[:, None] / spread).flatten(0, 1)  # (T · M, D)
-    main, nearly_all = _directions(differences, _MAIN), _directions(differences, _NEARLY_ALL)  # (D, K) each
+    main, nearly_all = _directions(differences, (_MAIN, _NEARLY_ALL))  # (D, K) each
     energy = float((z @ main).square().sum())
     n_along = max(main.shape[1] * len(z), 1)
     by_direction = (energy - n_along) / math.sqrt(2 * n_along)
@@ -136,11 +137,12 @@ class _Along:
     @classmethod
     def of(cls, z: Tensor, kept: Tensor, along: Tensor) -> _Along:
         """Return those of residuals of which some coordinates are kept. (T, D), (T, D), (D, K)."""
-        grams = [along.T @ (along * row[:, None]) for row in kept.to(along)]  # T of (K, K)
+        kept = kept.to(along)
+        overlaps = (along @ along.T).square()  # (D, D)
         return cls(
             energy=(z @ along).square().sum(dim=1),
-            mean=torch.stack([gram.trace() for gram in grams]).clamp(min=1e-300),
-            half_variance=torch.stack([gram.square().sum() for gram in grams]).clamp(min=1e-300),
+            mean=(kept @ along.square().sum(dim=1)).clamp(min=1e-300),
+            half_variance=((kept @ overlaps) * kept).sum(dim=1).clamp(min=1e-300),
         )
 
     def in_all(self) -> _Along:
@@ -190,14 +192,15 @@ def _with_others(lm: LanguageModel, seen: Observation, input_ids: Tensor, meter:
     return states, as_float64(torch.cat(rows)).view(n_rows, _OTHERS, -1)
 
 
-def _directions(differences: Tensor, held: float) -> Tensor:
-    """Return the directions along which differences of tokens are longest, a share of their energy. (N, D) → (D, K)."""
+def _directions(differences: Tensor, held: Sequence[float]) -> list[Tensor]:
+    """Return the directions along which differences of tokens are longest, by the shares of energy that they hold.
+
+    (N, D) → (D, K) each
+    """
     gram = differences.T @ differences
     values, vectors = torch.linalg.eigh(gram)
     share = values.flip(0).cumsum(dim=0) / values.sum().clamp(min=1e-300)
-    n = int((share < held).sum()) + 1
-    longest: Tensor = vectors.flip(1)[:, :n]
-    return longest
+    return [vectors.flip(1)[:, : int((share < each).sum()) + 1] for each in held]
 
 
 def _slope(z: Tensor, others: Tensor) -> tuple[float, float]:

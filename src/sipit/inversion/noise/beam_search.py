@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -76,12 +77,12 @@ class _Ahead:
     prior: Tensor  # (B, V) probabilities
     scores: Tensor  # (B,) float64 log-scores of the beams
 
-    @property
+    @cached_property
     def shares(self) -> Tensor:
         """Of the beams. (B,)."""
         return self.scores.softmax(dim=0)
 
-    @property
+    @cached_property
     def mean(self) -> Tensor:
         """Log-probability of every token behind all beams. (V,)."""
         return (self.shares.float() @ self.prior).double().log()
@@ -103,20 +104,6 @@ class _Ranked:
     log_prior: Tensor  # (B, M) with the scores of the beams
     likelihoods: Tensor  # (B, M) float64
     by_map: Tensor  # (V,) float64 log-likelihoods
-
-    @property
-    def with_unmapped(self) -> Tensor:
-        """Log-scores in which no token is as unlikely as the map says. (B, M)."""
-        return self.log_prior + with_unmapped(self.likelihoods)
-
-    @property
-    def rankings(self) -> tuple[Tensor, ...]:
-        """By which candidates are chosen, as many by each. (B, M) each."""
-        return (
-            self.log_prior + self.likelihoods,
-            self.with_unmapped,
-            _DOUBTED * self.log_prior + self.likelihoods,
-        )
 
     def unrun(self, ahead: _Ahead, shown: Shown, exact: Tensor) -> Unrun:
         """Return what was not run, on the scale of the exact scores of what was: (N,)."""
@@ -246,14 +233,16 @@ class BeamSearch:
         guessed = expected + _TEMPER * self._ranking.at_first(self._clean[row]).cpu().double()  # (V,)
         also = torch.tensor((wanted or ())[:1], dtype=torch.long)
         likely = torch.cat([_top(guessed, _LIKELY), _top(expected, _EXPECTED), also]).unique()  # (M,)
-        guesses = ahead.behind(likely) + (guessed - expected)[likely]  # (B, M)
-        at, beams = _best_of_each(guesses, _OF_EACH, self._effort.n_shown)
+        logs = ahead.behind(likely)  # (B, M)
+        at, beams = _best_of_each(logs + (guessed - expected)[likely], _OF_EACH, self._effort.n_shown)
         shown = self._run(ahead, *_with(wanted, likely[at], beams))
         for n in self._effort.n_candidates:
-            ranked = self._ranked(row, ahead, shown, likely, ahead.shares)
-            at, beams = _more(ranked.rankings, torch.searchsorted(likely, shown.token_ids), shown.beams, n)
+            teachers, likelihoods = shown, self._sharpened(row, shown, likely)
+            rankings = logs + likelihoods, logs + with_unmapped(likelihoods), _DOUBTED * logs + likelihoods
+            at, beams = _more(rankings, torch.searchsorted(likely, shown.token_ids), shown.beams, n)
             shown = shown.and_more(self._run(ahead, likely[at], beams))
-        return shown, ranked
+        by_map = self._by_map(row, teachers, ahead.shares)
+        return shown, _Ranked(token_ids=likely, log_prior=logs, likelihoods=likelihoods, by_map=by_map)
 
     def _run_where_nothing_fits(
         self, row: int, ahead: _Ahead, shown: Shown, ranked: _Ranked
@@ -271,10 +260,11 @@ class BeamSearch:
             own = is_behind.nonzero()[:, 0]
             own = own[_top(fits[own], _OWN_TEACHERS)]
             teachers = shown.some(torch.cat([own, _top(fits, _TEACHERS)]).unique())
-            by_map = self._ranking.by_map(self._clean[row], teachers, alone).cpu().double()
+            by_map = self._by_map(row, teachers, alone)
             likely = torch.cat([_top(by_map, _LIKELY), shown.token_ids]).unique()
-            ranked = self._ranked(row, ahead, teachers, likely, alone)
-            left = ranked.with_unmapped[best]  # (M,)
+            logs, likelihoods = ahead.behind(likely), self._sharpened(row, teachers, likely)
+            ranked = _Ranked(token_ids=likely, log_prior=logs, likelihoods=likelihoods, by_map=by_map)
+            left = (logs + with_unmapped(likelihoods))[best]  # (M,)
             left[torch.searchsorted(likely, shown.token_ids[is_behind])] = -math.inf
             n = min(_MORE, n_left, int(left.isfinite().sum()))
             if n == 0:
@@ -284,15 +274,13 @@ class BeamSearch:
             shown, fits = shown.and_more(more), torch.cat([fits, self._likelihoods(row, more.states)])
         return shown, fits, ranked
 
-    def _ranked(self, row: int, ahead: _Ahead, shown: Shown, likely: Tensor, weights: Tensor) -> _Ranked:
-        """Rank likely tokens behind every beam, and all others behind beams of some weights. (M,), (B,)."""
-        clean = self._clean[row]  # (S,)
-        return _Ranked(
-            token_ids=likely,
-            log_prior=ahead.behind(likely),
-            likelihoods=self._ranking.sharpened(clean, shown, likely).cpu().double(),
-            by_map=self._ranking.by_map(clean, shown, weights).cpu().double(),
-        )
+    def _sharpened(self, row: int, teachers: Shown, likely: Tensor) -> Tensor:
+        """Return log-likelihoods of a row for likely tokens behind every beam. (M,) → (B, M) float64."""
+        return self._ranking.sharpened(self._clean[row], teachers, likely).cpu().double()
+
+    def _by_map(self, row: int, teachers: Shown, weights: Tensor) -> Tensor:
+        """Return those of all tokens behind beams of some weights. (B,) → (V,) float64."""
+        return self._ranking.by_map(self._clean[row], teachers, weights).cpu().double()
 
     def _is_surprising(self, row: int, state: Tensor) -> bool:
         """Whether even the best state leaves more of a row than the noise explains: the right token was not run."""
