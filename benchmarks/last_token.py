@@ -2,6 +2,7 @@
 
 python -m benchmarks.last_token --text-file F --layer 1 --lengths 4,6,8,12,16 --prompts 20 --json OUT
 python -m benchmarks.last_token --random-ids --layer 1 --lengths 3 --prompts 20
+python -m benchmarks.last_token --text-file F --layer 15 --lengths 4,6 --by "network alone" --json OUT
 python -m benchmarks.last_token --text-file F --layer 1 --lengths 4,6,8 --decoys 2000
 python -m benchmarks.last_token --plot docs/last-token.svg OUT [OUT ...]
 """
@@ -20,10 +21,17 @@ from typing import Any
 import torch
 
 import sipit
+from sipit.inversion.inverses.prompt_network import PromptReader
+from sipit.inversion.inverses.prompt_store import load_prompt_fit
+from sipit.inversion.last.decode import Prompt, ranked_prompts
 from sipit.inversion.last.judge import LastJudge
+from sipit.observations import Observation
 from sipit.report.plots import draw_lines, panels, save
 
-_DRAWN = (4, 6, 8)  # tokens of the prompts whose seconds are drawn
+_DRAWN, _COMPARED = (4, 6, 8), (4, 6)  # tokens of the prompts whose seconds are drawn: of one way, of several
+_ALL, _NETWORK, _LINEAR = "portfolio", "network alone", "linear maps and repair"
+_MOST_SECONDS = 70.0  # of the axis: a step that has begun when the time is up is ended
+_WIDTHS = (64, 512, 2048, 8192)  # beams of the readings of a network alone, one after the other
 
 
 def main() -> None:
@@ -36,6 +44,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=20, help="of each length")
     parser.add_argument("--max-tokens", type=int, default=8, help="longest prompt sought; longer lengths raise it")
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--by", choices=(_ALL, _NETWORK, _LINEAR), default=_ALL)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--decoys", type=int, help="judge so many prompts a token or two away instead of searching")
     parser.add_argument("--json", type=Path)
@@ -65,8 +74,10 @@ def main() -> None:
             else:
                 at = int(torch.randint(len(ids) - length, (1,), generator=generator))
                 prompt = ids[at : at + length]
-            kept.append(_run(lm, prompt, cut, max(options.max_tokens, length), options.seconds))
-            runs.append({"layer": options.layer, "length": length, "random_ids": ids is None, **kept[-1]})
+            kept.append(_run(lm, prompt, cut, max(options.max_tokens, length), options.seconds, options.by))
+            runs.append(
+                {"layer": options.layer, "length": length, "random_ids": ids is None, "by": options.by, **kept[-1]}
+            )
             if options.json is not None:
                 about = {"model": options.model, "seconds": options.seconds, "threads": torch.get_num_threads()}
                 options.json.write_text(json.dumps({**about, "runs": runs}, indent=1), encoding="utf-8")
@@ -74,8 +85,8 @@ def main() -> None:
         n_wrong = sum(not run["exact"] and run["verdict"] == "recovered" for run in kept)
         share = sum(run["tokens_right"] for run in kept) / (length * len(kept))
         print(
-            f"layer {options.layer}, {length} tokens: {n_exact} of {len(kept)} recovered, {n_wrong} wrong, "
-            f"{share:.0%} of tokens, median {median(run['seconds'] for run in kept):.1f} s",
+            f"layer {options.layer}, {length} tokens, {options.by}: {n_exact} of {len(kept)} recovered, "
+            f"{n_wrong} wrong, {share:.0%} of tokens, median {median(run['seconds'] for run in kept):.1f} s",
             flush=True,
         )
 
@@ -116,54 +127,94 @@ def _judge_decoys(
 
 
 def _run(
-    lm: sipit.LanguageModel, prompt: torch.Tensor, cut: dict[str, Any], max_tokens: int, seconds: float
+    lm: sipit.LanguageModel, prompt: torch.Tensor, cut: dict[str, Any], max_tokens: int, seconds: float, by: str
 ) -> dict[str, Any]:
-    state = lm.capture(input_ids=prompt, **cut).states[-1]
+    seen = lm.capture(input_ids=prompt, **cut).last_rows(1)
     began = time.perf_counter()
-    found = sipit.invert_last(lm, state, max_tokens=max_tokens, seconds=seconds, **cut)
+    if by == _NETWORK:
+        verdict, prompts = _read_alone(lm, seen, max_tokens, seconds)
+    else:
+        found = sipit.invert_last(lm, seen, max_tokens=max_tokens, seconds=seconds, use_fit=by != _LINEAR)
+        verdict, prompts = found.verdict, [tuple(found.input_ids), *found.other_prompts]
     took = time.perf_counter() - began
-    truth = prompt.tolist()
-    answer = list(found.input_ids or (found.other_prompts[0] if found.other_prompts else ()))
+    truth = tuple(prompt.tolist())
+    answer = next(filter(None, prompts), ())
     right = sum(a == b for a, b in zip(answer[::-1], truth[::-1], strict=False))
     return {
-        "verdict": found.verdict,
-        "exact": answer == truth and found.verdict != "unmatched",
-        "is_named": tuple(truth) in found.other_prompts or answer == truth,
+        "verdict": verdict,
+        "exact": answer == truth and verdict != "unmatched",
+        "is_named": truth in prompts,
         "tokens_right": right,  # of the answer, or of the nearest prompt, counted from the end
         "seconds": took,
     }
 
 
-def _draw(path: Path, runs: list[dict[str, Any]]) -> None:
-    """Draw the share recovered: against the length of the prompt, and against the seconds given.
+def _read_alone(
+    lm: sipit.LanguageModel, seen: Observation, max_tokens: int, seconds: float
+) -> tuple[str, list[Prompt]]:
+    """Run what a prompt network reads, by more and more beams, and repair nothing: a verdict, and the nearest first."""
+    fit = load_prompt_fit(lm, seen.cut)
+    if fit is None:
+        raise SystemExit(f"no prompt network is kept of {seen.cut}; make one: sipit fit --layer L --last")
+    judge = LastJudge(lm=lm, seen=seen, budget=seconds)
+    reader = PromptReader(lm, fit.network)
+    white = fit.network.white(seen.states.to(lm.device))
+    for n_beams in _WIDTHS:
+        if judge.is_over:
+            break
+        judge.score(ranked_prompts(reader, white, n_beams=n_beams, lengths=range(1, max_tokens + 1)))
+    verdict = "recovered" if len(judge.fitting) == 1 else "ambiguous" if judge.fitting else "unmatched"
+    return verdict, judge.fitting or [judge.best]
 
-    A line for each layer and kind of prompt, in the second panel for each of three lengths of text too.
+
+_Line = tuple[str, list[float], list[float]]  # name, x, y
+
+
+def _draw(path: Path, runs: list[dict[str, Any]]) -> None:
+    """Draw the share recovered: against the length of the prompt, and for each layer against the seconds given.
+
+    Behind several layers the ways of search are told apart; behind one that was searched in one way, the lengths are.
     """
-    series: dict[tuple[str, bool], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    shares: dict[tuple[str, bool], dict[int, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    took: dict[str, dict[tuple[int, str], list[float]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        is_found = run["exact"] and run["verdict"] == "recovered"
-        series[run["layer"], run["random_ids"]][run["length"]].append(run["seconds"] if is_found else math.inf)
-    by_length, by_seconds = [], []
-    most = max(run["seconds"] for run in runs)
-    for (layer, is_random), found in sorted(series.items()):
-        name = "final" if layer == "final" else f"layer {layer}"
-        shares = [100 * sum(map(math.isfinite, found[n])) / len(found[n]) for n in sorted(found)]
-        by_length.append((name + (", random ids" if is_random else ""), sorted(found), shares))
-        for n in [] if is_random else sorted(set(found) & set(_DRAWN)):
-            took = sorted(filter(math.isfinite, found[n]))
-            shares = [100 * (i + 1) / len(found[n]) for i in range(len(took))]
-            by_seconds.append((f"{name}, {n} tokens", [1.0, *took, most], [0.0, *shares, (shares or [0.0])[-1]]))
-    figure, (lengths, seconds) = panels(2, width=6.0)
-    for axis in (lengths, seconds):
-        axis.set_ylim(-4, 104)
-        axis.set_ylabel("% recovered exactly")
+        is_found, by = run["exact"] and run["verdict"] == "recovered", run.get("by", _ALL)
+        if by == _ALL:
+            shares[run["layer"], run["random_ids"]][run["length"]].append(is_found)
+        if not run["random_ids"]:
+            took[run["layer"]][run["length"], by].append(run["seconds"] if is_found else math.inf)
+    figure, (lengths, *seconds) = panels(1 + len(took), width=6.0)
+    lines: list[_Line] = []
+    for (layer, is_random), found in sorted(shares.items()):
+        percent = [100 * sum(found[n]) / len(found[n]) for n in sorted(found)]
+        lines.append((_named(layer) + (", random ids" if is_random else ""), list(map(float, sorted(found))), percent))
     lengths.set_xlabel("tokens of the prompt")
-    seconds.set_xlabel("seconds of one core")
-    seconds.set_xscale("log")
-    seconds.set_xlim(1, most)
-    draw_lines(lengths, by_length)
-    draw_lines(seconds, by_seconds)
+    _draw_shares(lengths, lines)
+    for axis, (layer, cells) in zip(seconds, took.items(), strict=True):
+        axis.set_xlabel(f"seconds of one core, {_named(layer)}")
+        axis.set_xscale("log")
+        axis.set_xlim(1, _MOST_SECONDS)
+        is_one_way = len({by for _, by in cells}) == 1
+        lines = []
+        for (n, by), each in sorted(cells.items()):
+            if n not in (_DRAWN if is_one_way else _COMPARED):
+                continue
+            ends = sorted(filter(lambda second: second <= _MOST_SECONDS, each))
+            percent = [100 * (i + 1) / len(each) for i in range(len(ends))]
+            name = f"{n} tokens" if is_one_way else f"{n} tokens, {by}"
+            lines.append((name, [1.0, *ends, _MOST_SECONDS], [0.0, *percent, (percent or [0.0])[-1]]))
+        _draw_shares(axis, lines)
     save(figure, path)
+
+
+def _named(layer: str) -> str:
+    return "final" if layer == "final" else f"layer {layer}"
+
+
+def _draw_shares(axis: Any, lines: list[_Line]) -> None:
+    axis.set_ylim(-4, 104)
+    axis.set_ylabel("% recovered exactly")
+    draw_lines(axis, lines)
 
 
 if __name__ == "__main__":
