@@ -9,6 +9,7 @@ import torch
 
 from sipit import LanguageModel, Observation
 from sipit.inversion import NoiseModel
+from sipit.inversion.judging.directions import directions, directions_of
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.judging.residuals import Residuals, residuals_of
 from sipit.inversion.noise.beam_search import Beams
@@ -43,6 +44,15 @@ def test_the_right_prompt_leaves_a_normal_deviation(lm: LanguageModel, dropped: 
     assert 0.7 < float(all_along.std()) < 1.3
     assert max(one.row_along for one in found) < 4.5  # of 720 rows
     assert sum(one.row_along > 2.5 for one in found) < 15  # 4 or 5 of 60, of 12 rows each
+
+
+def test_rows_wider_than_the_differences_are_many_have_the_same_directions() -> None:
+    generator = torch.Generator().manual_seed(1)
+    differences = torch.randn(40, 64, generator=generator, dtype=torch.float64)
+    held = (0.5, 0.9)
+    wide, by_gram = directions(differences, held), directions_of(differences.T @ differences, held)
+    for one, other in zip(wide, by_gram, strict=True):
+        torch.testing.assert_close(one @ one.T, other @ other.T)
 
 
 def test_what_doubts_a_prompt_keeps_it_from_being_probable(lm: LanguageModel) -> None:

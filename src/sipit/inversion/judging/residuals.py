@@ -9,7 +9,6 @@ tokens. Any of a wrong model, layer or prompt leaves its own states in the resid
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sipit.float64 import as_float64
+from sipit.inversion.judging.directions import NEARLY_ALL, Along, directions
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.judging.noise_model import NoiseModel
 from sipit.models import LanguageModel
@@ -27,7 +27,7 @@ _OTHERS = 8  # random tokens run at each position beside the claimed one
 _MOST_DEVIATION = 5.0  # standard deviations that a sum of squares may be off: by chance 1 in a million, of 500
 _LEAST_SLOPE_SIGNAL = 16.0  # standard deviations of the slope below 1: less tells no prompt from none
 _CHUNK = 256  # tokens in one packed pass
-_MAIN, _NEARLY_ALL = 0.5, 0.9  # of how tokens differ: the shares that two sets of directions hold
+_MAIN = 0.5  # of how tokens differ: the share that the main directions hold
 _MOST_ALONG = 4.0  # standard deviations along nearly all of it: by chance 3 in 100,000
 
 
@@ -81,11 +81,11 @@ def residuals_of(lm: LanguageModel, seen: Observation, input_ids: Tensor, noise:
     counts = kept.sum(dim=1).clamp(min=1).double()  # (T,)
     by_row = (z.square().sum(dim=1) - counts) / (counts * excess).sqrt()  # (T,)
     differences = ((others - states[:, None]) * kept[:, None] / spread).flatten(0, 1)  # (T · M, D)
-    main, nearly_all = _directions(differences, (_MAIN, _NEARLY_ALL))  # (D, K) each
+    main, nearly_all = directions(differences, (_MAIN, NEARLY_ALL))  # (D, K) each
     energy = float((z @ main).square().sum())
     n_along = max(main.shape[1] * len(z), 1)
     by_direction = (energy - n_along) / math.sqrt(2 * n_along)
-    along = _Along.of(z, kept, nearly_all)
+    along = Along.of(z, kept, nearly_all)
     slope, slope_error = _slope(z, noise.scale * (others - states[:, None]) * kept[:, None] / spread)
     worst = float(by_row[by_row.abs().argmax()])
     gaps = (others - states[:, None]).square().sum(dim=2).mean().sqrt()
@@ -126,40 +126,7 @@ def _reasons(
     return tuple(found)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Along:
-    """The energy of rows along some directions, with the first two moments that noise gives it. (T,) each."""
-
-    energy: Tensor
-    mean: Tensor
-    half_variance: Tensor
-
-    @classmethod
-    def of(cls, z: Tensor, kept: Tensor, along: Tensor) -> _Along:
-        """Return those of residuals of which some coordinates are kept. (T, D), (T, D), (D, K)."""
-        kept = kept.to(along)
-        overlaps = (along @ along.T).square()  # (D, D)
-        return cls(
-            energy=(z @ along).square().sum(dim=1),
-            mean=(kept @ along.square().sum(dim=1)).clamp(min=1e-300),
-            half_variance=((kept @ overlaps) * kept).sum(dim=1).clamp(min=1e-300),
-        )
-
-    def in_all(self) -> _Along:
-        """Return that of all rows together: () each."""
-        return _Along(energy=self.energy.sum(), mean=self.mean.sum(), half_variance=self.half_variance.sum())
-
-    def deviations(self) -> Tensor:
-        """Return how many standard deviations of a normal law each energy lies above what noise leaves.
-
-        By the cube root of Wilson and Hilferty (1931), of a chi-square law with the same two moments.
-        """
-        spread = 2 * self.half_variance / (9 * self.mean.square())
-        found: Tensor = ((self.energy / self.mean).pow(1 / 3) - (1 - spread)) / spread.sqrt()
-        return found
-
-
-def _doubts(seen: Observation, along: _Along) -> tuple[str, ...]:
+def _doubts(seen: Observation, along: Along) -> tuple[str, ...]:
     by_row, in_all = along.deviations(), float(along.in_all().deviations())
     worst, found = int(by_row.argmax()), []
     if not float(by_row[worst]) <= _MOST_ALONG:
@@ -190,17 +157,6 @@ def _with_others(lm: LanguageModel, seen: Observation, input_ids: Tensor, meter:
     rows = [row.run(tokens.flatten()[i], places[i], continues=continues[i]) for i in parts]
     meter.spend(2 * len(input_ids) + len(places), model.layer)
     return states, as_float64(torch.cat(rows)).view(n_rows, _OTHERS, -1)
-
-
-def _directions(differences: Tensor, held: Sequence[float]) -> list[Tensor]:
-    """Return the directions along which differences of tokens are longest, by the shares of energy that they hold.
-
-    (N, D) → (D, K) each
-    """
-    gram = differences.T @ differences
-    values, vectors = torch.linalg.eigh(gram)
-    share = values.flip(0).cumsum(dim=0) / values.sum().clamp(min=1e-300)
-    return [vectors.flip(1)[:, : int((share < each).sum()) + 1] for each in held]
 
 
 def _slope(z: Tensor, others: Tensor) -> tuple[float, float]:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sipit.float64 import as_float64
+from sipit.inversion.judging.directions import NEARLY_ALL, Along, directions_of
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.judging.noise_model import NoiseModel
 from sipit.inversion.noise.fast_passes import passes_behind
@@ -39,7 +40,7 @@ _MORE = 256  # tokens run at a time where nothing fits
 _TEACHERS = 512  # tokens run, those whose rows are nearest, that others' errors are learned from where nothing fits
 _OWN_TEACHERS = 256  # the same behind the best beam, whatever other beams hold
 _AT_ONE = 1536  # tokens run at one position where nothing fits: what they do not explain is no token that was missed
-_SURPRISE = 4.0  # standard deviations that the best state's residual is too large by where nothing fits
+_SURPRISE = 2.5  # standard deviations that the best state leaves too much along tokens' directions where nothing fits
 _DOUBTED = (
     0.3  # of the prior's log-probabilities, by which a third of the candidates is chosen: an early token may be wrong
 )
@@ -146,6 +147,7 @@ class BeamSearch:
         self._clean = self._map.compared(self._filled())  # (T, S)
         self._ranking = TokenRanking(self._map, noise.variances(seen.d_model))
         self._seen = seen
+        self._along = self._directions()  # (W, K)
         self._unigram = anywhere_probabilities(lm, meter).cpu().double().log()  # (V,)
         self._n_surprised = self._effort.n_surprised
         self._distances: list[dict[int, float]] = []
@@ -157,6 +159,16 @@ class BeamSearch:
         if not noise.drops or self._map.projection is not None:
             return clean
         return torch.where(noise.kept(self._observed), clean, self._map.centre.to(clean))
+
+    def _directions(self) -> Tensor:
+        """Return the directions along which tokens differ, beside the noise. (W, K) float64."""
+        mapped = self._map
+        gram = self._lm.derived(("token gram", self._seen.cut), lambda: as_float64(mapped.table.T @ mapped.table))
+        if mapped.projection is not None:
+            along: Tensor = as_float64(mapped.projection) @ directions_of(gram, [NEARLY_ALL])[0]
+            return along
+        by_noise = as_float64(self._noise.variances(len(gram)).to(gram)).rsqrt()
+        return directions_of(by_noise[:, None] * gram * by_noise, [NEARLY_ALL])[0]
 
     def run(self, on_position: OnPosition | None = None, *, hint: Tensor | None = None) -> Beams:
         """Return the prompts that are left.
@@ -283,12 +295,14 @@ class BeamSearch:
         return self._ranking.by_map(self._clean[row], teachers, weights).cpu().double()
 
     def _is_surprising(self, row: int, state: Tensor) -> bool:
-        """Whether even the best state leaves more of a row than the noise explains: the right token was not run."""
-        kept = self._noise.kept(self._observed[row][None])[0]
+        """Whether even the best state leaves more of a row than the noise explains: the right token was not run.
+
+        Looked at where tokens differ, for elsewhere a token that is missed leaves nothing, but the noise its own.
+        """
+        kept = self._noise.kept(self._observed[row][None])  # (1, W)
         spread = self._noise.variances(len(state)).to(state).sqrt() * abs(self._noise.scale)
-        z = as_float64((self._observed[row] - self._noise.expected(state[None])[0]) * kept / spread)
-        n = float(kept.sum())
-        return float(z.square().sum()) > n + _SURPRISE * math.sqrt(2 * n)
+        z = as_float64((self._observed[row] - self._noise.expected(state[None])) * kept / spread)
+        return float(Along.of(z, kept, self._along).deviations()) > _SURPRISE
 
     def _first_candidates(self, prior: Tensor, wanted: tuple[int, int] | None) -> Candidates:
         """Return candidates for a prompt's first position: the whole vocabulary, whose rows there are made once."""

@@ -53,6 +53,7 @@ def _best_inverse(view: SearchView, use_fit: bool) -> FusedProposal:
     fit = load_fit(lm, cut) if use_fit else None
     if fit is None:
         return FusedProposal(view, ridge_inverse(lm, cut, view.meter), is_cautious=False)
-    is_long = view.seen.seq_len >= LONG  # the likelihood saves more time in passes than its blocks take
-    is_dear = lm.n_layers - layer > _CHEAP_LIKELIHOOD * layer and not is_long
+    # Of a long prompt the likelihood saves about as many passes as one ordinary pass of it takes.
+    worth = 1.0 if view.seen.seq_len >= LONG else _CHEAP_LIKELIHOOD
+    is_dear = lm.n_layers - layer > worth * layer
     return FusedProposal(view, FittedInverse(token_keys(lm), fit), is_cautious=is_dear)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sipit.models import LanguageModel
 from sipit.models.pass_cost import tokens_a_pass
 
-LONG = 512  # tokens of a prompt from which the likelihood saves more time in passes than its blocks take
+LONG = 512  # tokens of a prompt from which the likelihood saves many passes
 
 
 def pass_price(lm: LanguageModel, n_sharing: int = 1) -> float:
