@@ -18,6 +18,7 @@ from sipit.inversion.noise.prior import TokenPrior, log_probabilities_along
 from sipit.inversion.noise.revision import Revision
 from sipit.inversion.noise.token_map import TokenMap
 from sipit.inversion.noise.token_ranking import Shown, TokenRanking
+from sipit.observations import Cut
 from tests.tiny_models import random_ids, text_model
 
 LAYER = 2
@@ -191,3 +192,25 @@ def test_nothing_to_replace_leaves_the_prompt(lm: LanguageModel) -> None:
     revision = Revision(lm, _noisy(lm, 0.1), NoiseModel.gaussian(0.1), Meter())
     assert revision.likeliest(beams).tolist() == IDS.tolist()
     assert revision.beside(beams) == 0.0
+
+
+def test_a_missed_token_surprises_though_its_row_is_no_longer_than_noise_makes_it(lm: LanguageModel) -> None:
+    """At this noise the nearest wrong states lengthen the whole residual by less than it varies by itself."""
+    sigma, row = 4.0, 5
+    prefix, states = IDS[:row], lm.capture(input_ids=IDS, layer=LAYER).states
+    all_states = lm.cut(Cut(LAYER)).row(prefix).run(torch.arange(256), torch.full((256,), row)).float()
+    gaps = (all_states - states[row]).square().sum(dim=1) / sigma**2  # (V,)
+    lengthened = gaps / (2 * states.shape[1]) ** 0.5  # standard deviations of the whole residual
+    hidden = ((lengthened > 2) & (lengthened < 4)).nonzero()[:, 0].tolist()
+    n_right = n_missed = n_long = 0
+    for seed in range(20):
+        noise = sigma * torch.randn(states.shape, generator=torch.Generator().manual_seed(seed))
+        seen = Observation(states=states + noise, layer=LAYER)
+        search = BeamSearch(lm, seen, NoiseModel.gaussian(sigma), Meter())
+        n_right += search._is_surprising(row, states[row])
+        n_missed += sum(search._is_surprising(row, all_states[token]) for token in hidden)
+        whole = ((all_states[hidden] - seen.states[row]) / sigma).square().sum(dim=1)
+        n_long += int((whole > states.shape[1] + 4 * (2 * states.shape[1]) ** 0.5).sum())
+    assert n_right <= 2
+    assert n_missed > 0.5 * 20 * len(hidden)
+    assert n_long < 0.6 * n_missed
