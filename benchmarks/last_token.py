@@ -30,7 +30,7 @@ from sipit.report.plots import draw_lines, panels, save
 
 _DRAWN, _COMPARED = (4, 6, 8), (4, 6)  # tokens of the prompts whose seconds are drawn: of one way, of several
 _ALL, _NETWORK, _LINEAR = "portfolio", "network alone", "linear maps and repair"
-_MOST_SECONDS = 70.0  # of the axis: a step that has begun when the time is up is ended
+_LEAST_SECONDS, _MOST_SECONDS = 0.5, 70.0  # of the axis: a step that has begun when the time is up is ended
 _WIDTHS = (64, 512, 2048, 8192)  # beams of the readings of a network alone, one after the other
 
 
@@ -193,7 +193,7 @@ def _draw(path: Path, runs: list[dict[str, Any]]) -> None:
     for axis, (layer, cells) in zip(seconds, took.items(), strict=True):
         axis.set_xlabel(f"seconds of one core, {_named(layer)}")
         axis.set_xscale("log")
-        axis.set_xlim(1, _MOST_SECONDS)
+        axis.set_xlim(_LEAST_SECONDS, _MOST_SECONDS)
         is_one_way = len({by for _, by in cells}) == 1
         lines = []
         for (n, by), each in sorted(cells.items()):
@@ -202,7 +202,7 @@ def _draw(path: Path, runs: list[dict[str, Any]]) -> None:
             ends = sorted(filter(lambda second: second <= _MOST_SECONDS, each))
             percent = [100 * (i + 1) / len(each) for i in range(len(ends))]
             name = f"{n} tokens" if is_one_way else f"{n} tokens, {by}"
-            lines.append((name, [1.0, *ends, _MOST_SECONDS], [0.0, *percent, (percent or [0.0])[-1]]))
+            lines.append((name, [_LEAST_SECONDS, *ends, _MOST_SECONDS], [0.0, *percent, (percent or [0.0])[-1]]))
         _draw_shares(axis, lines)
     save(figure, path)
 

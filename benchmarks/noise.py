@@ -2,11 +2,13 @@
 
 Prompts of 20 tokens cut at random out of a text, Gaussian noise at the strengths of `benchmarks.noise_strengths`, at
 which nearest search behind the true prefix finds 90, 50 and 10 % of the tokens. With --wrong, what must never be
-called recovered or probable instead: states of another layer, site or model, spliced, shuffled and unrelated rows.
-Each case is a line of the file; a second run goes on where the first stopped.
+called recovered or probable instead: states of another layer, site or model, spliced, shuffled and unrelated rows;
+of tiny random models of several families with --tiny. Each case is a line of the file; a second run goes on where the
+first stopped.
 
 python -m benchmarks.noise --text-file F --strengths strengths.json --prompts 10 --out noise.jsonl
 python -m benchmarks.noise --text-file F --wrong --layers 5 --prompts 10 --out wrong.jsonl
+python -m benchmarks.noise --wrong --tiny --layers 1,2 --prompts 3 --out tiny.jsonl
 python -m benchmarks.noise --summary noise.jsonl [--figure reliability.svg]
 """
 
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.tiny_models import tiny_model
 from torch import Tensor
 
 import sipit
@@ -32,6 +35,8 @@ from sipit.observations import Observation
 from sipit.report.reliability import Stated, draw_reliability
 from sipit.storage import LineLog
 
+_FAMILIES = ("llama", "gpt2", "gemma3_text", "qwen3", "olmo2", "phi3")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -41,6 +46,7 @@ def main() -> None:
     parser.add_argument("--layers", default="5,15,30")
     parser.add_argument("--prompts", type=int, default=10)
     parser.add_argument("--wrong", action="store_true")
+    parser.add_argument("--tiny", action="store_true", help="of --wrong: tiny random models, and no text")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--summary", type=Path)
     parser.add_argument("--figure", type=Path, help="of the summary: posteriors of tokens against the truth")
@@ -50,14 +56,31 @@ def main() -> None:
         if options.figure is not None:
             draw_reliability(groups, options.figure)
         return
+    layers = [int(layer) for layer in options.layers.split(",")]
+    log = LineLog(options.out)
+    if options.tiny:
+        generator = torch.Generator().manual_seed(11)
+        for family in _FAMILIES:
+            lm, another = (sipit.LanguageModel(tiny_model(family, seed=seed), name=family) for seed in (0, 1))
+            prompts = list(torch.randint(lm.vocab_size, (options.prompts, N_TOKENS), generator=generator))
+            _measure(lm, _wrong_cases(lm, prompts, layers, another), log, of=f"{family} ")
+        return
     lm = sipit.load(options.model)
     prompts = held_out(lm, options.text_file, options.prompts, seed=11)
-    log = LineLog(options.out)
+    if options.wrong:
+        _measure(lm, _wrong_cases(lm, prompts, layers), log)
+    else:
+        _measure(lm, _noisy_cases(lm, prompts, layers, json.loads(options.strengths.read_text("utf-8"))), log)
+
+
+_Case = tuple[str, Observation, Tensor | None]
+
+
+def _measure(lm: sipit.LanguageModel, cases: Iterator[_Case], log: LineLog, *, of: str = "") -> None:
+    """Decode the cases that the log lacks, and note each."""
     done = {record["case"] for record in log.records()}
-    layers = [int(layer) for layer in options.layers.split(",")]
-    strengths = {} if options.wrong else json.loads(options.strengths.read_text("utf-8"))
-    cases = _wrong_cases(lm, prompts, layers) if options.wrong else _noisy_cases(lm, prompts, layers, strengths)
-    for case, seen, truth in cases:
+    for name, seen, truth in cases:
+        case = of + name
         if case in done:
             continue
         began = time.perf_counter()
@@ -80,9 +103,6 @@ def main() -> None:
         print(case, verdict, f"{found.posterior:.3f}", sum(record["right"] or []), flush=True)
 
 
-_Case = tuple[str, Observation, Tensor | None]
-
-
 def _noisy_cases(
     lm: sipit.LanguageModel, prompts: list[Tensor], layers: list[int], strengths: dict[str, dict[str, float]]
 ) -> Iterator[_Case]:
@@ -95,7 +115,9 @@ def _noisy_cases(
                 yield f"{layer} {share} {number}", replace(seen, states=seen.states + noise), prompt
 
 
-def _wrong_cases(lm: sipit.LanguageModel, prompts: list[Tensor], layers: list[int]) -> Iterator[_Case]:
+def _wrong_cases(
+    lm: sipit.LanguageModel, prompts: list[Tensor], layers: list[int], another: sipit.LanguageModel | None = None
+) -> Iterator[_Case]:
     """Yield states that are no prompt's at the layer they are said to be of, with and without noise on top."""
     for number, prompt in enumerate(prompts):
         other = prompts[(number + 1) % len(prompts)]
@@ -110,10 +132,12 @@ def _wrong_cases(lm: sipit.LanguageModel, prompts: list[Tensor], layers: list[in
                 "final": lm.capture(input_ids=prompt, site="final").states,
                 "spliced": torch.cat([states[:half], lm.capture(input_ids=other, layer=layer).states[half:]]),
                 "rows reversed": states.flip(0),
-                "another model": states[:, scrambled],
+                "columns shuffled": states[:, scrambled],
                 "white": states.std() * torch.randn(states.shape, generator=generator),
                 "one row repeated": states[:1].expand_as(states),
             }
+            if another is not None:
+                wrong["another model"] = another.capture(input_ids=prompt, layer=layer).states
             for name, rows in wrong.items():
                 noise = torch.randn(rows.shape, generator=generator)
                 usual = float(states[1:].norm(dim=1).median()) / states.shape[1] ** 0.5  # root mean square of a row
