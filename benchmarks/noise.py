@@ -134,7 +134,7 @@ def _wrong_cases(
                 "rows reversed": states.flip(0),
                 "columns shuffled": states[:, scrambled],
                 "white": states.std() * torch.randn(states.shape, generator=generator),
-                "one row repeated": states[:1].expand_as(states),
+                "one row repeated": states[half : half + 1].expand_as(states),
             }
             if another is not None:
                 wrong["another model"] = another.capture(input_ids=prompt, layer=layer).states

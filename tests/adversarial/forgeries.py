@@ -498,6 +498,20 @@ def _tokens_in_all_rows(rng: random.Random, forged: Forgery) -> str:
     return forged.lie
 
 
+def _vector_in_all_rows(rng: random.Random, forged: Forgery) -> str:
+    """Observe rows that all hold a little of one vector, less than their size tells."""
+    size, width = forged.true["noise_model"]["spread"], forged.seen.d_model
+    vector = _normal(rng, width)
+    rows = forged.seen.states
+    for step in range(2, 60):
+        rows = forged.seen.states + step / 10 * size * vector / vector.norm()
+        if _residuals(forged, rows).in_common > 4.02:
+            break
+    _observe(forged, rows)
+    forged.lie = "one vector was added to all rows"
+    return forged.lie
+
+
 def _moved_along(rng: random.Random, forged: Forgery, rows: Iterable[int], *, inside: float, in_all: float) -> Tensor:
     """Return the rows with so many standard deviations of energy along nearly all token directions, and in all."""
     size, width = forged.true["noise_model"]["spread"], forged.seen.d_model
@@ -638,6 +652,7 @@ KINDS: dict[str, tuple[Callable[[random.Random, Forgery], str], str | None]] = {
     "noise along the tokens": (_noise_of_tokens, "noisy"),
     "a token in the noise of a row": (_token_in_a_row, "noisy"),
     "tokens in the noise": (_tokens_in_all_rows, "noisy"),
+    "a vector in the noise of all rows": (_vector_in_all_rows, "noisy"),
     "rows of another scale": (_rows_of_another_scale, "noisy"),
     "an odd noise model": (_odd_noise_model, "noisy"),
 }

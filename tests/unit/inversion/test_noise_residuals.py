@@ -39,9 +39,10 @@ def _of(lm: LanguageModel, seed: int, *, dropped: float = 0.0) -> Residuals:
 @pytest.mark.parametrize("dropped", [0.0, 0.4])
 def test_the_right_prompt_leaves_a_normal_deviation(lm: LanguageModel, dropped: float) -> None:
     found = [_of(lm, seed, dropped=dropped) for seed in range(60)]
-    all_along = torch.tensor([one.all_along for one in found])
-    assert abs(float(all_along.mean())) < 0.5
-    assert 0.7 < float(all_along.std()) < 1.3
+    for deviation in ("all_along", "in_common"):
+        deviations = torch.tensor([getattr(one, deviation) for one in found])
+        assert abs(float(deviations.mean())) < 0.5
+        assert 0.7 < float(deviations.std()) < 1.3
     assert max(one.row_along for one in found) < 4.5  # of 720 rows
     assert sum(one.row_along > 2.5 for one in found) < 15  # 4 or 5 of 60, of 12 rows each
 
@@ -53,6 +54,17 @@ def test_rows_wider_than_the_differences_are_many_have_the_same_directions() -> 
     wide, by_gram = directions(differences, held), directions_of(differences.T @ differences, held)
     for one, other in zip(wide, by_gram, strict=True):
         torch.testing.assert_close(one @ one.T, other @ other.T)
+
+
+def test_a_vector_in_all_rows_is_told_from_noise(lm: LanguageModel) -> None:
+    vector = torch.randn(1, lm.d_model, generator=torch.Generator().manual_seed(7)) * 0.3 * SIGMA
+    seen = _noisy(lm, 1)
+    found = residuals_of(lm, replace(seen, states=seen.states + vector), IDS, NoiseModel.gaussian(SIGMA), Meter())
+    assert found.is_noise
+    assert len(found.doubts) == 1
+    assert "alike" in found.doubts[0]
+    known = replace(NoiseModel.gaussian(SIGMA), shift=vector[0].double())
+    assert not residuals_of(lm, replace(seen, states=seen.states + vector), IDS, known, Meter()).doubts
 
 
 def test_what_doubts_a_prompt_keeps_it_from_being_probable(lm: LanguageModel) -> None:

@@ -29,6 +29,7 @@ _LEAST_SLOPE_SIGNAL = 16.0  # standard deviations of the slope below 1: less tel
 _CHUNK = 256  # tokens in one packed pass
 _MAIN = 0.5  # of how tokens differ: the share that the main directions hold
 _MOST_ALONG = 4.0  # standard deviations along nearly all of it: by chance 3 in 100,000
+_MOST_IN_COMMON = 4.0  # standard deviations that rows may have in common: the same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ class Residuals:
     directions: float  # deviation of the energy along the main directions in which tokens differ
     row_along: float  # of the row that leaves most along nearly all such directions: its deviation there
     all_along: float  # deviation of all rows there
+    in_common: float  # deviation of the sum of inner products of different rows: noise is new in each
     slope: float  # share of the rows' distance from other tokens' states that the prompt's states account for: 1
     slope_error: float  # its standard deviation
     gap: float  # root mean square distance of other tokens' states
@@ -87,6 +89,7 @@ def residuals_of(lm: LanguageModel, seen: Observation, input_ids: Tensor, noise:
     by_direction = (energy - n_along) / math.sqrt(2 * n_along)
     along = Along.of(z, kept, nearly_all)
     slope, slope_error = _slope(z, noise.scale * (others - states[:, None]) * kept[:, None] / spread)
+    in_common = _in_common(z, kept)
     worst = float(by_row[by_row.abs().argmax()])
     gaps = (others - states[:, None]).square().sum(dim=2).mean().sqrt()
     return Residuals(
@@ -95,11 +98,12 @@ def residuals_of(lm: LanguageModel, seen: Observation, input_ids: Tensor, noise:
         directions=by_direction,
         row_along=float(along.deviations().max()),
         all_along=float(along.in_all().deviations()),
+        in_common=in_common,
         slope=slope,
         slope_error=slope_error,
         gap=float(gaps),
         reasons=_reasons(seen, by_row, by_direction, slope, slope_error),
-        doubts=_doubts(seen, along),
+        doubts=_doubts(seen, along, in_common),
     )
 
 
@@ -126,7 +130,14 @@ def _reasons(
     return tuple(found)
 
 
-def _doubts(seen: Observation, along: Along) -> tuple[str, ...]:
+def _in_common(z: Tensor, kept: Tensor) -> float:
+    """Return how many standard deviations the sum of inner products of different rows lies above 0. (T, D), (T, D)."""
+    products = float(z.sum(dim=0).square().sum() - z.square().sum()) / 2
+    counts = kept.to(z).sum(dim=0)  # (D,) rows that keep each coordinate
+    return products / math.sqrt(max(float((counts * (counts - 1)).sum()) / 2, 1.0))
+
+
+def _doubts(seen: Observation, along: Along, in_common: float) -> tuple[str, ...]:
     by_row, in_all = along.deviations(), float(along.in_all().deviations())
     worst, found = int(by_row.argmax()), []
     if not float(by_row[worst]) <= _MOST_ALONG:
@@ -138,6 +149,11 @@ def _doubts(seen: Observation, along: Along) -> tuple[str, ...]:
         found.append(
             "all rows together leave more along the directions in which tokens differ than noise explains "
             f"({in_all:.3g} standard deviations), as after tokens that were missed"
+        )
+    if not in_common <= _MOST_IN_COMMON:
+        found.append(
+            f"what is left of the rows is alike by {in_common:.3g} standard deviations more than noise is: they are of "
+            "another layer or model, or one vector was added to all"
         )
     return tuple(found)
 
