@@ -13,11 +13,9 @@ from sipit.inversion.proposals.fused import FusedProposal
 from sipit.inversion.proposals.gradient import Gradient
 from sipit.inversion.proposals.hinted import Hinted
 from sipit.inversion.proposals.likely import Likely
-from sipit.inversion.proposals.price import LONG
+from sipit.inversion.proposals.price import likelihood_pays
 from sipit.inversion.proposals.proposal import Proposal, SearchView
 from sipit.inversion.proposals.vocabulary import RandomOrder, VocabularyOrder
-
-_CHEAP_LIKELIHOOD = 0.25  # blocks above the layer, over blocks below it, that a good inverse still pays for
 
 __all__ = ["POLICIES", "Hinted", "Policy", "Proposal", "SearchView", "proposal_for"]
 
@@ -53,7 +51,5 @@ def _best_inverse(view: SearchView, use_fit: bool) -> FusedProposal:
     fit = load_fit(lm, cut) if use_fit else None
     if fit is None:
         return FusedProposal(view, ridge_inverse(lm, cut, view.meter), is_cautious=False)
-    # Of a long prompt the likelihood saves about as many passes as one ordinary pass of it takes.
-    worth = 1.0 if view.seen.seq_len >= LONG else _CHEAP_LIKELIHOOD
-    is_dear = lm.n_layers - layer > worth * layer
+    is_dear = not likelihood_pays(layer, lm.n_layers - layer, view.seen.seq_len)
     return FusedProposal(view, FittedInverse(token_keys(lm), fit), is_cautious=is_dear)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from sipit.models import LanguageModel
 from sipit.models.pass_cost import tokens_a_pass
 
-LONG = 512  # tokens of a prompt from which the likelihood saves many passes
+_LONG = 512  # tokens of a prompt from which the likelihood spares many passes
+_PAID = (0.25, 1.0)  # blocks above a layer, over blocks below it, that a short and a long prompt's likelihood pays for
 
 
 def pass_price(lm: LanguageModel, n_sharing: int = 1) -> float:
@@ -31,3 +32,12 @@ def n_worth_checking(chances: Sequence[float], price: float) -> int:
         n_worth += 1
         before += chance
     return max(1, n_worth)
+
+
+def likelihood_pays(n_below: int, n_above: int, n_tokens: int) -> bool:
+    """Return whether the model's own likelihood of a prompt spares more beside a fitted inverse than it costs.
+
+    It costs a pass of the whole prompt through the blocks above the layer. Of a long prompt it spares about as many
+    passes of a few tokens as one ordinary pass takes.
+    """
+    return n_above <= _PAID[n_tokens >= _LONG] * n_below
