@@ -12,7 +12,7 @@ from sipit import LanguageModel, Observation
 from sipit.inversion import NoiseModel
 from sipit.inversion.inverses.kernel_regression import arc_cosine_kernel
 from sipit.inversion.judging.meter import Meter
-from sipit.inversion.noise.beam_search import Beams, BeamSearch, Effort
+from sipit.inversion.noise.beam_search import Beams, BeamSearch, Effort, _Ahead, _Ranked
 from sipit.inversion.noise.kernel_errors import kernel_errors, standard_of
 from sipit.inversion.noise.prior import TokenPrior, log_probabilities_along
 from sipit.inversion.noise.revision import Revision
@@ -214,3 +214,26 @@ def test_a_missed_token_surprises_though_its_row_is_no_longer_than_noise_makes_i
     assert n_right <= 2
     assert n_missed > 0.5 * 20 * len(hidden)
     assert n_long < 0.6 * n_missed
+
+
+def test_what_the_map_says_of_tokens_not_run_is_on_the_scale_of_those_that_were() -> None:
+    """A map that is off by a constant, as behind an odd prefix, changes no share."""
+    generator = torch.Generator().manual_seed(1)
+    prior = torch.rand(2, 10, generator=generator).softmax(dim=1)
+    ahead = _Ahead(prior=prior, scores=torch.tensor([-3.0, -4.0], dtype=torch.float64))
+    likely, by_map = torch.tensor([1, 4, 5, 8]), torch.randn(10, generator=generator).double()
+    shown = Shown(token_ids=likely[:2], beams=torch.tensor([0, 1]), states=torch.empty(2, 0), n_beams=2)
+    ranked = _Ranked(
+        token_ids=likely,
+        log_prior=ahead.behind(likely),
+        likelihoods=by_map[likely].expand(2, -1),
+        by_map=by_map,
+    )
+    exact = ahead.of(shown) + by_map[shown.token_ids]  # the map is right of what was run
+    plain = ranked.unrun(ahead, shown, exact)
+    off = replace(ranked, by_map=by_map + 150, likelihoods=ranked.likelihoods - 20).unrun(ahead, shown, exact)
+    torch.testing.assert_close(off.log_elsewhere, plain.log_elsewhere)
+    torch.testing.assert_close(off.log_scores, plain.log_scores)
+    whole = torch.logaddexp(plain.log_mass, exact.logsumexp(dim=0))
+    every = (ahead.behind(torch.arange(10)) + by_map).logsumexp(dim=(0, 1))  # of all tokens behind all beams
+    torch.testing.assert_close(whole, every)

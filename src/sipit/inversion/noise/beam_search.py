@@ -107,15 +107,20 @@ class _Ranked:
     by_map: Tensor  # (V,) float64 log-likelihoods
 
     def unrun(self, ahead: _Ahead, shown: Shown, exact: Tensor) -> Unrun:
-        """Return what was not run, on the scale of the exact scores of what was: (N,)."""
+        """Return what was not run, on the scale of the exact scores of what was: (N,).
+
+        Both the ranking and the map are off by what they are off for the tokens that were run.
+        """
         scores, at = self.log_prior + self.likelihoods, torch.searchsorted(self.token_ids, shown.token_ids)
-        off = exact.logsumexp(dim=0) - scores[shown.beams, at].logsumexp(dim=0)  # noise that is not normal is off
+        off = exact.logsumexp(dim=0) - scores[shown.beams, at].logsumexp(dim=0)
+        by_map = ahead.of(shown) + self.by_map[shown.token_ids]  # (N,)
+        map_off = exact.logsumexp(dim=0) - by_map.logsumexp(dim=0)
         scores[shown.beams, at] = -math.inf
         elsewhere = ahead.mean + ahead.scores.logsumexp(dim=0) + self.by_map
         return Unrun(
             token_ids=self.token_ids,
             log_scores=scores + off,
-            log_elsewhere=elsewhere.index_fill(0, self.token_ids, -math.inf) + off,
+            log_elsewhere=elsewhere.index_fill(0, self.token_ids, -math.inf) + map_off,
             beam_shares=ahead.shares,
         )
 
