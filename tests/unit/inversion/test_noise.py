@@ -246,6 +246,15 @@ def test_noise_of_another_width_is_refused(lm: LanguageModel) -> None:
         invert(lm, _noisy(lm, 0.0), noise=NoiseModel.gaussian(torch.ones(3)))
 
 
+def test_rows_as_wide_as_a_large_vocabulary_are_refused_before_they_fill_memory(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sipit.inversion.noise.decode._MOST_BYTES", 4 * lm.vocab_size**2 - 1)
+    seen = lm.capture(input_ids=IDS, site="logits")
+    with pytest.raises(OptionError, match=r"logits.*leave the noise out"):
+        invert(lm, seen, noise="auto")
+
+
 @pytest.mark.parametrize("spread", [0.0, -1.0, float("nan")])
 def test_noise_without_a_size_is_refused(spread: float) -> None:
     with pytest.raises(OptionError, match="above 0"):

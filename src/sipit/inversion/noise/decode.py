@@ -34,6 +34,7 @@ _ROUNDS = 3  # of estimating the noise and decoding again
 _MOST_GROWTH = 1.2  # times the first guess that the estimated noise may be
 _SETTLED = 0.04  # relative change of the noise below which it counts as known
 _NAMED = 0.01  # posterior from which another token is named
+_MOST_BYTES = 8e9  # of the rows of all tokens, which a decoding holds
 _MOST_NAMED = 8  # other tokens named at a position
 _STANDS_OUT = 0.05  # of the distance of other tokens: rows nearer than that to the prompt found are its own, moved
 _HELD_OUT_SLOPE = 0.5  # that held-out coordinates must exceed: of a wrong prompt they account for nothing
@@ -79,10 +80,10 @@ def decode(
         on_position: told the best tokens so far after every position of every decoding.
 
     Raises:
-        OptionError: a position has no row, or a row lacks values.
+        OptionError: a position has no row, a row lacks values, or rows are as wide as a large vocabulary.
         ShapeError: the noise model is of another width.
     """
-    _require_whole(seen)
+    _require_whole(lm, seen)
     meter, effort = meter or Meter(), effort or Effort()
     if noise is None:
         noise, quick = _estimated(lm, seen, meter, on_position)
@@ -119,7 +120,7 @@ def _looked_at_again(beams: Beams, revision: Revision, search_for: Callable[[Ten
     return replace(beams, posteriors=beams.posteriors * share)
 
 
-def _require_whole(seen: Observation) -> None:
+def _require_whole(lm: LanguageModel, seen: Observation) -> None:
     """Refuse rows of which the likelihood under a noise model cannot be computed."""
     if not seen.is_complete:
         held = set(seen.positions)
@@ -132,6 +133,12 @@ def _require_whole(seen: Observation) -> None:
         raise OptionError(
             f"rows of which only some of the {seen.d_model} values are held have no likelihood under a noise model; "
             "leave the noise out or give its L2 distance"
+        )
+    n_bytes = 4 * lm.vocab_size * seen.d_model
+    if n_bytes > _MOST_BYTES:
+        raise OptionError(
+            f"a noise model takes a row of {seen.d_model} values for each of {lm.vocab_size} tokens at {seen.cut}, "
+            f"{n_bytes / 1e9:.0f} GB; leave the noise out or give its L2 distance"
         )
 
 
@@ -273,7 +280,7 @@ def invert_noisy(
 
     Raises:
         ShapeError, MismatchError: the observation cannot be this model's, or the noise model is of another width.
-        OptionError: a position has no row, or a row lacks values.
+        OptionError: a position has no row, a row lacks values, or rows are as wide as a large vocabulary.
     """
     require_belongs(lm, seen)
     began, meter = time.perf_counter(), Meter()
