@@ -540,6 +540,7 @@ def _rows_of_another_scale(rng: random.Random, forged: Forgery) -> str:
     error = spread / gap / forged.seen.states.numel() ** 0.5  # of a scale that is fitted to the rows
     scale = 1 + rng.choice((-1, 1)) * (0.05 + 9 * error)
     _observe(forged, forged.seen.states + (scale - 1) * _states_of_true(forged))
+    forged.record |= _UNSURE
     forged.lie = f"the rows are of scale {scale:.3g}"
     return forged.lie
 

@@ -136,6 +136,15 @@ def test_wrong_tokens_are_replaced(lm: LanguageModel, wrong: tuple[int, ...]) ->
     assert found.tolist() == IDS.tolist()
 
 
+@pytest.mark.parametrize("is_thorough", [False, True])
+def test_a_thorough_look_tries_tokens_that_the_search_gave_no_chance(lm: LanguageModel, *, is_thorough: bool) -> None:
+    prompt = IDS.index_fill(0, torch.tensor([4]), int(IDS[4] + 40) % lm.vocab_size)
+    beams = _beams(lm, prompt)
+    beams.token_posteriors.zero_()
+    revision = Revision(lm, _noisy(lm, 0.05), NoiseModel.gaussian(0.05), Meter())
+    assert revision.likeliest(beams, is_thorough=is_thorough).tolist() == (IDS if is_thorough else prompt).tolist()
+
+
 def test_a_replacement_is_one_that_makes_the_prompt_likelier(lm: LanguageModel) -> None:
     """Where noise hides tokens, what the revision gains is what ordinary passes of both prompts say."""
     sigma = 2.0

@@ -39,12 +39,13 @@ def _of(lm: LanguageModel, seed: int, *, dropped: float = 0.0) -> Residuals:
 @pytest.mark.parametrize("dropped", [0.0, 0.4])
 def test_the_right_prompt_leaves_a_normal_deviation(lm: LanguageModel, dropped: float) -> None:
     found = [_of(lm, seed, dropped=dropped) for seed in range(60)]
-    for deviation in ("all_along", "in_common"):
+    for deviation, most in (("all_along", 1.0), ("in_common", 0.5)):  # the first is the largest of three
         deviations = torch.tensor([getattr(one, deviation) for one in found])
-        assert abs(float(deviations.mean())) < 0.5
+        assert -0.5 < float(deviations.mean()) < most
         assert 0.7 < float(deviations.std()) < 1.3
+        assert float(deviations.max()) < 3.5
     assert max(one.row_along for one in found) < 4.5  # of 720 rows
-    assert sum(one.row_along > 2.5 for one in found) < 15  # 4 or 5 of 60, of 12 rows each
+    assert sum(one.row_along > 2.5 for one in found) < 20  # some 10 of 60, of 12 rows and three sets each
 
 
 def test_rows_wider_than_the_differences_are_many_have_the_same_directions() -> None:
@@ -57,7 +58,7 @@ def test_rows_wider_than_the_differences_are_many_have_the_same_directions() -> 
 
 
 def test_a_vector_in_all_rows_is_told_from_noise(lm: LanguageModel) -> None:
-    vector = torch.randn(1, lm.d_model, generator=torch.Generator().manual_seed(7)) * 0.3 * SIGMA
+    vector = torch.randn(1, lm.d_model, generator=torch.Generator().manual_seed(7)) * 0.4 * SIGMA
     seen = _noisy(lm, 1)
     found = residuals_of(lm, replace(seen, states=seen.states + vector), IDS, NoiseModel.gaussian(SIGMA), Meter())
     assert found.is_noise

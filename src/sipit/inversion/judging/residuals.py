@@ -27,8 +27,9 @@ _OTHERS = 8  # random tokens run at each position beside the claimed one
 _MOST_DEVIATION = 5.0  # standard deviations that a sum of squares may be off: by chance 1 in a million, of 500
 _LEAST_SLOPE_SIGNAL = 16.0  # standard deviations of the slope below 1: less tells no prompt from none
 _CHUNK = 256  # tokens in one packed pass
-_MAIN = 0.5  # of how tokens differ: the share that the main directions hold
-_MOST_ALONG = 4.0  # standard deviations along nearly all of it: by chance 3 in 100,000
+_SHARES = (0.5, 0.7, NEARLY_ALL)  # of how tokens differ: what sets of directions hold, the main ones first
+_MOST_ALONG = 4.0  # standard deviations that a row may leave along any of them: by chance 3 in 100,000
+_MOST_ALL_ALONG = 3.0  # the same of all rows, for words that fit as well as the right ones leave little: 1 in 700
 _MOST_IN_COMMON = 4.0  # standard deviations that rows may have in common: the same
 
 
@@ -39,9 +40,9 @@ class Residuals:
     sigma: float  # root mean square of the residuals over the coordinates
     rows: float  # deviation of the row whose energy is furthest from what the noise model says
     directions: float  # deviation of the energy along the main directions in which tokens differ
-    row_along: float  # of the row that leaves most along nearly all such directions: its deviation there
-    all_along: float  # deviation of all rows there
-    in_common: float  # deviation of the sum of inner products of different rows: noise is new in each
+    row_along: float  # of the row that leaves most along sets of such directions: its largest deviation there
+    all_along: float  # largest deviation of all rows there
+    in_common: float  # deviation of what rows leave in their mean: noise is new in each
     slope: float  # share of the rows' distance from other tokens' states that the prompt's states account for: 1
     slope_error: float  # its standard deviation
     gap: float  # root mean square distance of other tokens' states
@@ -83,11 +84,14 @@ def residuals_of(lm: LanguageModel, seen: Observation, input_ids: Tensor, noise:
     counts = kept.sum(dim=1).clamp(min=1).double()  # (T,)
     by_row = (z.square().sum(dim=1) - counts) / (counts * excess).sqrt()  # (T,)
     differences = ((others - states[:, None]) * kept[:, None] / spread).flatten(0, 1)  # (T · M, D)
-    main, nearly_all = directions(differences, (_MAIN, NEARLY_ALL))  # (D, K) each
+    sets = directions(differences, _SHARES)  # (D, K) each
+    main = sets[0]
     energy = float((z @ main).square().sum())
     n_along = max(main.shape[1] * len(z), 1)
     by_direction = (energy - n_along) / math.sqrt(2 * n_along)
-    along = Along.of(z, kept, nearly_all)
+    along = [Along.of(z, kept, each) for each in sets]
+    rows_along = torch.stack([each.deviations() for each in along]).amax(dim=0)  # (T,)
+    all_along = max(float(each.in_all().deviations()) for each in along)
     slope, slope_error = _slope(z, noise.scale * (others - states[:, None]) * kept[:, None] / spread)
     in_common = _in_common(z, kept)
     worst = float(by_row[by_row.abs().argmax()])
@@ -96,14 +100,14 @@ def residuals_of(lm: LanguageModel, seen: Observation, input_ids: Tensor, noise:
         sigma=float((error.square().sum() / counts.sum()).sqrt()),
         rows=worst,
         directions=by_direction,
-        row_along=float(along.deviations().max()),
-        all_along=float(along.in_all().deviations()),
+        row_along=float(rows_along.max()),
+        all_along=all_along,
         in_common=in_common,
         slope=slope,
         slope_error=slope_error,
         gap=float(gaps),
         reasons=_reasons(seen, by_row, by_direction, slope, slope_error),
-        doubts=_doubts(seen, along, in_common),
+        doubts=_doubts(seen, rows_along, all_along, in_common),
     )
 
 
@@ -131,21 +135,22 @@ def _reasons(
 
 
 def _in_common(z: Tensor, kept: Tensor) -> float:
-    """Return how many standard deviations the sum of inner products of different rows lies above 0. (T, D), (T, D)."""
-    products = float(z.sum(dim=0).square().sum() - z.square().sum()) / 2
+    """Return how many standard deviations the energy of the mean row lies above that of noise. (T, D), (T, D)."""
     counts = kept.to(z).sum(dim=0)  # (D,) rows that keep each coordinate
-    return products / math.sqrt(max(float((counts * (counts - 1)).sum()) / 2, 1.0))
+    usual = z.square().sum() / counts.sum().clamp(min=1)
+    energy = (z.sum(dim=0).square() / counts.clamp(min=1)).sum() / usual.clamp(min=1e-300)
+    n = (counts > 0).to(z).sum().clamp(min=1)
+    return float(Along(energy=energy, mean=n, half_variance=n).deviations())
 
 
-def _doubts(seen: Observation, along: Along, in_common: float) -> tuple[str, ...]:
-    by_row, in_all = along.deviations(), float(along.in_all().deviations())
+def _doubts(seen: Observation, by_row: Tensor, in_all: float, in_common: float) -> tuple[str, ...]:
     worst, found = int(by_row.argmax()), []
     if not float(by_row[worst]) <= _MOST_ALONG:
         found.append(
             f"row {seen.positions[worst]} leaves more along the directions in which tokens differ than noise explains "
             f"({float(by_row[worst]):.3g} standard deviations), as a token leaves in whose place another was read"
         )
-    if not in_all <= _MOST_ALONG:
+    if not in_all <= _MOST_ALL_ALONG:
         found.append(
             "all rows together leave more along the directions in which tokens differ than noise explains "
             f"({in_all:.3g} standard deviations), as after tokens that were missed"

@@ -113,7 +113,7 @@ def _looked_at_again(beams: Beams, revision: Revision, search_for: Callable[[Ten
 
     Where such a prompt is likelier, the search is made again with it.
     """
-    better = revision.likeliest(beams)
+    better = revision.likeliest(beams, is_thorough=True)
     if not torch.equal(better, beams.input_ids[0]):
         beams = search_for(better)
     share = 1 / (1 + float(beams.posteriors[0]) * revision.beside(beams))

@@ -25,8 +25,10 @@ from sipit.models.packed_row import PackedRow, in_turn
 from sipit.observations import Observation
 
 _FIRST, _EACH = 1024, 16  # replacements judged of a prompt's first token, and of each other
-_LEAST = 1e-6  # posterior from which a token is worth a look
+_EACH_THOROUGH = 512  # of each, however unlikely, before a prompt is called probable
+_LEAST = 1e-6  # posterior from which a token is worth a look otherwise
 _HALVING = ((1, 128), (4, 48))  # rows behind a replacement that it is judged by, and how many go on from there
+_THOROUGH = (0, 1024), *_HALVING  # the same of the thorough ones
 _SWEEPS = 4  # replacements made in turn
 _TOKENS = 256  # in one packed pass
 _MOST_GAIN = 50.0  # nats: more makes no difference, and would overflow
@@ -90,13 +92,13 @@ class Revision:
         self._observed = seen.states.to(self._model.device).float()  # (T, W)
         self._known = torch.tensor(seen.known_prefix, dtype=torch.long)
 
-    def likeliest(self, beams: Beams) -> Tensor:
+    def likeliest(self, beams: Beams, *, is_thorough: bool = False) -> Tensor:
         """Return the best prompt of a search, with tokens replaced as long as that makes it likelier. (T,)."""
-        best = beams.input_ids[0]
-        left = self._replacements(best, beams.token_posteriors)
+        best, halving = beams.input_ids[0], _THOROUGH if is_thorough else _HALVING
+        left = self._replacements(best, beams.token_posteriors, is_thorough=is_thorough)
         for sweep in range(_SWEEPS):
             left = left.some(left.tokens != best[left.rows])
-            judged = self._judged(best, left, _HALVING[min(sweep, 1) :])
+            judged = self._judged(best, left, halving if sweep == 0 else _HALVING[1:])
             if not bool((judged.gains > 0).any()):
                 break
             first = int(judged.gains.argmax())
@@ -117,14 +119,15 @@ class Revision:
                 sums += math.exp(min(gain, _MOST_GAIN))
         return sums
 
-    def _replacements(self, prompt: Tensor, posteriors: Tensor) -> _Replacements:
+    def _replacements(self, prompt: Tensor, posteriors: Tensor, *, is_thorough: bool = False) -> _Replacements:
         """Return where tokens may be replaced, and by what: the likeliest of each position. (T,), (T, V)."""
         rows, tokens = [], []
+        n_each, least = (_EACH_THOROUGH, 0.0) if is_thorough else (_EACH, _LEAST)
         for row, token in enumerate(prompt.tolist()):
-            n = _EACH if row or self._n_known else _FIRST
+            n = n_each if row or self._n_known else _FIRST
             others = posteriors[row].index_fill(0, torch.tensor([token]), 0.0)
             best = others.topk(min(n, len(others) - 1))
-            found = best.indices[best.values >= _LEAST]
+            found = best.indices[best.values >= least]
             tokens.append(found)
             rows.append(torch.full_like(found, row))
         return _Replacements(rows=torch.cat(rows), tokens=torch.cat(tokens))
