@@ -505,7 +505,7 @@ def _vector_in_all_rows(rng: random.Random, forged: Forgery) -> str:
     rows = forged.seen.states
     for step in range(2, 60):
         rows = forged.seen.states + step / 10 * size * vector / vector.norm()
-        if _residuals(forged, rows).in_common > 4.02:
+        if _residuals(forged, rows).in_common > 3.02:
             break
     _observe(forged, rows)
     forged.lie = "one vector was added to all rows"

@@ -30,7 +30,7 @@ _CHUNK = 256  # tokens in one packed pass
 _SHARES = (0.5, 0.7, NEARLY_ALL)  # of how tokens differ: what sets of directions hold, the main ones first
 _MOST_ALONG = 4.0  # standard deviations that a row may leave along any of them: by chance 3 in 100,000
 _MOST_ALL_ALONG = 3.0  # the same of all rows, for words that fit as well as the right ones leave little: 1 in 700
-_MOST_IN_COMMON = 4.0  # standard deviations that rows may have in common: the same
+_MOST_IN_COMMON = 3.0  # standard deviations that their mean may leave too much: the same
 
 
 @dataclass(frozen=True, kw_only=True)
