@@ -29,13 +29,12 @@ from torch import Tensor
 
 import sipit
 from benchmarks.noise_strengths import N_TOKENS, held_out
+from benchmarks.places import FAMILIES
 from sipit.audit import wilson
 from sipit.inversion.noise.decode import decode, verdict_of
 from sipit.observations import Observation
 from sipit.report.reliability import Stated, draw_reliability
 from sipit.storage import LineLog
-
-_FAMILIES = ("llama", "gpt2", "gemma3_text", "qwen3", "olmo2", "phi3")
 
 
 def main() -> None:
@@ -60,7 +59,7 @@ def main() -> None:
     log = LineLog(options.out)
     if options.tiny:
         generator = torch.Generator().manual_seed(11)
-        for family in _FAMILIES:
+        for family in FAMILIES:
             lm, another = (sipit.LanguageModel(tiny_model(family, seed=seed), name=family) for seed in (0, 1))
             prompts = list(torch.randint(lm.vocab_size, (options.prompts, N_TOKENS), generator=generator))
             _measure(lm, _wrong_cases(lm, prompts, layers, another), log, of=f"{family} ")

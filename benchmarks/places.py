@@ -21,7 +21,7 @@ from sipit.inversion.places import identify, verify
 from sipit.models.sites import SITES
 from sipit.observations import Cut
 
-_FAMILIES = ("llama", "gpt2", "gemma3_text", "qwen3", "olmo2", "phi3")
+FAMILIES = ("llama", "gpt2", "gemma3_text", "qwen3", "olmo2", "phi3")
 
 
 def _cut(rng: random.Random, lm: LanguageModel) -> Cut:
@@ -86,7 +86,7 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--real", action="store_true")
     options = parser.parse_args()
-    tiny = [LanguageModel(tiny_model(family), name=family) for family in _FAMILIES]
+    tiny = [LanguageModel(tiny_model(family), name=family) for family in FAMILIES]
     other = LanguageModel(tiny_model("llama", seed=1))
     real = [sipit.load("smollm2-135m")] if options.real else []
     rng = random.Random(0)

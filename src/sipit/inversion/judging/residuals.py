@@ -83,16 +83,14 @@ def residuals_of(lm: LanguageModel, seen: Observation, input_ids: Tensor, noise:
     excess = _kurtosis(noise)
     counts = kept.sum(dim=1).clamp(min=1).double()  # (T,)
     by_row = (z.square().sum(dim=1) - counts) / (counts * excess).sqrt()  # (T,)
-    differences = ((others - states[:, None]) * kept[:, None] / spread).flatten(0, 1)  # (T · M, D)
-    sets = directions(differences, _SHARES)  # (D, K) each
-    main = sets[0]
-    energy = float((z @ main).square().sum())
-    n_along = max(main.shape[1] * len(z), 1)
-    by_direction = (energy - n_along) / math.sqrt(2 * n_along)
+    apart = (others - states[:, None]) * kept[:, None] / spread  # (T, M, D)
+    sets = directions(apart.flatten(0, 1), _SHARES)  # (D, K) each
     along = [Along.of(z, kept, each) for each in sets]
+    n_along = max(sets[0].shape[1] * len(z), 1)
+    by_direction = (float(along[0].energy.sum()) - n_along) / math.sqrt(2 * n_along)
     rows_along = torch.stack([each.deviations() for each in along]).amax(dim=0)  # (T,)
     all_along = max(float(each.in_all().deviations()) for each in along)
-    slope, slope_error = _slope(z, noise.scale * (others - states[:, None]) * kept[:, None] / spread)
+    slope, slope_error = _slope(z, noise.scale * apart)
     in_common = _in_common(z, kept)
     worst = float(by_row[by_row.abs().argmax()])
     gaps = (others - states[:, None]).square().sum(dim=2).mean().sqrt()
