@@ -2,10 +2,11 @@
 
     python -m benchmarks.device [--device cuda] [--model smollm2-135m] [--shape llama-8b] [--out RECORD.json]
 
-Ten prompts of library prose are inverted on the device and on the CPU: token ids and verdicts must be the same. Then
-seconds of inverting over seconds of the plain forward pass (wall_ratio) in float32 and bfloat16 at five layers, and of
-random ids in a model of random weights and a large shape in bfloat16, which is left out where memory lacks. What takes
-longer than --seconds is left out as well, and the record says so. It exits 1 where an answer differs.
+Seconds of inverting over seconds of the plain forward pass (wall_ratio) in float32 and bfloat16 at five layers, with
+the fitted inverse where the cache holds one and without; then of random ids in a model of random weights and a large
+shape in bfloat16, which is left out where memory lacks. Then ten prompts of library prose are inverted on it and on the
+CPU: token ids and verdicts must be the same. What takes longer than --seconds is left out as well, and the record says
+so; the CPU's own inversions, the slowest part, come last. It exits 1 where an answer differs.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import sipit
 from sipit.corpora import library_prose
 from sipit.experiments.bench import bench, prompts_from_text, random_prompts
 from sipit.experiments.record import dated_head
+from sipit.inversion.inverses.store import fit_path
 from sipit.models import LanguageModel
 from sipit.observations import Cut
 from sipit.storage import write_json
@@ -68,19 +70,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     ends = time.monotonic() + options.seconds
-    on_cpu = sipit.load(options.model, device="cpu", dtype="float32")
     lm = sipit.load(options.model, device=options.device, dtype="float32")
+    device = lm.device
     prompts = _prose(lm, options.tokens, options.prompts)
-    record: dict[str, Any] = {**dated_head(lm), "processor": _processor(lm.device), "left_out": []}
-    record["same_answers"] = list(_until(ends, record, _same_answers(on_cpu, lm, prompts)))
-    del on_cpu
+    record: dict[str, Any] = {**dated_head(lm), "processor": _processor(device), "left_out": []}
     record["speed"] = list(_until(ends, record, _speed(lm, prompts)))
-    lm = sipit.load(options.model, device=options.device, dtype="bfloat16")
-    record["speed"] += _until(ends, record, _speed(lm, prompts))
+    in_half = sipit.load(options.model, device=options.device, dtype="bfloat16")
+    record["speed"] += _until(ends, record, _speed(in_half, prompts))
+    del in_half
     if options.shape != "none":
-        device = lm.device
-        del lm
         record["random_weights"] = list(_until(ends, record, _of_shape(options.shape, device, options.tokens)))
+    on_cpu = sipit.load(options.model, device="cpu", dtype="float32")
+    record["same_answers"] = list(_until(ends, record, _same_answers(on_cpu, lm, prompts)))
     record["peak_bytes"] = _peak_bytes(torch.device(record["device"]))
     record["seconds"] = round(options.seconds - (ends - time.monotonic()), 1)
     print(json.dumps(record, indent=2))
@@ -132,20 +133,23 @@ def _same_answers(on_cpu: LanguageModel, lm: LanguageModel, prompts: Sequence[Te
 
 
 def _speed(lm: LanguageModel, prompts: Sequence[Tensor]) -> Iterator[dict[str, Any]]:
-    """Yield the medians of each layer, what a layer needs once aside."""
+    """Yield the medians of each layer with its fit, if there is one, and without; what a layer needs once aside."""
     for cut in _cuts(lm):
-        runs = list(bench(lm, [prompts[0], *prompts], cuts=[cut], methods=["auto"]))[1:]
-        yield {
-            "cut": cut.label,
-            "dtype": str(lm.dtype).removeprefix("torch."),
-            "tokens": runs[0].seq_len,
-            "prompts": len(runs),
-            "exact": sum(run.exact for run in runs),
-            **{
-                key: median(getattr(run, key) for run in runs)
-                for key in ("wall_ratio", "prefill_ratio", "n_passes", "seconds", "prefill_seconds")
-            },
-        }
+        for is_fitted in (True, False) if fit_path(lm, cut).is_file() else (False,):
+            method = "auto" if is_fitted else "auto-no-fit"
+            runs = list(bench(lm, [prompts[0], *prompts], cuts=[cut], methods=[method]))[1:]
+            yield {
+                "cut": cut.label,
+                "dtype": str(lm.dtype).removeprefix("torch."),
+                "is_fitted": is_fitted,
+                "tokens": runs[0].seq_len,
+                "prompts": len(runs),
+                "exact": sum(run.exact for run in runs),
+                **{
+                    key: median(getattr(run, key) for run in runs)
+                    for key in ("wall_ratio", "prefill_ratio", "n_passes", "seconds", "prefill_seconds")
+                },
+            }
 
 
 def _of_shape(name: str, device: torch.device, n_tokens: int) -> Iterator[dict[str, Any]]:

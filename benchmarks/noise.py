@@ -31,7 +31,9 @@ import sipit
 from benchmarks.noise_strengths import N_TOKENS, held_out
 from benchmarks.places import FAMILIES
 from sipit.audit import wilson
-from sipit.inversion.noise.decode import decode, verdict_of
+from sipit.inversion.judging.meter import Meter
+from sipit.inversion.noise.decode import Decoded, decode, verdict_of
+from sipit.inversion.noise.prior import log_probabilities_along
 from sipit.observations import Observation
 from sipit.report.reliability import Stated, draw_reliability
 from sipit.storage import LineLog
@@ -43,7 +45,9 @@ def main() -> None:
     parser.add_argument("--text-file", type=Path)
     parser.add_argument("--strengths", type=Path)
     parser.add_argument("--layers", default="5,15,30")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--prompts", type=int, default=10)
+    parser.add_argument("--first", type=int, default=0, help="prompt to begin with, where several runs share the work")
     parser.add_argument("--wrong", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="of --wrong: tiny random models, and no text")
     parser.add_argument("--out", type=Path)
@@ -62,14 +66,16 @@ def main() -> None:
         for family in FAMILIES:
             lm, another = (sipit.LanguageModel(tiny_model(family, seed=seed), name=family) for seed in (0, 1))
             prompts = list(torch.randint(lm.vocab_size, (options.prompts, N_TOKENS), generator=generator))
-            _measure(lm, _wrong_cases(lm, prompts, layers, another), log, of=f"{family} ")
+            numbered = list(enumerate(prompts))
+            _measure(lm, _wrong_cases(lm, numbered, layers, another), log, of=f"{family} ")
         return
-    lm = sipit.load(options.model)
+    lm = sipit.load(options.model, device=options.device)
     prompts = held_out(lm, options.text_file, options.prompts, seed=11)
+    numbered = list(enumerate(prompts))[options.first :]
     if options.wrong:
-        _measure(lm, _wrong_cases(lm, prompts, layers), log)
+        _measure(lm, _wrong_cases(lm, numbered, layers), log)
     else:
-        _measure(lm, _noisy_cases(lm, prompts, layers, json.loads(options.strengths.read_text("utf-8"))), log)
+        _measure(lm, _noisy_cases(lm, numbered, layers, json.loads(options.strengths.read_text("utf-8"))), log)
 
 
 _Case = tuple[str, Observation, Tensor | None]
@@ -86,6 +92,7 @@ def _measure(lm: sipit.LanguageModel, cases: Iterator[_Case], log: LineLog, *, o
         found = decode(lm, seen)
         verdict, _ = verdict_of(found)
         tokens = found.input_ids
+        posteriors = found.beams.token_posteriors  # (T, V)
         record: dict[str, Any] = {
             "case": case,
             "layer": seen.layer,
@@ -94,20 +101,43 @@ def _measure(lm: sipit.LanguageModel, cases: Iterator[_Case], log: LineLog, *, o
             "sigma": found.noise.sigma,
             "seconds": time.perf_counter() - began,
             "right": (tokens == truth).tolist() if truth is not None else None,
-            "posteriors": found.beams.token_posteriors.gather(1, tokens[:, None])[:, 0].tolist(),
+            "posteriors": posteriors.gather(1, tokens[:, None])[:, 0].tolist(),
             "residuals": found.residuals.record(),
             "held_out_slope": found.held_out_slope,
         }
+        if truth is not None:
+            likeliest = posteriors.argmax(dim=1)
+            record["likeliest"] = {
+                "right": (likeliest == truth).tolist(),
+                "posteriors": posteriors.gather(1, likeliest[:, None])[:, 0].tolist(),
+            }
+            record["truth_gain"] = _log_probability(lm, seen, found, truth) - _log_probability(lm, seen, found, tokens)
         log.append(record)
         print(case, verdict, f"{found.posterior:.3f}", sum(record["right"] or []), flush=True)
 
 
+def _log_probability(lm: sipit.LanguageModel, seen: Observation, found: Decoded, prompt: Tensor) -> float:
+    """Return the log-probability of a prompt and its rows under the noise that was found. (T,)."""
+    states = lm.cut(seen.cut).ordinary(prompt).cpu()
+    own = log_probabilities_along(lm, prompt, 0, Meter()).gather(1, prompt[:, None]).sum()
+    return float(found.noise.log_likelihood(seen.states, states).sum() + own)
+
+
+_Numbered = list[tuple[int, Tensor]]
+
+
+def _captured(lm: sipit.LanguageModel, **cut: Any) -> Observation:
+    """Return what `capture` does, on the CPU, where noise is drawn."""
+    seen = lm.capture(**cut)
+    return replace(seen, states=seen.states.cpu())
+
+
 def _noisy_cases(
-    lm: sipit.LanguageModel, prompts: list[Tensor], layers: list[int], strengths: dict[str, dict[str, float]]
+    lm: sipit.LanguageModel, prompts: _Numbered, layers: list[int], strengths: dict[str, dict[str, float]]
 ) -> Iterator[_Case]:
-    for number, prompt in enumerate(prompts):
+    for number, prompt in prompts:
         for layer in layers:
-            seen = lm.capture(input_ids=prompt, layer=layer)
+            seen = _captured(lm, input_ids=prompt, layer=layer)
             for share, strength in strengths[str(layer)].items():
                 generator = torch.Generator().manual_seed(1000 * number + layer)
                 noise = strength * torch.randn(seen.states.shape, generator=generator)
@@ -115,28 +145,28 @@ def _noisy_cases(
 
 
 def _wrong_cases(
-    lm: sipit.LanguageModel, prompts: list[Tensor], layers: list[int], another: sipit.LanguageModel | None = None
+    lm: sipit.LanguageModel, prompts: _Numbered, layers: list[int], another: sipit.LanguageModel | None = None
 ) -> Iterator[_Case]:
     """Yield states that are no prompt's at the layer they are said to be of, with and without noise on top."""
-    for number, prompt in enumerate(prompts):
-        other = prompts[(number + 1) % len(prompts)]
+    for at, (number, prompt) in enumerate(prompts):
+        _, other = prompts[(at + 1) % len(prompts)]
         for layer in layers:
             generator = torch.Generator().manual_seed(1000 * number + layer)
-            own = lm.capture(input_ids=prompt, layer=layer)
+            own = _captured(lm, input_ids=prompt, layer=layer)
             states, half = own.states, N_TOKENS // 2
             scrambled = torch.randperm(states.shape[1], generator=generator)
             wrong = {
-                "next layer": lm.capture(input_ids=prompt, layer=min(layer + 1, lm.n_layers - 1)).states,
-                "layer before": lm.capture(input_ids=prompt, layer=layer - 1).states,
-                "final": lm.capture(input_ids=prompt, site="final").states,
-                "spliced": torch.cat([states[:half], lm.capture(input_ids=other, layer=layer).states[half:]]),
+                "next layer": _captured(lm, input_ids=prompt, layer=min(layer + 1, lm.n_layers - 1)).states,
+                "layer before": _captured(lm, input_ids=prompt, layer=layer - 1).states,
+                "final": _captured(lm, input_ids=prompt, site="final").states,
+                "spliced": torch.cat([states[:half], _captured(lm, input_ids=other, layer=layer).states[half:]]),
                 "rows reversed": states.flip(0),
                 "columns shuffled": states[:, scrambled],
                 "white": states.std() * torch.randn(states.shape, generator=generator),
                 "one row repeated": states[half : half + 1].expand_as(states),
             }
             if another is not None:
-                wrong["another model"] = another.capture(input_ids=prompt, layer=layer).states
+                wrong["another model"] = _captured(another, input_ids=prompt, layer=layer).states
             for name, rows in wrong.items():
                 noise = torch.randn(rows.shape, generator=generator)
                 usual = float(states[1:].norm(dim=1).median()) / states.shape[1] ** 0.5  # root mean square of a row

@@ -12,7 +12,8 @@ from sipit import LanguageModel, Observation
 from sipit.inversion import NoiseModel
 from sipit.inversion.inverses.kernel_regression import arc_cosine_kernel
 from sipit.inversion.judging.meter import Meter
-from sipit.inversion.noise.beam_search import Beams, BeamSearch, Effort, _Ahead, _Ranked
+from sipit.inversion.noise.beam_search import Beams, BeamSearch, _Ahead, _Ranked
+from sipit.inversion.noise.effort import Effort
 from sipit.inversion.noise.kernel_errors import kernel_errors, standard_of
 from sipit.inversion.noise.prior import TokenPrior, log_probabilities_along
 from sipit.inversion.noise.revision import Revision

@@ -21,6 +21,7 @@ from sipit.float64 import as_float64
 from sipit.inversion.judging.directions import NEARLY_ALL, Along, directions_of
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.judging.noise_model import NoiseModel
+from sipit.inversion.noise.effort import Effort, effort_on
 from sipit.inversion.noise.fast_passes import passes_behind
 from sipit.inversion.noise.posterior import Candidates, TokenPosteriors, Unrun
 from sipit.inversion.noise.prefixes import BeamPrefixes
@@ -36,10 +37,8 @@ _TEMPER = (
 _ROWS = 4096  # of candidates compared at once
 _OF_EACH = 3  # tokens run behind every beam, to know the map's offset there
 _LIKELY, _EXPECTED = 6144, 2048  # tokens, by map and prior and by the prior alone, that are ranked at a position
-_MORE = 256  # tokens run at a time where nothing fits
 _TEACHERS = 512  # tokens run, those whose rows are nearest, that others' errors are learned from where nothing fits
 _OWN_TEACHERS = 256  # the same behind the best beam, whatever other beams hold
-_AT_ONE = 1536  # tokens run at one position where nothing fits: what they do not explain is no token that was missed
 _SURPRISE = 2.5  # standard deviations that the best state leaves too much along tokens' directions where nothing fits
 _DOUBTED = (
     0.3  # of the prior's log-probabilities, by which a third of the candidates is chosen: an early token may be wrong
@@ -48,17 +47,6 @@ _LEAST = 32  # candidates run at a position, however sure the ranking is
 _LEFT_OUT = 1e-4  # of the mass at a position: beams and candidates beyond it are not worth their price
 
 OnPosition = Callable[[Sequence[int]], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Effort:
-    """How much a decoding may cost."""
-
-    n_beams: int = 64
-    n_shown: int = 96  # tokens run at each position to know what the map misses there
-    n_candidates: tuple[int, ...] = (128, 256)  # more that are run in turn, the likeliest over all beams
-    n_surprised: int = 4096  # run in all at positions where nothing fits
-    max_batch: int = 256  # in one packed pass
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -140,7 +128,7 @@ class BeamSearch:
         self, lm: LanguageModel, seen: Observation, noise: NoiseModel, meter: Meter, effort: Effort | None = None
     ) -> None:
         self._lm, self._noise, self._meter = lm, noise, meter
-        self._effort = effort or Effort()
+        self._effort = effort or effort_on(lm.device)
         self._model = lm.cut(seen.cut, seq_len=seen.n_positions)
         self._observed = seen.states.to(self._model.device).float()  # (T, W)
         known = torch.tensor(seen.known_prefix, dtype=torch.long)
@@ -268,7 +256,7 @@ class BeamSearch:
         fits = self._likelihoods(row, shown.states)  # (N,)
         best = int(ahead.scores.argmax())
         alone = F.one_hot(torch.tensor(best), len(ahead.scores))
-        n_left = min(self._n_surprised, _AT_ONE)
+        n_left = min(self._n_surprised, self._effort.n_at_one)
         while self._is_surprising(row, shown.states[(ahead.of(shown) + fits).argmax()]):
             if n_left == 0:
                 self._n_surprised = 0
@@ -283,7 +271,7 @@ class BeamSearch:
             ranked = _Ranked(token_ids=likely, log_prior=logs, likelihoods=likelihoods, by_map=by_map)
             left = (logs + with_unmapped(likelihoods))[best]  # (M,)
             left[torch.searchsorted(likely, shown.token_ids[is_behind])] = -math.inf
-            n = min(_MORE, n_left, int(left.isfinite().sum()))
+            n = min(self._effort.n_more, n_left, int(left.isfinite().sum()))
             if n == 0:
                 break
             n_left, self._n_surprised = n_left - n, self._n_surprised - n

@@ -18,7 +18,8 @@ from sipit.inversion.judging.noise_model import NoiseModel
 from sipit.inversion.judging.replay import replay
 from sipit.inversion.judging.residuals import PROBABLE, Residuals, residuals_of
 from sipit.inversion.judging.tolerance import tolerance_for
-from sipit.inversion.noise.beam_search import Beams, BeamSearch, Effort, OnPosition
+from sipit.inversion.noise.beam_search import Beams, BeamSearch, OnPosition
+from sipit.inversion.noise.effort import Effort, effort_on
 from sipit.inversion.noise.revision import Revision
 from sipit.inversion.noise.start import first_guess
 from sipit.inversion.noise.token_map import token_map
@@ -28,8 +29,6 @@ from sipit.inversion.search.options import OnProgress, Progress, SearchOptions
 from sipit.models import LanguageModel
 from sipit.observations import Observation
 
-# Of the first searches, while the noise is still being estimated.
-_QUICK = Effort(n_beams=16, n_shown=64, n_candidates=(64, 64), n_surprised=1024)
 _ROUNDS = 3  # of estimating the noise and decoding again
 _MOST_GROWTH = 1.2  # times the first guess that the estimated noise may be
 _SETTLED = 0.04  # relative change of the noise below which it counts as known
@@ -84,13 +83,13 @@ def decode(
         ShapeError: the noise model is of another width.
     """
     _require_whole(lm, seen)
-    meter, effort = meter or Meter(), effort or Effort()
+    meter, effort = meter or Meter(), effort or effort_on(lm.device)
     if noise is None:
         noise, quick = _estimated(lm, seen, meter, on_position)
     else:
         noise.require_width(seen.d_model)
-        quick = BeamSearch(lm, seen, noise, meter, _QUICK).run(on_position)
-    revision = Revision(lm, seen, noise, meter)
+        quick = BeamSearch(lm, seen, noise, meter, effort_on(lm.device, is_quick=True)).run(on_position)
+    revision = Revision(lm, seen, noise, meter, effort)
 
     def beams_with(hint: Tensor) -> Beams:
         return BeamSearch(lm, seen, noise, meter, effort).run(on_position, hint=hint)
@@ -153,7 +152,7 @@ def _estimated(
     noise = first_guess(token_map(lm, seen.cut, meter), seen)
     most = _MOST_GROWTH * noise.sigma  # what a wrong prompt leaves of the rows is more than lies along quiet directions
     for _ in range(_ROUNDS):
-        beams = BeamSearch(lm, seen, noise, meter, _QUICK).run(on_position)
+        beams = BeamSearch(lm, seen, noise, meter, effort_on(lm.device, is_quick=True)).run(on_position)
         model = lm.cut(seen.cut, seq_len=seen.n_positions)
         states = model.ordinary(_whole(seen, beams.input_ids[0]))[len(seen.known_prefix) :].cpu()
         meter.spend(seen.n_positions, model.layer)

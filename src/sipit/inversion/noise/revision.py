@@ -18,19 +18,18 @@ from torch import Tensor
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.judging.noise_model import NoiseModel
 from sipit.inversion.noise.beam_search import Beams
+from sipit.inversion.noise.effort import Effort, effort_on
 from sipit.inversion.noise.fast_passes import Passes, fast_passes, passes_behind
 from sipit.inversion.noise.prior import log_probabilities_along, probabilities_behind
 from sipit.models import LanguageModel, TruncatedModel
 from sipit.models.packed_row import PackedRow, in_turn
 from sipit.observations import Observation
 
-_FIRST, _EACH = 1024, 16  # replacements judged of a prompt's first token, and of each other
-_EACH_THOROUGH = 512  # of each, however unlikely, before a prompt is called probable
+_FIRST = 1024  # replacements judged of a prompt's first token
+_THOROUGH = 512  # of each other, however unlikely, before a prompt is called probable
+_BY_ITS_ROW = (0, 1024)  # the same, judged by their own row alone: how many go on from there
 _LEAST = 1e-6  # posterior from which a token is worth a look otherwise
-_HALVING = ((1, 128), (4, 48))  # rows behind a replacement that it is judged by, and how many go on from there
-_THOROUGH = (0, 1024), *_HALVING  # the same of the thorough ones
 _SWEEPS = 4  # replacements made in turn
-_TOKENS = 256  # in one packed pass
 _MOST_GAIN = 50.0  # nats: more makes no difference, and would overflow
 
 
@@ -81,10 +80,14 @@ class Revision:
         seen: the rows, complete behind their known prefix.
         noise: what happened to them.
         meter: charged for every token run.
+        effort: how many are tried.
     """
 
-    def __init__(self, lm: LanguageModel, seen: Observation, noise: NoiseModel, meter: Meter) -> None:
+    def __init__(
+        self, lm: LanguageModel, seen: Observation, noise: NoiseModel, meter: Meter, effort: Effort | None = None
+    ) -> None:
         self._lm, self._noise, self._meter = lm, noise, meter
+        self._effort = effort or effort_on(lm.device)
         self._n_known = len(seen.known_prefix)
         self._model = lm.cut(seen.cut, seq_len=seen.n_positions)
         self._full = lm.cut(lm.final_cut, seq_len=seen.n_positions)
@@ -94,11 +97,12 @@ class Revision:
 
     def likeliest(self, beams: Beams, *, is_thorough: bool = False) -> Tensor:
         """Return the best prompt of a search, with tokens replaced as long as that makes it likelier. (T,)."""
-        best, halving = beams.input_ids[0], _THOROUGH if is_thorough else _HALVING
+        best, later = beams.input_ids[0], self._effort.halving
+        halving = (_BY_ITS_ROW, *later) if is_thorough else later
         left = self._replacements(best, beams.token_posteriors, is_thorough=is_thorough)
         for sweep in range(_SWEEPS):
             left = left.some(left.tokens != best[left.rows])
-            judged = self._judged(best, left, halving if sweep == 0 else _HALVING[1:])
+            judged = self._judged(best, left, halving if sweep == 0 else later[1:])
             if not bool((judged.gains > 0).any()):
                 break
             first = int(judged.gains.argmax())
@@ -109,7 +113,7 @@ class Revision:
     def beside(self, beams: Beams) -> float:
         """Return how likely replacements are that a search did not end with, over its best prompt: the sum of all."""
         best = beams.input_ids[0]
-        judged = self._judged(best, self._replacements(best, beams.token_posteriors), _HALVING)
+        judged = self._judged(best, self._replacements(best, beams.token_posteriors), self._effort.halving)
         rows, tokens = judged.tried.rows.tolist(), judged.tried.tokens.tolist()
         known = {tuple(prompt) for prompt in beams.input_ids.tolist()}
         sums = 0.0
@@ -122,7 +126,9 @@ class Revision:
     def _replacements(self, prompt: Tensor, posteriors: Tensor, *, is_thorough: bool = False) -> _Replacements:
         """Return where tokens may be replaced, and by what: the likeliest of each position. (T,), (T, V)."""
         rows, tokens = [], []
-        n_each, least = (_EACH_THOROUGH, 0.0) if is_thorough else (_EACH, _LEAST)
+        n_each, least = self._effort.n_replaced, _LEAST
+        if is_thorough:
+            n_each, least = max(n_each, _THOROUGH), 0.0
         for row, token in enumerate(prompt.tolist()):
             n = n_each if row or self._n_known else _FIRST
             others = posteriors[row].index_fill(0, torch.tensor([token]), 0.0)
@@ -186,7 +192,7 @@ class Revision:
         lengths = (len(ids) - first).clamp(max=1 + n_more)  # (N,)
         begin = 0
         while begin < len(first):
-            end = begin + max(1, int((lengths[begin:].cumsum(dim=0) <= _TOKENS).sum()))
+            end = begin + max(1, int((lengths[begin:].cumsum(dim=0) <= self._effort.max_batch).sum()))
             of = torch.arange(begin, end).repeat_interleave(lengths[begin:end])  # (Q,)
             starts = lengths[begin:end].cumsum(dim=0) - lengths[begin:end]
             steps = torch.arange(len(of)) - starts[of - begin]  # (Q,) behind the replaced token
