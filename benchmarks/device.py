@@ -3,10 +3,10 @@
     python -m benchmarks.device [--device cuda] [--model smollm2-135m] [--shape llama-8b] [--out RECORD.json]
 
 Seconds of inverting over seconds of the plain forward pass (wall_ratio) in float32 and bfloat16 at five layers, with
-the fitted inverse where the cache holds one and without; then of random ids in a model of random weights and a large
-shape in bfloat16, which is left out where memory lacks. Then ten prompts of library prose are inverted on it and on the
-CPU: token ids and verdicts must be the same. What takes longer than --seconds is left out as well, and the record says
-so; the CPU's own inversions, the slowest part, come last. It exits 1 where an answer differs.
+the fitted inverse where the cache holds one. Then prompts of library prose are inverted on the device and on the CPU:
+token ids and verdicts must be the same. Then random ids in a model of random weights and a large shape in bfloat16,
+which is left out where memory lacks, and the five layers without a fit. The record is kept after each row; what takes
+longer than --seconds is left out, and the record says so. It exits 1 where an answer differs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -64,43 +64,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--shape", choices=[*_SHAPES, "none"], default="llama-8b")
-    parser.add_argument("--prompts", type=int, default=10)
+    parser.add_argument("--prompts", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=280.0, help="after which nothing new is begun")
     parser.add_argument("--out", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     ends = time.monotonic() + options.seconds
     lm = sipit.load(options.model, device=options.device, dtype="float32")
-    device = lm.device
-    prompts = _prose(lm, options.tokens, options.prompts)
+    device, prompts = lm.device, _prose(lm, options.tokens, options.prompts)
     record: dict[str, Any] = {**dated_head(lm), "processor": _processor(device), "left_out": []}
-    record["speed"] = list(_until(ends, record, _speed(lm, prompts)))
-    in_half = sipit.load(options.model, device=options.device, dtype="bfloat16")
-    record["speed"] += _until(ends, record, _speed(in_half, prompts))
-    del in_half
+
+    def fill(key: str, rows: Callable[[], Iterator[dict[str, Any]]]) -> None:
+        """Add rows while there is time, and keep the record after each; what comes after is named in it."""
+        table: list[Any] = record.setdefault(key, [])
+        left = rows() if time.monotonic() < ends else iter(())
+        while time.monotonic() < ends:
+            row = next(left, None)
+            if row is None:
+                return
+            (record["left_out"] if "left_out" in row else table).append(row.get("left_out", row))
+            record["peak_bytes"] = _peak_bytes(device)
+            record["seconds"] = round(options.seconds - (ends - time.monotonic()), 1)
+            if options.out is not None:
+                write_json(options.out, record)
+        record["left_out"].append(f"what {key} had left: --seconds ran out")
+
+    def in_dtype(dtype: str) -> LanguageModel:
+        return sipit.load(options.model, device=options.device, dtype=dtype)
+
+    fill("speed", lambda: _speed(lm, prompts, is_fitted=True))
+    fill("speed", lambda: _speed(in_dtype("bfloat16"), prompts, is_fitted=True))
+    fill("same_answers", lambda: _same_answers(sipit.load(options.model, device="cpu", dtype="float32"), lm, prompts))
     if options.shape != "none":
-        record["random_weights"] = list(_until(ends, record, _of_shape(options.shape, device, options.tokens)))
-    on_cpu = sipit.load(options.model, device="cpu", dtype="float32")
-    record["same_answers"] = list(_until(ends, record, _same_answers(on_cpu, lm, prompts)))
-    record["peak_bytes"] = _peak_bytes(torch.device(record["device"]))
-    record["seconds"] = round(options.seconds - (ends - time.monotonic()), 1)
+        fill("random_weights", lambda: _of_shape(options.shape, device, options.tokens))
+    fill("speed", lambda: _speed(lm, prompts, is_fitted=False))
+    fill("speed", lambda: _speed(in_dtype("bfloat16"), prompts, is_fitted=False))
     print(json.dumps(record, indent=2))
     if options.out is not None:
         write_json(options.out, record)
     return 0 if all(one["same"] == one["prompts"] for one in record["same_answers"]) else 1
-
-
-def _until(ends: float, record: dict[str, Any], rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield rows while there is time; what comes after is named in the record."""
-    while time.monotonic() < ends:
-        row = next(rows, None)
-        if row is None:
-            return
-        if "left_out" in row:
-            record["left_out"].append(row["left_out"])
-        else:
-            yield row
-    record["left_out"].append(f"what {rows.__name__.strip('_')} had left: --seconds ran out")  # type: ignore[attr-defined]
 
 
 def _cuts(lm: LanguageModel) -> list[Cut]:
@@ -132,24 +134,25 @@ def _same_answers(on_cpu: LanguageModel, lm: LanguageModel, prompts: Sequence[Te
         }
 
 
-def _speed(lm: LanguageModel, prompts: Sequence[Tensor]) -> Iterator[dict[str, Any]]:
-    """Yield the medians of each layer with its fit, if there is one, and without; what a layer needs once aside."""
+def _speed(lm: LanguageModel, prompts: Sequence[Tensor], *, is_fitted: bool) -> Iterator[dict[str, Any]]:
+    """Yield the medians of each layer, of those with a fit or without one; what a layer needs once aside."""
     for cut in _cuts(lm):
-        for is_fitted in (True, False) if fit_path(lm, cut).is_file() else (False,):
-            method = "auto" if is_fitted else "auto-no-fit"
-            runs = list(bench(lm, [prompts[0], *prompts], cuts=[cut], methods=[method]))[1:]
-            yield {
-                "cut": cut.label,
-                "dtype": str(lm.dtype).removeprefix("torch."),
-                "is_fitted": is_fitted,
-                "tokens": runs[0].seq_len,
-                "prompts": len(runs),
-                "exact": sum(run.exact for run in runs),
-                **{
-                    key: median(getattr(run, key) for run in runs)
-                    for key in ("wall_ratio", "prefill_ratio", "n_passes", "seconds", "prefill_seconds")
-                },
-            }
+        if is_fitted and not fit_path(lm, cut).is_file():
+            continue
+        method = "auto" if is_fitted else "auto-no-fit"
+        runs = list(bench(lm, [prompts[0], *prompts], cuts=[cut], methods=[method]))[1:]
+        yield {
+            "cut": cut.label,
+            "dtype": str(lm.dtype).removeprefix("torch."),
+            "is_fitted": is_fitted,
+            "tokens": runs[0].seq_len,
+            "prompts": len(runs),
+            "exact": sum(run.exact for run in runs),
+            **{
+                key: median(getattr(run, key) for run in runs)
+                for key in ("wall_ratio", "prefill_ratio", "n_passes", "seconds", "prefill_seconds")
+            },
+        }
 
 
 def _of_shape(name: str, device: torch.device, n_tokens: int) -> Iterator[dict[str, Any]]:
