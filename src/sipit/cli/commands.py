@@ -545,7 +545,6 @@ def _refuse_beside_auto(options: Namespace) -> None:
         name
         for name, is_given in (
             ("--policy", options.policy != "auto"),
-            ("--exhaustive", options.exhaustive),
             ("--pass-dtype", options.pass_dtype is not None),
             ("--resume", options.resume is not None),
         )

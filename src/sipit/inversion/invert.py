@@ -80,7 +80,8 @@ def invert(
             probable prompt is sought, with a posterior for every token, and the verdict is "probable" where the
             prompt's is at least 0.95 and what is left of the rows is such noise; that takes whole rows, one of every
             position. See docs/noise.md.
-        exhaustive: check the whole vocabulary at every position, so that each runner-up is over all tokens.
+        exhaustive: check the whole vocabulary at every position, so that each runner-up is over all tokens; under a
+            noise model, run it behind the most probable prompt so far.
         max_batch: most candidates in one packed pass; bounds the memory.
         seed: of the random draws of the policies "random" and "gradient".
         use_fit: whether "auto" may use a fitted inverse that is in the cache directory; see `sipit fit`.
@@ -115,7 +116,8 @@ def invert(
     if pass_dtype and noise:
         raise OptionError("rows of a pass in another dtype take no noise; leave it out, or the pass dtype")
     if isinstance(noise, NoiseModel) or noise == "auto":
-        return invert_noisy(lm, observation, None if noise == "auto" else noise, on_progress=on_progress)
+        model = None if noise == "auto" else noise
+        return invert_noisy(lm, observation, model, is_whole=exhaustive, on_progress=on_progress)
     if isinstance(noise, str):
         raise OptionError(f"noise {noise!r} is unknown; pass a number, a NoiseModel, or 'auto'")
     options = SearchOptions(

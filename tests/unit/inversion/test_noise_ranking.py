@@ -213,12 +213,13 @@ def test_a_missed_token_surprises_though_its_row_is_no_longer_than_noise_makes_i
     lengthened = gaps / (2 * states.shape[1]) ** 0.5  # standard deviations of the whole residual
     hidden = ((lengthened > 2) & (lengthened < 4)).nonzero()[:, 0].tolist()
     n_right = n_missed = n_long = 0
+    shown = Shown(token_ids=torch.arange(256), beams=torch.zeros(256, dtype=torch.long), states=all_states, n_beams=1)
     for seed in range(20):
         noise = sigma * torch.randn(states.shape, generator=torch.Generator().manual_seed(seed))
         seen = Observation(states=states + noise, layer=LAYER)
         search = BeamSearch(lm, seen, NoiseModel.gaussian(sigma), Meter())
-        n_right += search._is_surprising(row, states[row])
-        n_missed += sum(search._is_surprising(row, all_states[token]) for token in hidden)
+        n_right += search._is_surprising(row, shown, int(IDS[row]))
+        n_missed += sum(search._is_surprising(row, shown, token) for token in hidden)
         whole = ((all_states[hidden] - seen.states[row]) / sigma).square().sum(dim=1)
         n_long += int((whole > states.shape[1] + 4 * (2 * states.shape[1]) ** 0.5).sum())
     assert n_right <= 2
@@ -230,7 +231,7 @@ def test_what_the_map_says_of_tokens_not_run_is_on_the_scale_of_those_that_were(
     """A map that is off by a constant, as behind an odd prefix, changes no share."""
     generator = torch.Generator().manual_seed(1)
     prior = torch.rand(2, 10, generator=generator).softmax(dim=1)
-    ahead = _Ahead(prior=prior, scores=torch.tensor([-3.0, -4.0], dtype=torch.float64))
+    ahead = _Ahead(prior=prior, scores=torch.tensor([-3.0, -4.0], dtype=torch.float64), tokens=torch.zeros(2, 0))
     likely, by_map = torch.tensor([1, 4, 5, 8]), torch.randn(10, generator=generator).double()
     shown = Shown(token_ids=likely[:2], beams=torch.tensor([0, 1]), states=torch.empty(2, 0), n_beams=2)
     ranked = _Ranked(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-NEARLY_ALL = 0.9  # of how tokens differ: the share that the directions hold along which a missed token is sought
+SHARES = (0.5, 0.7, 0.9)  # of how tokens differ: what sets of directions hold along which a missed token is sought
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sipit.float64 import as_float64
-from sipit.inversion.judging.directions import NEARLY_ALL, Along, directions
+from sipit.inversion.judging.directions import SHARES, Along, directions
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.judging.noise_model import NoiseModel
 from sipit.models import LanguageModel
@@ -27,7 +27,6 @@ _OTHERS = 8  # random tokens run at each position beside the claimed one
 _MOST_DEVIATION = 5.0  # standard deviations that a sum of squares may be off: by chance 1 in a million, of 500
 _LEAST_SLOPE_SIGNAL = 16.0  # standard deviations of the slope below 1: less tells no prompt from none
 _CHUNK = 256  # tokens in one packed pass
-_SHARES = (0.5, 0.7, NEARLY_ALL)  # of how tokens differ: what sets of directions hold, the main ones first
 _MOST_ALONG = 4.0  # standard deviations that a row may leave along any of them: by chance 3 in 100,000
 _MOST_ALL_ALONG = 3.0  # the same of all rows, for words that fit as well as the right ones leave little: 1 in 700
 _MOST_IN_COMMON = 3.0  # standard deviations that their mean may leave too much: the same
@@ -84,7 +83,7 @@ def residuals_of(lm: LanguageModel, seen: Observation, input_ids: Tensor, noise:
     counts = kept.sum(dim=1).clamp(min=1).double()  # (T,)
     by_row = (z.square().sum(dim=1) - counts) / (counts * excess).sqrt()  # (T,)
     apart = (others - states[:, None]) * kept[:, None] / spread  # (T, M, D)
-    sets = directions(apart.flatten(0, 1), _SHARES)  # (D, K) each
+    sets = directions(apart.flatten(0, 1), SHARES)  # (D, K) each
     along = [Along.of(z, kept, each) for each in sets]
     n_along = max(sets[0].shape[1] * len(z), 1)
     by_direction = (float(along[0].energy.sum()) - n_along) / math.sqrt(2 * n_along)

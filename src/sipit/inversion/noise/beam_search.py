@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sipit.float64 import as_float64
-from sipit.inversion.judging.directions import NEARLY_ALL, Along, directions_of
+from sipit.inversion.judging.directions import SHARES, Along, directions
 from sipit.inversion.judging.meter import Meter
 from sipit.inversion.judging.noise_model import NoiseModel
 from sipit.inversion.noise.effort import Effort, effort_on
@@ -39,10 +39,12 @@ _OF_EACH = 3  # tokens run behind every beam, to know the map's offset there
 _LIKELY, _EXPECTED = 6144, 2048  # tokens, by map and prior and by the prior alone, that are ranked at a position
 _TEACHERS = 512  # tokens run, those whose rows are nearest, that others' errors are learned from where nothing fits
 _OWN_TEACHERS = 256  # the same behind the best beam, whatever other beams hold
-_SURPRISE = 2.5  # standard deviations that the best state leaves too much along tokens' directions where nothing fits
+_SURPRISE = 2.2  # standard deviations that the best state leaves too much along tokens' directions where nothing fits
+_COMPARED = 128  # tokens run, the first ones, that show these directions
 _DOUBTED = (
     0.3  # of the prior's log-probabilities, by which a third of the candidates is chosen: an early token may be wrong
 )
+_OF_ALL = 2048  # the best of them, where the whole vocabulary was run behind one beam
 _LEAST = 32  # candidates run at a position, however sure the ranking is
 _LEFT_OUT = 1e-4  # of the mass at a position: beams and candidates beyond it are not worth their price
 
@@ -65,6 +67,12 @@ class _Ahead:
 
     prior: Tensor  # (B, V) probabilities
     scores: Tensor  # (B,) float64 log-scores of the beams
+    tokens: Tensor  # (B, t) of the beams
+
+    @property
+    def best(self) -> int:
+        """The beam of the highest score."""
+        return int(self.scores.argmax())
 
     @cached_property
     def shares(self) -> Tensor:
@@ -131,16 +139,15 @@ class BeamSearch:
         self._effort = effort or effort_on(lm.device)
         self._model = lm.cut(seen.cut, seq_len=seen.n_positions)
         self._observed = seen.states.to(self._model.device).float()  # (T, W)
-        known = torch.tensor(seen.known_prefix, dtype=torch.long)
+        self._known = torch.tensor(seen.known_prefix, dtype=torch.long)
         batch = self._effort.max_batch
         self._map = token_map(lm, seen.cut, meter)
-        passes = passes_behind(lm, seen.cut, noise, meter)
-        self._prefixes = BeamPrefixes(self._model, known, max_batch=batch, passes=passes)
-        self._prior = TokenPrior(lm, known, meter, max_batch=batch, seq_len=seen.n_positions)
+        self._passes = passes_behind(lm, seen.cut, noise, meter)
+        self._prefixes = BeamPrefixes(self._model, self._known, max_batch=batch, passes=self._passes)
+        self._prior = TokenPrior(lm, self._known, meter, max_batch=batch, seq_len=seen.n_positions)
         self._clean = self._map.compared(self._filled())  # (T, S)
         self._ranking = TokenRanking(self._map, noise.variances(seen.d_model))
         self._seen = seen
-        self._along = self._directions()  # (W, K)
         self._unigram = anywhere_probabilities(lm, meter).cpu().double().log()  # (V,)
         self._n_surprised = self._effort.n_surprised
         self._distances: list[dict[int, float]] = []
@@ -152,16 +159,6 @@ class BeamSearch:
         if not noise.drops or self._map.projection is not None:
             return clean
         return torch.where(noise.kept(self._observed), clean, self._map.centre.to(clean))
-
-    def _directions(self) -> Tensor:
-        """Return the directions along which tokens differ, beside the noise. (W, K) float64."""
-        mapped = self._map
-        gram = self._lm.derived(("token gram", self._seen.cut), lambda: as_float64(mapped.table.T @ mapped.table))
-        if mapped.projection is not None:
-            along: Tensor = as_float64(mapped.projection) @ directions_of(gram, [NEARLY_ALL])[0]
-            return along
-        by_noise = as_float64(self._noise.variances(len(gram)).to(gram)).rsqrt()
-        return directions_of(by_noise[:, None] * gram * by_noise, [NEARLY_ALL])[0]
 
     def run(self, on_position: OnPosition | None = None, *, hint: Tensor | None = None) -> Beams:
         """Return the prompts that are left.
@@ -177,7 +174,7 @@ class BeamSearch:
         followed = 0  # the beam that is the hint so far
         for row in range(n_rows):
             wanted = None if hint is None else (int(hint[row]), followed)
-            found = self._candidates(row, scores, wanted)
+            found = self._candidates(row, scores, tokens, wanted)
             kept = self._kept(found)
             if wanted is not None:
                 place = int(((found.token_ids == wanted[0]) & (found.beams == wanted[1])).nonzero()[0, 0])
@@ -207,18 +204,19 @@ class BeamSearch:
         enough = int((shares.cumsum(dim=0) < 1 - _LEFT_OUT).sum()) + 1
         return ordered.indices[: min(enough, self._effort.n_beams)]
 
-    def _candidates(self, row: int, scores: Tensor, wanted: tuple[int, int] | None) -> Candidates:
+    def _candidates(self, row: int, scores: Tensor, tokens: Tensor, wanted: tuple[int, int] | None) -> Candidates:
         """Return the best continuations of all beams at one row, with their exact scores.
 
         Args:
             row: which.
             scores: (B,) of the beams.
+            tokens: (B, t) of theirs.
             wanted: a token and its beam that are among them in any case.
         """
         prior = self._prior.probabilities.cpu()  # (B, V)
         if self._prefixes.position == 0:
             return self._first_candidates(prior[0].double().log() + scores, wanted)
-        ahead = _Ahead(prior=prior, scores=scores)
+        ahead = _Ahead(prior=prior, scores=scores, tokens=tokens)
         expected = torch.logaddexp(ahead.mean, self._unigram)  # (V,)
         shown, ranked = self._run_likely(row, ahead, expected, wanted)
         alone = ranked.by_map + expected
@@ -241,43 +239,79 @@ class BeamSearch:
         logs = ahead.behind(likely)  # (B, M)
         at, beams = _best_of_each(logs + (guessed - expected)[likely], _OF_EACH, self._effort.n_shown)
         shown = self._run(ahead, *_with(wanted, likely[at], beams))
+        if self._effort.whole == "always":
+            return self._run_whole_vocabulary(row, ahead, expected, shown)
         for n in self._effort.n_candidates:
             teachers, likelihoods = shown, self._sharpened(row, shown, likely)
-            rankings = logs + likelihoods, logs + with_unmapped(likelihoods), _DOUBTED * logs + likelihoods
-            at, beams = _more(rankings, torch.searchsorted(likely, shown.token_ids), shown.beams, n)
-            shown = shown.and_more(self._run(ahead, likely[at], beams))
+            shown = shown.and_more(self._run(ahead, *_more(likely, logs, likelihoods, shown, n)))
         by_map = self._by_map(row, teachers, ahead.shares)
         return shown, _Ranked(token_ids=likely, log_prior=logs, likelihoods=likelihoods, by_map=by_map)
+
+    def _run_whole_vocabulary(self, row: int, ahead: _Ahead, expected: Tensor, shown: Shown) -> tuple[Shown, _Ranked]:
+        """Run all tokens behind the best beam, and those that are likely then behind others.
+
+        What a token's row is behind the best beam tells more of it behind another than the map does.
+        """
+        shown, by_best = self._and_whole_vocabulary(row, ahead, shown)
+        likely = torch.cat([_top(by_best + expected, _LIKELY), shown.token_ids]).unique()  # (M,)
+        logs = ahead.behind(likely)  # (B, M)
+        for n in self._effort.n_candidates:
+            teachers = _nearest(ahead, shown, self._likelihoods(row, shown.states))
+            likelihoods = self._sharpened(row, teachers, likely)
+            shown = shown.and_more(self._run(ahead, *_more(likely, logs, likelihoods, shown, n)))
+        return shown, _Ranked(token_ids=likely, log_prior=logs, likelihoods=likelihoods, by_map=by_best)
+
+    def _and_whole_vocabulary(self, row: int, ahead: _Ahead, shown: Shown) -> tuple[Shown, Tensor]:
+        """Run all tokens behind the best beam; return the best with those run before, and how each fits. (V,)."""
+        best, ids = ahead.best, torch.arange(self._lm.vocab_size)
+        with self._passes():
+            alone = self._model.row(torch.cat([self._known, ahead.tokens[best]]))
+            places = torch.full((self._effort.max_batch,), self._prefixes.position)
+            parts = [alone.run(part, places[: len(part)]).float() for part in ids.split(self._effort.max_batch)]
+        states = torch.cat(parts)  # (V, W)
+        self._meter.spend(len(ids) + self._prefixes.position, self._model.layer)
+        self._meter.n_checked += len(ids)
+        fits = self._likelihoods(row, states)  # (V,)
+        left = fits + ahead.prior[best].double().log()
+        left[shown.token_ids[shown.beams == best]] = -math.inf
+        ids = _top(left, _OF_ALL)
+        more = Shown(token_ids=ids, beams=torch.full_like(ids, best), states=states[ids.to(states.device)], n_beams=0)
+        return shown.and_more(more), fits
 
     def _run_where_nothing_fits(
         self, row: int, ahead: _Ahead, shown: Shown, ranked: _Ranked
     ) -> tuple[Shown, Tensor, _Ranked]:
         """Run more tokens behind the best beam while no state explains the row, and return their likelihoods. (N,)."""
         fits = self._likelihoods(row, shown.states)  # (N,)
-        best = int(ahead.scores.argmax())
-        alone = F.one_hot(torch.tensor(best), len(ahead.scores))
         n_left = min(self._n_surprised, self._effort.n_at_one)
-        while self._is_surprising(row, shown.states[(ahead.of(shown) + fits).argmax()]):
+        is_whole = self._effort.whole == "always"
+        while not is_whole and self._is_surprising(row, shown, int((ahead.of(shown) + fits).argmax())):
+            if self._effort.whole == "in doubt":
+                expected = torch.logaddexp(ahead.mean, self._unigram)
+                shown, ranked = self._run_whole_vocabulary(row, ahead, expected, shown)
+                return shown, self._likelihoods(row, shown.states), ranked
             if n_left == 0:
                 self._n_surprised = 0
                 break
-            is_behind = shown.beams == best
-            own = is_behind.nonzero()[:, 0]
-            own = own[_top(fits[own], _OWN_TEACHERS)]
-            teachers = shown.some(torch.cat([own, _top(fits, _TEACHERS)]).unique())
-            by_map = self._by_map(row, teachers, alone)
-            likely = torch.cat([_top(by_map, _LIKELY), shown.token_ids]).unique()
-            logs, likelihoods = ahead.behind(likely), self._sharpened(row, teachers, likely)
-            ranked = _Ranked(token_ids=likely, log_prior=logs, likelihoods=likelihoods, by_map=by_map)
-            left = (logs + with_unmapped(likelihoods))[best]  # (M,)
-            left[torch.searchsorted(likely, shown.token_ids[is_behind])] = -math.inf
-            n = min(self._effort.n_more, n_left, int(left.isfinite().sum()))
-            if n == 0:
+            ranked, ids = self._more_behind_the_best(row, ahead, shown, fits)
+            ids = ids[: min(self._effort.n_more, n_left)]
+            if len(ids) == 0:
                 break
-            n_left, self._n_surprised = n_left - n, self._n_surprised - n
-            more = self._run(ahead, likely[left.topk(n).indices], torch.full((n,), best))
+            n_left, self._n_surprised = n_left - len(ids), self._n_surprised - len(ids)
+            more = self._run(ahead, ids, torch.full_like(ids, ahead.best))
             shown, fits = shown.and_more(more), torch.cat([fits, self._likelihoods(row, more.states)])
         return shown, fits, ranked
+
+    def _more_behind_the_best(self, row: int, ahead: _Ahead, shown: Shown, fits: Tensor) -> tuple[_Ranked, Tensor]:
+        """Rank tokens anew, and return those not run behind the best beam, the likeliest first. (N,), (M,)."""
+        best, teachers = ahead.best, _nearest(ahead, shown, fits)
+        by_map = self._by_map(row, teachers, F.one_hot(torch.tensor(best), len(ahead.scores)))
+        likely = torch.cat([_top(by_map, _LIKELY), shown.token_ids]).unique()
+        logs, likelihoods = ahead.behind(likely), self._sharpened(row, teachers, likely)
+        left = (logs + with_unmapped(likelihoods))[best]  # (M,)
+        left[torch.searchsorted(likely, shown.token_ids[shown.beams == best])] = -math.inf
+        ordered = left.topk(int(left.isfinite().sum())).indices
+        return _Ranked(token_ids=likely, log_prior=logs, likelihoods=likelihoods, by_map=by_map), likely[ordered]
 
     def _sharpened(self, row: int, teachers: Shown, likely: Tensor) -> Tensor:
         """Return log-likelihoods of a row for likely tokens behind every beam. (M,) → (B, M) float64."""
@@ -287,15 +321,19 @@ class BeamSearch:
         """Return those of all tokens behind beams of some weights. (B,) → (V,) float64."""
         return self._ranking.by_map(self._clean[row], teachers, weights).cpu().double()
 
-    def _is_surprising(self, row: int, state: Tensor) -> bool:
+    def _is_surprising(self, row: int, shown: Shown, best: int) -> bool:
         """Whether even the best state leaves more of a row than the noise explains: the right token was not run.
 
-        Looked at where tokens differ, for elsewhere a token that is missed leaves nothing, but the noise its own.
+        Looked at where the states of tokens differ there, for elsewhere a token that is missed leaves nothing, but the
+        noise its own.
         """
+        state = shown.states[best]
         kept = self._noise.kept(self._observed[row][None])  # (1, W)
         spread = self._noise.variances(len(state)).to(state).sqrt() * abs(self._noise.scale)
         z = as_float64((self._observed[row] - self._noise.expected(state[None])) * kept / spread)
-        return float(Along.of(z, kept, self._along).deviations()) > _SURPRISE
+        apart = as_float64((shown.states[:_COMPARED] - state) * kept / spread)  # (N, W)
+        sets = directions(apart, SHARES)
+        return max(float(Along.of(z, kept, each).deviations()) for each in sets) > _SURPRISE
 
     def _first_candidates(self, prior: Tensor, wanted: tuple[int, int] | None) -> Candidates:
         """Return candidates for a prompt's first position: the whole vocabulary, whose rows there are made once."""
@@ -340,16 +378,25 @@ def _top(scores: Tensor, n: int) -> Tensor:
     return scores.topk(min(n, len(scores))).indices
 
 
-def _more(rankings: Sequence[Tensor], at: Tensor, beams: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Return columns and beams of up to n candidates beside those run, as many by each ranking. (B, M) each."""
-    chosen = torch.zeros_like(rankings[0], dtype=torch.bool)
+def _nearest(ahead: _Ahead, shown: Shown, fits: Tensor) -> Shown:
+    """Return the tokens run whose rows are nearest, behind the best beam and behind any. (N,)."""
+    own = (shown.beams == ahead.best).nonzero()[:, 0]
+    own = own[_top(fits[own], _OWN_TEACHERS)]
+    return shown.some(torch.cat([own, _top(fits, _TEACHERS)]).unique())
+
+
+def _more(likely: Tensor, logs: Tensor, likelihoods: Tensor, shown: Shown, n: int) -> tuple[Tensor, Tensor]:
+    """Return up to n tokens and their beams beside those run, as many by each of three rankings. (M,), (B, M)."""
+    rankings = logs + likelihoods, logs + with_unmapped(likelihoods), _DOUBTED * logs + likelihoods
+    at = torch.searchsorted(likely, shown.token_ids)
+    chosen = torch.zeros_like(logs, dtype=torch.bool)
     for scores in rankings:
         left = scores.clone()
-        left[beams, at] = -math.inf
+        left[shown.beams, at] = -math.inf
         more_at, more_beams = _best(left, scores.flatten().logsumexp(dim=0), n // len(rankings))
         chosen[more_beams, more_at] = True
     places = chosen.flatten().nonzero()[:, 0]
-    return places % chosen.shape[1], places // chosen.shape[1]
+    return likely[places % chosen.shape[1]], places // chosen.shape[1]
 
 
 def _best(scores: Tensor, total: Tensor, n: int) -> tuple[Tensor, Tensor]:

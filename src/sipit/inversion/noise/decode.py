@@ -167,7 +167,8 @@ def _held_out_slope(lm: LanguageModel, seen: Observation, noise: NoiseModel, met
     """Decode from half of the coordinates, and return what the states found account for in the others."""
     generator = torch.Generator().manual_seed(5)
     hidden = torch.rand(seen.d_model, generator=generator) < 0.5  # (D,)
-    beams = BeamSearch(lm, seen, replace(noise, unseen=hidden), meter, effort).run()
+    once = replace(effort, whole="never")
+    beams = BeamSearch(lm, seen, replace(noise, unseen=hidden), meter, once).run()
     others = replace(noise, unseen=~hidden)
     return residuals_of(lm, seen, _whole(seen, beams.input_ids[0]), others, meter).slope
 
@@ -267,7 +268,12 @@ def evidence_of(lm: LanguageModel, seen: Observation, found: Decoded) -> list[Po
 
 
 def invert_noisy(
-    lm: LanguageModel, seen: Observation, noise: NoiseModel | None = None, *, on_progress: OnProgress | None = None
+    lm: LanguageModel,
+    seen: Observation,
+    noise: NoiseModel | None = None,
+    *,
+    is_whole: bool = False,
+    on_progress: OnProgress | None = None,
 ) -> Inversion:
     """Return the most probable prompt behind noisy rows as an inversion, or a recovered one where nothing is noisy.
 
@@ -275,6 +281,7 @@ def invert_noisy(
         lm: the model.
         seen: the rows, complete behind their known prefix.
         noise: what happened to them; None: to be estimated with the prompt.
+        is_whole: run the whole vocabulary behind the best prompt at every position, as a GPU does in any case.
         on_progress: told after every position how far the decoding under way is.
 
     Raises:
@@ -297,7 +304,8 @@ def invert_noisy(
                 )
             )
 
-    found = decode(lm, seen, noise, meter=meter, on_position=tell)
+    effort = effort_on(lm.device, is_whole=is_whole)
+    found = decode(lm, seen, noise, meter=meter, effort=effort, on_position=tell)
     if _explained_by_arithmetic(lm, seen, found, meter):
         return search(lm, seen, SearchOptions(hint=found.input_ids.tolist(), on_progress=on_progress))
     seconds = time.perf_counter() - began

@@ -27,7 +27,6 @@ from sipit.observations import Observation
 
 _FIRST = 1024  # replacements judged of a prompt's first token
 _THOROUGH = 512  # of each other, however unlikely, before a prompt is called probable
-_BY_ITS_ROW = (0, 1024)  # the same, judged by their own row alone: how many go on from there
 _LEAST = 1e-6  # posterior from which a token is worth a look otherwise
 _SWEEPS = 4  # replacements made in turn
 _MOST_GAIN = 50.0  # nats: more makes no difference, and would overflow
@@ -97,12 +96,11 @@ class Revision:
 
     def likeliest(self, beams: Beams, *, is_thorough: bool = False) -> Tensor:
         """Return the best prompt of a search, with tokens replaced as long as that makes it likelier. (T,)."""
-        best, later = beams.input_ids[0], self._effort.halving
-        halving = (_BY_ITS_ROW, *later) if is_thorough else later
+        best, halving = beams.input_ids[0], self._effort.halving
         left = self._replacements(best, beams.token_posteriors, is_thorough=is_thorough)
         for sweep in range(_SWEEPS):
             left = left.some(left.tokens != best[left.rows])
-            judged = self._judged(best, left, halving if sweep == 0 else later[1:])
+            judged = self._judged(best, left, halving if sweep == 0 else halving[1:])
             if not bool((judged.gains > 0).any()):
                 break
             first = int(judged.gains.argmax())
