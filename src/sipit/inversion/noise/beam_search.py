@@ -274,7 +274,7 @@ class BeamSearch:
         fits = self._likelihoods(row, states)  # (V,)
         left = fits + ahead.prior[best].double().log()
         left[shown.token_ids[shown.beams == best]] = -math.inf
-        ids = _top(left, _OF_ALL)
+        ids = _top(left, min(_OF_ALL, int(left.isfinite().sum())))
         more = Shown(token_ids=ids, beams=torch.full_like(ids, best), states=states[ids.to(states.device)], n_beams=0)
         return shown.and_more(more), fits
 
@@ -379,10 +379,12 @@ def _top(scores: Tensor, n: int) -> Tensor:
 
 
 def _nearest(ahead: _Ahead, shown: Shown, fits: Tensor) -> Shown:
-    """Return the tokens run whose rows are nearest, behind the best beam and behind any. (N,)."""
-    own = (shown.beams == ahead.best).nonzero()[:, 0]
-    own = own[_top(fits[own], _OWN_TEACHERS)]
-    return shown.some(torch.cat([own, _top(fits, _TEACHERS)]).unique())
+    """Return the tokens run whose rows are nearest: behind the best beam, behind any, and a few behind each. (N,)."""
+    order = fits.argsort(descending=True)
+    places = F.one_hot(shown.beams[order], shown.n_beams).cumsum(dim=0)  # (N, B) among those of each beam
+    of_each = order[places.gather(1, shown.beams[order][:, None])[:, 0] <= _OF_EACH]
+    own = order[shown.beams[order] == ahead.best][:_OWN_TEACHERS]
+    return shown.some(torch.cat([own, order[:_TEACHERS], of_each]).unique())
 
 
 def _more(likely: Tensor, logs: Tensor, likelihoods: Tensor, shown: Shown, n: int) -> tuple[Tensor, Tensor]:
