@@ -512,6 +512,21 @@ def _vector_in_all_rows(rng: random.Random, forged: Forgery) -> str:
     return forged.lie
 
 
+def _noisier_half(_: random.Random, forged: Forgery) -> str:
+    """Observe more noise in one half of the rows and as much less in the other, so that neither row nor sum tells."""
+    states, half = _states_of_true(forged), forged.seen.seq_len // 2
+    rows = forged.seen.states
+    for step in range(2, 60):
+        louder = torch.ones(len(states), 1)
+        louder[:half], louder[half:] = 1 + step / 100, 1 - step / 100
+        rows = states + louder * (forged.seen.states - states)
+        if _residuals(forged, rows).in_a_run > 4.02:
+            break
+    _observe(forged, rows)
+    forged.lie = "half of the rows have another noise"
+    return forged.lie
+
+
 def _moved_along(rng: random.Random, forged: Forgery, rows: Iterable[int], *, inside: float, in_all: float) -> Tensor:
     """Return the rows with so many standard deviations of energy along nearly all token directions, and in all."""
     size, width = forged.true["noise_model"]["spread"], forged.seen.d_model
@@ -654,6 +669,7 @@ KINDS: dict[str, tuple[Callable[[random.Random, Forgery], str], str | None]] = {
     "a token in the noise of a row": (_token_in_a_row, "noisy"),
     "tokens in the noise": (_tokens_in_all_rows, "noisy"),
     "a vector in the noise of all rows": (_vector_in_all_rows, "noisy"),
+    "more noise in half of the rows": (_noisier_half, "noisy"),
     "rows of another scale": (_rows_of_another_scale, "noisy"),
     "an odd noise model": (_odd_noise_model, "noisy"),
 }

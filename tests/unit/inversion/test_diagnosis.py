@@ -42,6 +42,36 @@ def test_miss_names_its_likeliest_cause(llama: LanguageModel, change: object, po
     assert found.miss.runner_up >= found.miss.distance
 
 
+class _Reading:
+    """Reads all rows right but the first, as an inverse of a larger model does."""
+
+    def scores(self, _: Tensor) -> Tensor:
+        read = torch.nn.functional.one_hot(IDS, 160).float()
+        read[0] = 0.0
+        return read
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+def test_rows_that_were_moved_are_named_though_the_first_tells_no_token_from_another(
+    llama: LanguageModel, monkeypatch: pytest.MonkeyPatch, is_read: bool
+) -> None:
+    """As after a pass in TF32: the first row is moved by as much as tokens' first rows differ, the others by less."""
+    if is_read:
+        monkeypatch.setattr("sipit.inversion.search.diagnosis.ridge_inverse", lambda *_: _Reading())
+        monkeypatch.setattr("sipit.inversion.search.diagnosis.queries_of", lambda _, rows: rows)
+    states = llama.capture(input_ids=IDS, layer=2).states
+    another = llama.capture(input_ids=[(int(IDS[0]) + 1) % llama.vocab_size], layer=2).states
+    noise = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)) / 32**0.5
+    rows = states + 1e-3 * states.norm(dim=1, keepdim=True) * noise
+    rows[0] = 0.8 * states[0] + 0.2 * another[0]
+    found = sipit.invert(llama, rows, layer=2)
+    assert found.miss is not None
+    assert found.miss.position == 0
+    assert ("row 1 stands out" in found.miss.diagnosis) is is_read
+    if is_read:
+        assert float(found.miss.diagnosis.rpartition(" ")[2]) > found.miss.distance
+
+
 def test_right_layer_by_mistake_for_the_next_misses_after_the_whole_vocabulary(llama: LanguageModel) -> None:
     states = llama.capture(input_ids=IDS, layer=3).states
     found = sipit.invert(llama, states, layer=2)

@@ -68,6 +68,25 @@ def test_a_vector_in_all_rows_is_told_from_noise(lm: LanguageModel) -> None:
     assert not residuals_of(lm, replace(seen, states=seen.states + vector), IDS, known, Meter()).doubts
 
 
+@pytest.mark.parametrize(("first", "last"), [(0, 16), (16, 32), (8, 16)])
+def test_rows_that_lie_off_one_after_the_other_are_told_from_noise(lm: LanguageModel, first: int, last: int) -> None:
+    """As rows of another prompt do: none of them by much."""
+    ids = random_ids(32, seed=4, vocab_size=256)
+    seen, louder = lm.capture(input_ids=ids, layer=2), torch.full((len(ids), 1), 0.93)
+    louder[first:last] = 1.1
+    noise = SIGMA * torch.randn(seen.states.shape, generator=torch.Generator().manual_seed(2))
+    for rows, is_told in ((noise, False), (louder * noise, True)):
+        found = residuals_of(lm, replace(seen, states=seen.states + rows), ids, NoiseModel.gaussian(SIGMA), Meter())
+        assert found.is_noise
+        assert [("one after the other" in doubt) for doubt in found.doubts] == [True] * is_told
+
+
+def test_the_size_of_a_run_does_not_depend_on_that_of_the_noise(lm: LanguageModel) -> None:
+    one, other = (residuals_of(lm, _noisy(lm, 2), IDS, NoiseModel.gaussian(s), Meter()) for s in (SIGMA, 2 * SIGMA))
+    assert one.in_a_run == pytest.approx(other.in_a_run, abs=1e-6)
+    assert max(_of(lm, seed).in_a_run for seed in range(60)) < 4.0
+
+
 def test_what_doubts_a_prompt_keeps_it_from_being_probable(lm: LanguageModel) -> None:
     found, noise = _of(lm, 1), NoiseModel.gaussian(SIGMA)
     assert verdict_of(_sure(found, noise))[0] == "probable"

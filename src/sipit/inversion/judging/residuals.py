@@ -30,6 +30,7 @@ _CHUNK = 256  # tokens in one packed pass
 _MOST_ALONG = 4.0  # standard deviations that a row may leave along any of them: by chance 3 in 100,000
 _MOST_ALL_ALONG = 3.0  # the same of all rows, for words that fit as well as the right ones leave little: 1 in 700
 _MOST_IN_COMMON = 3.0  # standard deviations that their mean may leave too much: the same
+_MOST_IN_A_RUN = 4.0  # that rows one after the other may be larger than all others: by chance 1 in 500, of 20 rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,7 @@ class Residuals:
     row_along: float  # of the row that leaves most along sets of such directions: its largest deviation there
     all_along: float  # largest deviation of all rows there
     in_common: float  # deviation of what rows leave in their mean: noise is new in each
+    in_a_run: float  # of the size of rows one after the other from that of all others: its largest deviation
     slope: float  # share of the rows' distance from other tokens' states that the prompt's states account for: 1
     slope_error: float  # its standard deviation
     gap: float  # root mean square distance of other tokens' states
@@ -90,7 +92,7 @@ def residuals_of(lm: LanguageModel, seen: Observation, input_ids: Tensor, noise:
     rows_along = torch.stack([each.deviations() for each in along]).amax(dim=0)  # (T,)
     all_along = max(float(each.in_all().deviations()) for each in along)
     slope, slope_error = _slope(z, noise.scale * apart)
-    in_common = _in_common(z, kept)
+    in_common, in_a_run = _in_common(z, kept), _in_a_run(z, counts, excess)
     worst = float(by_row[by_row.abs().argmax()])
     gaps = (others - states[:, None]).square().sum(dim=2).mean().sqrt()
     return Residuals(
@@ -100,11 +102,12 @@ def residuals_of(lm: LanguageModel, seen: Observation, input_ids: Tensor, noise:
         row_along=float(rows_along.max()),
         all_along=all_along,
         in_common=in_common,
+        in_a_run=in_a_run,
         slope=slope,
         slope_error=slope_error,
         gap=float(gaps),
         reasons=_reasons(seen, by_row, by_direction, slope, slope_error),
-        doubts=_doubts(seen, rows_along, all_along, in_common),
+        doubts=_doubts(seen, rows_along, all_along, in_common, in_a_run),
     )
 
 
@@ -140,7 +143,28 @@ def _in_common(z: Tensor, kept: Tensor) -> float:
     return float(Along(energy=energy, mean=n, half_variance=n).deviations())
 
 
-def _doubts(seen: Observation, by_row: Tensor, in_all: float, in_common: float) -> tuple[str, ...]:
+def _in_a_run(z: Tensor, counts: Tensor, excess: float) -> float:
+    """Return how many standard deviations the energy of rows one after the other lies above that of all others.
+
+    Of runs of 2, 4, 8 rows and so on, and of half of them, the one that lies highest; by Paulson's (1942) normal law of
+    the ratio of two chi-squares. (T, D), (T,).
+    """
+    n_rows, best = len(z), -math.inf
+    energy = z.square().sum(dim=1).cumsum(dim=0)  # (T,)
+    freedom = counts.cumsum(dim=0) * 2 / excess  # (T,)
+    lengths = {2**power for power in range(1, n_rows.bit_length())} | {n_rows // 2}
+    for length in (each for each in lengths if 2 <= each <= n_rows // 2):
+        inside, free = (total[length - 1 :].clone() for total in (energy, freedom))  # (T - L + 1,)
+        inside[1:] -= energy[:-length]
+        free[1:] -= freedom[:-length]
+        ratio = (inside / free) / ((energy[-1] - inside) / (freedom[-1] - free)).clamp(min=1e-300)
+        own, other = 2 / (9 * free), 2 / (9 * (freedom[-1] - free))
+        root = ratio.pow(1 / 3)
+        best = max(best, float((((1 - other) * root - (1 - own)) / (other * root.square() + own).sqrt()).max()))
+    return best if math.isfinite(best) else 0.0
+
+
+def _doubts(seen: Observation, by_row: Tensor, in_all: float, in_common: float, in_a_run: float) -> tuple[str, ...]:
     worst, found = int(by_row.argmax()), []
     if not float(by_row[worst]) <= _MOST_ALONG:
         found.append(
@@ -156,6 +180,11 @@ def _doubts(seen: Observation, by_row: Tensor, in_all: float, in_common: float) 
         found.append(
             f"what is left of the rows is alike by {in_common:.3g} standard deviations more than noise is: they are of "
             "another layer or model, or one vector was added to all"
+        )
+    if not in_a_run <= _MOST_IN_A_RUN:
+        found.append(
+            f"rows one after the other are off by more than all others are ({in_a_run:.3g} standard deviations), so "
+            "they are of another prompt, or have another noise"
         )
     return tuple(found)
 

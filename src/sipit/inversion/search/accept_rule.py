@@ -111,10 +111,10 @@ class AcceptRule:
         else:
             diagnosis = diagnosed(
                 view.lm,
+                view.seen,
                 check.observed,
-                view.seen.cut,
                 view.position,
-                stored=view.seen.states.dtype,
+                nearest=best.token_id,
                 distance=best.distance,
                 runner_up=runner_up,
                 limit=limit,

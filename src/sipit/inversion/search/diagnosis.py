@@ -7,22 +7,30 @@ from torch import Tensor
 
 from sipit.errors import SipitError
 from sipit.inversion.inverses.first_rows import first_rows
+from sipit.inversion.inverses.fitted_inverse import FittedInverse
+from sipit.inversion.inverses.inverse import Inverse, queries_of
+from sipit.inversion.inverses.restored import restored
+from sipit.inversion.inverses.ridge_inverse import ridge_inverse
+from sipit.inversion.inverses.store import load_fit
+from sipit.inversion.inverses.token_keys import token_keys
+from sipit.inversion.judging.meter import Meter
 from sipit.models import LanguageModel
 from sipit.models.everywhere import distinct_cuts
-from sipit.observations import Cut
+from sipit.observations import Cut, Observation
 
 _STANDS_OUT = 40.0  # times nearer than all others: hardly a chance resemblance
 _STANDS_OUT_NARROW = 8.0  # the same where the rows are of a narrower dtype than the arithmetic, which explains it
 _UNIT = 1e-3  # of 1, for rows that were all brought to unit length
+_ROOM = 1.5  # times the farthest row that is near: what is declared as noise is to cover those not looked at
 
 
 def diagnosed(
     lm: LanguageModel,
+    seen: Observation,
     observed: Tensor,
-    cut: Cut,
     position: int,
     *,
-    stored: torch.dtype,
+    nearest: int,
     distance: float,
     runner_up: float | None,
     limit: float,
@@ -31,11 +39,11 @@ def diagnosed(
 
     Args:
         lm: the model that was searched with.
-        observed: all observed states, (T, D).
-        cut: where they are said to come from.
+        seen: what was observed.
+        observed: its states as they are compared, (T, D).
         position: where nothing fits.
-        stored: dtype of the observed states, as they were stored.
-        distance: L2 of the nearest token.
+        nearest: the token whose state is nearest there.
+        distance: its L2.
         runner_up: L2 of the next one.
         limit: tolerance there.
     """
@@ -53,18 +61,26 @@ def diagnosed(
             "the nearest token is within the plain tolerance, but some coordinates are off by more than the rounding "
             "of the stored dtype; the values were changed after they were rounded"
         )
+    stored, cut = seen.states.dtype, seen.cut
     narrow = str(stored).removeprefix("torch.") if stored.itemsize < lm.dtype.itemsize else None
     stands_out = _STANDS_OUT if narrow is None else _STANDS_OUT_NARROW
+    moved = (
+        f"something else than {arithmetic} arithmetic moved the state: try the --pass-dtype (bfloat16, "
+        "autocast-bfloat16 and so on) or --quantize it was run in"
+        if narrow is None
+        else f"the rows hold {narrow} values where it computes in {arithmetic}: try --pass-dtype {narrow}"
+    )
+    near = _near_as_a_whole(lm, seen, observed, nearest) if position == 0 else None
+    moved += f", or declare --noise {max(1.1 * distance, _ROOM * near[1] if near else 0.0):.2g}"
     if runner_up is not None and distance * stands_out < runner_up:
-        moved = (
-            f"something else than {arithmetic} arithmetic moved the state: try the --pass-dtype (bfloat16, "
-            "autocast-bfloat16 and so on) or --quantize it was run in"
-            if narrow is None
-            else f"the rows hold {narrow} values where it computes in {arithmetic}: try --pass-dtype {narrow}"
-        )
         return (
             f"the nearest token stands out ({runner_up / distance:.0f} times nearer than the next), so this is the "
-            f"model, but {moved}, or declare --noise {1.1 * distance:.2g}"
+            f"model, but {moved}"
+        )
+    if near:
+        return (
+            f"behind the tokens that the rows read as, row 1 stands out ({near[0]:.0f} times nearer than the next), so "
+            f"this is the model, but {moved}"
         )
     otherwise = "" if narrow is None else f"; or a pass in {narrow} made the rows, then try --pass-dtype {narrow}"
     if position == 0 and (elsewhere := _elsewhere(lm, row, cut)):
@@ -76,6 +92,35 @@ def diagnosed(
     return (
         "no token stands out: rows from here on may belong to another prompt, or an earlier token is wrong" + otherwise
     )
+
+
+def _near_as_a_whole(
+    lm: LanguageModel, seen: Observation, observed: Tensor, nearest: int
+) -> tuple[float, float] | None:
+    """Return how many times nearer row 1 is to the prompt that the rows read as than others are, and how far off.
+
+    A first row may tell little of its token, and be moved by more than that; the rows behind it tell whether this is
+    the model. Of the rows that lie as near as row 1, one after the other, the farthest counts. None where it does not.
+    """
+    if len(observed) <= 2 or not seen.is_complete or seen.is_partial:
+        return None
+    try:
+        read = restored(lm, seen.cut)
+        fit = load_fit(lm, read.cut)
+        inverse: Inverse = ridge_inverse(lm, read.cut, Meter()) if fit is None else FittedInverse(token_keys(lm), fit)
+        rows = read.rows(observed, torch.arange(len(observed)))
+        ids = inverse.scores(queries_of(inverse, rows)).argmax(dim=1).cpu()
+        if fit is None:
+            ids[0] = nearest  # which no inverse reads off a first row without a fit
+        own = lm.cut(seen.cut, seq_len=seen.n_positions).ordinary(ids).to(observed)
+    except SipitError:  # a site that no inverse reads
+        return None
+    distances = (observed - own).norm(dim=1)
+    usual = float((observed[1:] - own[1:].roll(1, dims=0)).norm(dim=1).median())  # from another row
+    near = (distances[1:] * _STANDS_OUT < usual).long().cumprod(dim=0)
+    if not near[0]:
+        return None
+    return usual / max(float(distances[1]), 1e-30), float(distances[: int(near.sum()) + 1].max())
 
 
 def _elsewhere(lm: LanguageModel, row: Tensor, cut: Cut) -> str | None:
