@@ -281,7 +281,7 @@ def invert_noisy(
         lm: the model.
         seen: the rows, complete behind their known prefix.
         noise: what happened to them; None: to be estimated with the prompt.
-        is_whole: run the whole vocabulary behind the best prompt at every position, as a GPU does in any case.
+        is_whole: run the whole vocabulary behind the best prompt at every position.
         on_progress: told after every position how far the decoding under way is.
 
     Raises:
