@@ -231,7 +231,8 @@ def test_what_the_map_says_of_tokens_not_run_is_on_the_scale_of_those_that_were(
     """A map that is off by a constant, as behind an odd prefix, changes no share."""
     generator = torch.Generator().manual_seed(1)
     prior = torch.rand(2, 10, generator=generator).softmax(dim=1)
-    ahead = _Ahead(prior=prior, scores=torch.tensor([-3.0, -4.0], dtype=torch.float64), tokens=torch.zeros(2, 0))
+    scores, anywhere = torch.tensor([-3.0, -4.0], dtype=torch.float64), torch.full((10,), 0.1).double().log()
+    ahead = _Ahead(prior=prior, scores=scores, tokens=torch.zeros(2, 0), unigram=anywhere)
     likely, by_map = torch.tensor([1, 4, 5, 8]), torch.randn(10, generator=generator).double()
     shown = Shown(token_ids=likely[:2], beams=torch.tensor([0, 1]), states=torch.empty(2, 0), n_beams=2)
     ranked = _Ranked(

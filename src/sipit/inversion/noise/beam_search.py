@@ -68,6 +68,7 @@ class _Ahead:
     prior: Tensor  # (B, V) probabilities
     scores: Tensor  # (B,) float64 log-scores of the beams
     tokens: Tensor  # (B, t) of the beams
+    unigram: Tensor  # (V,) log-probabilities of tokens anywhere
 
     @property
     def best(self) -> int:
@@ -83,6 +84,11 @@ class _Ahead:
     def mean(self) -> Tensor:
         """Log-probability of every token behind all beams. (V,)."""
         return (self.shares.float() @ self.prior).double().log()
+
+    @cached_property
+    def expected(self) -> Tensor:
+        """Log-probability of every token here, were an early one wrong. (V,)."""
+        return torch.logaddexp(self.mean, self.unigram)
 
     def behind(self, token_ids: Tensor) -> Tensor:
         """Return the log-scores of tokens behind every beam before their row is looked at. (M,) → (B, M)."""
@@ -216,11 +222,10 @@ class BeamSearch:
         prior = self._prior.probabilities.cpu()  # (B, V)
         if self._prefixes.position == 0:
             return self._first_candidates(prior[0].double().log() + scores, wanted)
-        ahead = _Ahead(prior=prior, scores=scores, tokens=tokens)
-        expected = torch.logaddexp(ahead.mean, self._unigram)  # (V,)
-        shown, ranked = self._run_likely(row, ahead, expected, wanted)
-        alone = ranked.by_map + expected
-        alone[ranked.token_ids] = ranked.likelihoods[0] + expected[ranked.token_ids]
+        ahead = _Ahead(prior=prior, scores=scores, tokens=tokens, unigram=self._unigram)
+        shown, ranked = self._run_likely(row, ahead, wanted)
+        alone = ranked.by_map + ahead.expected
+        alone[ranked.token_ids] = ranked.likelihoods[0] + ahead.expected[ranked.token_ids]
         self._local.append(alone.log_softmax(dim=0))
         shown, fits, ranked = self._run_where_nothing_fits(row, ahead, shown, ranked)
         self._note_distances(row, shown.token_ids, shown.states)
@@ -229,10 +234,9 @@ class BeamSearch:
             token_ids=shown.token_ids, beams=shown.beams, log_scores=exact, unrun=ranked.unrun(ahead, shown, exact)
         )
 
-    def _run_likely(
-        self, row: int, ahead: _Ahead, expected: Tensor, wanted: tuple[int, int] | None
-    ) -> tuple[Shown, _Ranked]:
+    def _run_likely(self, row: int, ahead: _Ahead, wanted: tuple[int, int] | None) -> tuple[Shown, _Ranked]:
         """Run the likeliest tokens of a row, each time ranked by those before; and return the last ranking. (V,)."""
+        expected = ahead.expected
         guessed = expected + _TEMPER * self._ranking.at_first(self._clean[row]).cpu().double()  # (V,)
         also = torch.tensor((wanted or ())[:1], dtype=torch.long)
         likely = torch.cat([_top(guessed, _LIKELY), _top(expected, _EXPECTED), also]).unique()  # (M,)
@@ -240,20 +244,20 @@ class BeamSearch:
         at, beams = _best_of_each(logs + (guessed - expected)[likely], _OF_EACH, self._effort.n_shown)
         shown = self._run(ahead, *_with(wanted, likely[at], beams))
         if self._effort.whole == "always":
-            return self._run_whole_vocabulary(row, ahead, expected, shown)
+            return self._run_whole_vocabulary(row, ahead, shown)
         for n in self._effort.n_candidates:
             teachers, likelihoods = shown, self._sharpened(row, shown, likely)
             shown = shown.and_more(self._run(ahead, *_more(likely, logs, likelihoods, shown, n)))
         by_map = self._by_map(row, teachers, ahead.shares)
         return shown, _Ranked(token_ids=likely, log_prior=logs, likelihoods=likelihoods, by_map=by_map)
 
-    def _run_whole_vocabulary(self, row: int, ahead: _Ahead, expected: Tensor, shown: Shown) -> tuple[Shown, _Ranked]:
+    def _run_whole_vocabulary(self, row: int, ahead: _Ahead, shown: Shown) -> tuple[Shown, _Ranked]:
         """Run all tokens behind the best beam, and those that are likely then behind others.
 
         What a token's row is behind the best beam tells more of it behind another than the map does.
         """
         shown, by_best = self._and_whole_vocabulary(row, ahead, shown)
-        likely = torch.cat([_top(by_best + expected, _LIKELY), shown.token_ids]).unique()  # (M,)
+        likely = torch.cat([_top(by_best + ahead.expected, _LIKELY), shown.token_ids]).unique()  # (M,)
         logs = ahead.behind(likely)  # (B, M)
         for n in self._effort.n_candidates:
             teachers = _nearest(ahead, shown, self._likelihoods(row, shown.states))
@@ -275,7 +279,9 @@ class BeamSearch:
         left = fits + ahead.prior[best].double().log()
         left[shown.token_ids[shown.beams == best]] = -math.inf
         ids = _top(left, min(_OF_ALL, int(left.isfinite().sum())))
-        more = Shown(token_ids=ids, beams=torch.full_like(ids, best), states=states[ids.to(states.device)], n_beams=0)
+        more = Shown(
+            token_ids=ids, beams=torch.full_like(ids, best), states=states[ids.to(states.device)], n_beams=shown.n_beams
+        )
         return shown.and_more(more), fits
 
     def _run_where_nothing_fits(
@@ -283,12 +289,12 @@ class BeamSearch:
     ) -> tuple[Shown, Tensor, _Ranked]:
         """Run more tokens behind the best beam while no state explains the row, and return their likelihoods. (N,)."""
         fits = self._likelihoods(row, shown.states)  # (N,)
+        if self._effort.whole == "always":
+            return shown, fits, ranked
         n_left = min(self._n_surprised, self._effort.n_at_one)
-        is_whole = self._effort.whole == "always"
-        while not is_whole and self._is_surprising(row, shown, int((ahead.of(shown) + fits).argmax())):
+        while self._is_surprising(row, shown, int((ahead.of(shown) + fits).argmax())):
             if self._effort.whole == "in doubt":
-                expected = torch.logaddexp(ahead.mean, self._unigram)
-                shown, ranked = self._run_whole_vocabulary(row, ahead, expected, shown)
+                shown, ranked = self._run_whole_vocabulary(row, ahead, shown)
                 return shown, self._likelihoods(row, shown.states), ranked
             if n_left == 0:
                 self._n_surprised = 0
